@@ -1,0 +1,37 @@
+"""Hierarchical tensor factorizations: evaluated, differentiated and measured at the speed of the hardware."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11):
+    raise ImportError(f"htfkernels needs PyTorch 2.11 or newer, and this is {torch.__version__}")
+
+from htfkernels.dispatch import backends, use_backend
+from htfkernels.functional import evaluate, evaluate_at, full_tensor, slog_evaluate
+from htfkernels.layout import Layout
+from htfkernels.nn import HTF
+from htfkernels.plan import Plan
+from htfkernels.spectra import effective_rank, numerical_rank
+from htfkernels.tree import ModeTree, Node
+
+try:
+    __version__ = version("htfkernels")
+except PackageNotFoundError:  # imported from a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "HTF",
+    "Layout",
+    "ModeTree",
+    "Node",
+    "Plan",
+    "backends",
+    "effective_rank",
+    "evaluate",
+    "evaluate_at",
+    "full_tensor",
+    "numerical_rank",
+    "slog_evaluate",
+    "use_backend",
+]

@@ -1,0 +1,119 @@
+"""Which backend runs an operation: what was asked for, what is there, and why not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+__all__ = ["BACKENDS", "Spec", "backends", "choose", "requested", "use_backend", "why_not"]
+
+BACKENDS = ("reference", "cpp", "cuda", "triton")
+_PREFERENCE = ("cuda", "triton", "cpp", "reference")
+_CPP_OPS = {"evaluate", "evaluate_at", "full_tensor"}
+_CPP_DTYPES = {torch.float32, torch.float64, torch.bfloat16}
+
+_requested: ContextVar[str | None] = ContextVar("htfkernels_backend", default=None)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is to be run: an operation, the dtype of its numbers, the type of its device."""
+
+    op: str
+    dtype: torch.dtype
+    device: str
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Runs the operations in the block on one backend.
+
+    Args:
+        name: ``"reference"``, ``"cpp"``, ``"cuda"``, ``"triton"``, or ``"auto"`` (the default: the
+            fastest that can run). The environment variable ``HTF_BACKEND`` sets the same for a process.
+
+    Raises:
+        ValueError: there is no backend of that name.
+
+    Example:
+        >>> with use_backend("reference"):
+        ...     y = model(x)
+    """
+    token = _requested.set(_checked(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def requested() -> str:
+    """The backend asked for by :func:`use_backend` or ``HTF_BACKEND``, else ``"auto"``."""
+    name = _requested.get()
+    return name if name is not None else _checked(os.environ.get("HTF_BACKEND", "auto"), "HTF_BACKEND")
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend, with None where it can run here and the reason where it cannot."""
+    device = {"cuda": "cuda", "triton": "cuda"}
+    return {
+        name: why_not(name, Spec("evaluate", torch.float32, device.get(name, "cpu")))
+        for name in BACKENDS
+    }
+
+
+def why_not(backend: str, spec: Spec) -> str | None:
+    """None where the backend can run the operation, else one sentence that says why it cannot."""
+    if backend == "reference":
+        return None
+    if backend == "cpp":
+        if spec.device != "cpu":
+            return f"cpp runs on CPU tensors, and these are on {spec.device}"
+        if spec.op not in _CPP_OPS:
+            return f"cpp has no {spec.op}; it has {', '.join(sorted(_CPP_OPS))}"
+        if spec.dtype not in _CPP_DTYPES:
+            return f"cpp computes in float32, float64 and bfloat16, not in {spec.dtype}"
+        return _extension_missing()
+    if backend == "cuda":
+        return "this version of htfkernels has no CUDA C++ kernels"
+    return "this version of htfkernels has no Triton kernels"
+
+
+def choose(spec: Spec, request: str) -> tuple[str, str]:
+    """The backend to run, and why.
+
+    Raises:
+        RuntimeError: a backend was asked for by name and cannot run the operation.
+    """
+    if request != "auto":
+        reason = why_not(request, spec)
+        if reason is not None:
+            raise RuntimeError(f"{spec.op}: backend {request!r} was asked for, but {reason}")
+        return request, "asked for"
+    reasons = []
+    for name in _PREFERENCE:
+        reason = why_not(name, spec)
+        if reason is None:
+            return name, "; ".join(reasons) or "the fastest for this device"
+        reasons.append(reason)
+    raise AssertionError("the reference runs everywhere")
+
+
+@lru_cache(maxsize=1)
+def _extension_missing() -> str | None:
+    try:
+        import htfkernels._C  # noqa: F401
+    except ImportError as error:
+        return f"the compiled module htfkernels._C cannot be loaded ({error})"
+    return None
+
+
+def _checked(name: str, where: str) -> str:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"{where}: expected one of {', '.join((*BACKENDS, 'auto'))}, got {name!r}")
+    return name

@@ -1,0 +1,257 @@
+"""Layouts: a mode tree with its dimensions, and how its weights are folded into few tensors.
+
+All nodes of a level whose weights have the same shape form a group; a group's weights are one tensor
+``[F, R_in, R_out]``. A layout is a value: everything about a model that is known before its numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+
+from htfkernels.tree import ModeTree, Node
+
+__all__ = ["Group", "Layout", "Ranks", "RootKind"]
+
+RootKind = Literal["linear", "sum"]
+Ranks = int | Sequence[int] | Mapping[Node, int]
+
+# One row of `Layout.program` for each node, in execution order; csrc/cpu/program.h reads the same.
+PROGRAM_HEADER = ("version", "steps", "groups", "buffers", "out_features", "x_width", "order", "sum_root")
+PROGRAM_FIELDS = (
+    "group", "slot", "rows", "cols", "mode", "offset", "parent", "first", "buffer", "children", "node",
+)  # fmt: skip
+PROGRAM_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Group:
+    """Same-shaped nodes of one level, whose weights are folded into one tensor.
+
+    Attributes:
+        level: height of the nodes.
+        nodes: the nodes' indices in ``tree.nodes``.
+        rows, cols: shape ``[R_in, R_out]`` of each weight.
+        count: number of stored weights: one per node, or 1 where the level shares its weight.
+    """
+
+    level: int
+    nodes: tuple[int, ...]
+    rows: int
+    cols: int
+    count: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of the folded weight."""
+        return (self.count, self.rows, self.cols)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mode tree with mode dimensions and local ranks. Build with :meth:`make`.
+
+    Attributes:
+        tree: the mode tree.
+        mode_dims: ``D_n`` for each mode.
+        ranks: ``R_v`` for each interior node, in the order of ``tree.interior``.
+        out_features: columns of the root's weight.
+        root: ``"linear"``, or ``"sum"`` where the root's weight is a fixed column of ones.
+        share_weights: whether same-shaped nodes of a level share one weight.
+    """
+
+    tree: ModeTree
+    mode_dims: tuple[int, ...]
+    ranks: tuple[int, ...]
+    out_features: int = 1
+    root: RootKind = "linear"
+    share_weights: bool = False
+
+    @classmethod
+    def make(
+        cls,
+        tree: ModeTree,
+        mode_dims: int | Sequence[int],
+        ranks: Ranks,
+        out_features: int = 1,
+        root: RootKind = "linear",
+        share_weights: bool = False,
+    ) -> Layout:
+        """Checks the dimensions and expands them to one per mode and one per interior node.
+
+        Args:
+            tree: the mode tree.
+            mode_dims: one dimension for all modes, or one for each.
+            ranks: one local rank for all interior nodes, one for each interior level (level 1 first,
+                the root last), or a mapping from every interior node to its own.
+            out_features: number of outputs.
+            root: ``"linear"`` or ``"sum"``.
+            share_weights: one weight for all same-shaped nodes of a level.
+
+        Raises:
+            ValueError: names the argument, what was expected and what came.
+        """
+        if not isinstance(tree, ModeTree):
+            raise ValueError(f"tree: expected a ModeTree, got {type(tree).__name__}")
+        if isinstance(mode_dims, int):
+            dims = (mode_dims,) * tree.order
+        else:
+            dims = tuple(int(d) for d in mode_dims)
+            if len(dims) != tree.order:
+                raise ValueError(f"mode_dims: expected {tree.order} (one per mode), got {len(dims)}")
+        if min(dims) < 1:
+            raise ValueError(f"mode_dims: expected positive dimensions, got {min(dims)}")
+        if root not in ("linear", "sum"):
+            raise ValueError(f'root: expected "linear" or "sum", got {root!r}')
+        if out_features < 1 or (root == "sum" and out_features != 1):
+            expected = "1 with root='sum'" if root == "sum" else "at least 1"
+            raise ValueError(f"out_features: expected {expected}, got {out_features}")
+        per_node = _expand_ranks(tree, ranks)
+        return cls(tree, dims, per_node, int(out_features), root, bool(share_weights))
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.tree, self.mode_dims, self.ranks, self.out_features, self.root, self.share_weights))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def shape(self, node: Node) -> tuple[int, int]:
+        """Shape ``[R_in, R_out]`` of a node's weight."""
+        i, order = node.index, self.tree.order
+        parent = self.tree.parents[i]
+        rows = self.mode_dims[i] if i < order else self.ranks[i - order]
+        return rows, self.out_features if parent < 0 else self.ranks[parent - order]
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """The folded weights, leaves first. With ``root="sum"`` the root has none."""
+        groups: list[Group] = []
+        for level, nodes in enumerate(self.tree.levels):
+            if self.root == "sum" and nodes[0].is_root:
+                continue
+            same: dict[tuple[int, int], list[int]] = {}
+            for node in nodes:
+                same.setdefault(self.shape(node), []).append(node.index)
+            for (rows, cols), members in same.items():
+                count = 1 if self.share_weights else len(members)
+                groups.append(Group(level, tuple(members), rows, cols, count))
+        return tuple(groups)
+
+    @cached_property
+    def location(self) -> dict[int, tuple[int, int]]:
+        """Node index -> (group, slot in the folded weight); no entry for the root of a ``"sum"``."""
+        return {
+            node: (g, 0 if self.share_weights else slot)
+            for g, group in enumerate(self.groups)
+            for slot, node in enumerate(group.nodes)
+        }
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """First column of each mode in the packed vectors ``[B, D_0 + ... + D_{N-1}]``; then their sum."""
+        offsets = [0]
+        for d in self.mode_dims:
+            offsets.append(offsets[-1] + d)
+        return tuple(offsets)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of stored weights."""
+        return sum(g.count * g.rows * g.cols for g in self.groups)
+
+    @property
+    def num_entries(self) -> int:
+        """Number of entries of the end tensor, outputs included."""
+        entries = self.out_features
+        for d in self.mode_dims:
+            entries *= d
+        return entries
+
+    def flops(self, batch: int) -> int:
+        """Multiply-adds of the forward GEMMs times two, for dense vectors."""
+        return sum(2 * batch * len(g.nodes) * g.rows * g.cols for g in self.groups)
+
+    @cached_property
+    def program(self) -> torch.Tensor:
+        """The tree as the compiled ops read it: int64, a header, then a row per node in execution order.
+
+        Execution order is depth first, the child that needs most buffers first (Sethi and Ullman), so
+        that a walk holds about ``log2(order)`` products at a time, whatever the shape of the tree.
+        """
+        tree, order = self.tree, self.tree.order
+        need = [0] * len(tree.parents)
+        by_need: list[list[int]] = [[] for _ in tree.parents]
+        for i in range(order, len(tree.parents)):
+            children = sorted(tree._children[i], key=lambda c: -need[c])
+            by_need[i] = children
+            need[i] = max(
+                need[children[0]],
+                2 if children[0] >= order else 1,
+                *(1 + max(need[c], 1 if c >= order else 0) for c in children[1:]),
+            )
+        sequence: list[int] = []
+        stack = [tree.root.index]
+        while stack:  # parents first, last child first: the reverse is the execution order
+            i = stack.pop()
+            sequence.append(i)
+            stack.extend(by_need[i])
+        sequence.reverse()
+        step_of = {node: step for step, node in enumerate(sequence)}
+        free: list[int] = []
+        buffers = 0
+        buffer_of: dict[int, int] = {}
+        rows: list[list[int]] = []
+        for i in sequence:
+            parent = tree.parents[i]
+            first = parent >= 0 and parent not in buffer_of
+            if first:
+                if not free:
+                    free.append(buffers)
+                    buffers += 1
+                buffer_of[parent] = free.pop()
+            group, slot = self.location.get(i, (-1, 0))
+            node_rows, node_cols = self.shape(tree.nodes[i])
+            leaf = i < order
+            rows.append([
+                group, slot, node_rows, node_cols,
+                i if leaf else -1, self.offsets[i] if leaf else -1,
+                step_of[parent] if parent >= 0 else -1, int(first),
+                -1 if leaf else buffer_of[i], len(tree._children[i]), i,
+            ])  # fmt: skip
+            if not leaf:
+                free.append(buffer_of[i])
+        header = [
+            PROGRAM_VERSION, len(rows), len(self.groups), buffers, self.out_features,
+            self.offsets[-1], order, int(self.root == "sum"),
+        ]  # fmt: skip
+        flat = header + [value for row in rows for value in row]
+        return torch.tensor(flat, dtype=torch.int64)
+
+
+def _expand_ranks(tree: ModeTree, ranks: Ranks) -> tuple[int, ...]:
+    if isinstance(ranks, bool):
+        raise ValueError("ranks: expected integers, got a bool")
+    if isinstance(ranks, int):
+        per_node = (ranks,) * len(tree.interior)
+    elif isinstance(ranks, Mapping):
+        missing = [node for node in tree.interior if node not in ranks]
+        unknown = [node for node in ranks if node not in set(tree.interior)]
+        if missing or unknown:
+            what = f"no rank for {missing[0]}" if missing else f"{unknown[0]} is no interior node"
+            raise ValueError(f"ranks: expected one for every interior node, but {what}")
+        per_node = tuple(int(ranks[node]) for node in tree.interior)
+    else:
+        levels = [int(r) for r in ranks]
+        if len(levels) != tree.depth:
+            raise ValueError(
+                f"ranks: expected {tree.depth} (one per interior level, the root last), got {len(levels)}"
+            )
+        per_node = tuple(levels[node.level - 1] for node in tree.interior)
+    if min(per_node) < 1:
+        raise ValueError(f"ranks: expected positive local ranks, got {min(per_node)}")
+    return per_node

@@ -1,0 +1,150 @@
+"""The hierarchical tensor factorization as a PyTorch module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from htfkernels import functional, spectra
+from htfkernels.layout import Layout, Ranks, RootKind
+from htfkernels.tree import ModeTree, Node
+
+__all__ = ["HTF"]
+
+
+class HTF(nn.Module):
+    """A hierarchical tensor factorization: a tensor of order N as a tree of small matrices.
+
+    Leaf ``n`` holds ``W_n [D_n, R_parent]``, an interior node ``v`` holds ``W_v [R_v, R_parent]``, the root
+    ``[R_root, out_features]``. On vectors ``x_n``: ``m_n = x_n W_n``, ``p_v`` = Hadamard product of the
+    children's messages, ``m_v = p_v W_v``; the answer is the root's message. (Razin, Maman & Cohen,
+    ICML 2022.) Matrix and CP factorizations are the trees ``ModeTree.chain`` and ``ModeTree.flat``
+    with ``root="sum"``.
+
+    Args:
+        tree: the mode tree.
+        mode_dims: ``D_n``: one integer for all modes, or one for each.
+        ranks: ``R_v``: one integer for all interior nodes, one for each interior level (level 1 first,
+            the root last), or a mapping from every interior node to its own.
+        out_features: number of outputs (columns of the root's weight).
+        root: ``"linear"``, or ``"sum"``: the root's weight is a fixed column of ones.
+        share_weights: one weight for all same-shaped nodes of a level, as in a convolutional network.
+        init_std: standard deviation of the normal initial weights; by default ``R_in ** -0.5``, which
+            keeps the messages' variance through the tree for unit-variance products.
+        dtype, device: of the parameters.
+
+    Raises:
+        ValueError: dimensions or ranks that do not fit the tree.
+
+    Attributes:
+        layout: tree, dimensions and the folding of the weights.
+        weights: the parameters: one ``[F, R_in, R_out]`` per group of same-shaped nodes of a level.
+
+    Example:
+        >>> model = HTF(ModeTree.balanced(4), mode_dims=8, ranks=[16, 16])
+        >>> model(torch.randn(32, 4, 8)).shape
+        torch.Size([32])
+    """
+
+    def __init__(
+        self,
+        tree: ModeTree,
+        mode_dims: int | Sequence[int],
+        ranks: Ranks,
+        out_features: int = 1,
+        root: RootKind = "linear",
+        share_weights: bool = False,
+        init_std: float | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.layout = Layout.make(tree, mode_dims, ranks, out_features, root, share_weights)
+        self.init_std = init_std
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.empty(g.shape, dtype=dtype, device=device)) for g in self.layout.groups
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draws new initial weights."""
+        with torch.no_grad():
+            for group, weight in zip(self.layout.groups, self.weights, strict=True):
+                std = group.rows**-0.5 if self.init_std is None else self.init_std
+                weight.normal_(0.0, std, generator=generator)
+
+    @property
+    def tree(self) -> ModeTree:
+        """The mode tree."""
+        return self.layout.tree
+
+    def forward(self, vectors: Tensor | Sequence[Tensor]) -> Tensor:
+        """Contracts the end tensor with vectors, see :func:`htfkernels.evaluate`.
+
+        Args:
+            vectors: ``[B, N, D]``, or ``N`` tensors ``[B, D_n]``.
+
+        Returns:
+            ``[B]``, or ``[B, out_features]``.
+        """
+        return functional.run_evaluate(self.layout, list(self.weights), vectors)
+
+    def at(self, indices: Tensor) -> Tensor:
+        """Entries of the end tensor: ``[B, N]`` int64 ``-> [B]`` or ``[B, out_features]``."""
+        return functional.run_evaluate_at(self.layout, list(self.weights), indices)
+
+    def full_tensor(self) -> Tensor:
+        """The end tensor ``[D_0, ..., D_{N-1}]`` (``out_features`` behind, where there are several)."""
+        return functional.run_full_tensor(self.layout, list(self.weights))
+
+    def slog(self, vectors: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """``(sign, logabs)`` of :meth:`forward`, without overflow or underflow at any order."""
+        return functional.run_slog(self.layout, list(self.weights), vectors)
+
+    def node_weight(self, node: Node) -> Tensor:
+        """A node's ``[R_in, R_out]`` matrix: a view into the parameters, so that writing into it (under
+        ``no_grad``) writes the model. The root of ``root="sum"`` gives a new column of ones."""
+        if not isinstance(node, Node) or node.tree != self.tree:
+            raise ValueError(f"node_weight: {node!r} is no node of this model's tree")
+        if node.index not in self.layout.location:
+            first = self.weights[0]
+            return torch.ones(self.layout.shape(node), dtype=first.dtype, device=first.device)
+        group, slot = self.layout.location[node.index]
+        weight: Tensor = self.weights[group][slot]
+        return weight
+
+    def local_component_norms(self) -> dict[Node, Tensor]:
+        """For each interior node ``v`` the norms ``[R_v]`` of its local components.
+
+        Component ``(v, r)``: the columns ``r`` of the children's weights and row ``r`` of ``W_v``; its norm
+        is the product of these vectors' Euclidean norms.
+        """
+        norms = {}
+        for node in self.tree.interior:
+            norm = self.node_weight(node).norm(dim=1)
+            for child in node.children:
+                norm = norm * self.node_weight(child).norm(dim=0)
+            norms[node] = norm
+        return norms
+
+    def matricization_spectra(
+        self, nodes: Iterable[Node] | None = None, method: str = "auto"
+    ) -> dict[Node, Tensor]:
+        """Singular values of the matricizations at nodes, see :func:`htfkernels.spectra.matricization_spectra`."""
+        weights = {node: self.node_weight(node) for node in self.tree.nodes}
+        return spectra.matricization_spectra(self.tree, weights, nodes, method)
+
+    def extra_repr(self) -> str:
+        layout = self.layout
+        dims, ranks = sorted(set(layout.mode_dims)), sorted(set(layout.ranks))
+        shared = ", share_weights=True" if layout.share_weights else ""
+        return (
+            f"order={layout.tree.order}, mode_dims={_span(dims)}, ranks={_span(ranks)}, "
+            f"out_features={layout.out_features}, root={layout.root!r}{shared}, parameters={layout.num_parameters}"
+        )
+
+
+def _span(values: list[int]) -> str:
+    return str(values[0]) if len(values) == 1 else f"{values[0]}..{values[-1]}"

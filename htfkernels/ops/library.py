@@ -1,0 +1,114 @@
+"""The registered operators of the compiled module, and what PyTorch has to know of them.
+
+Loading this module loads ``htfkernels._C``, whose import registers the schemas and CPU kernels. Fake
+kernels and autograd formulas make the operators work under ``torch.compile``. The formula of a backward
+is not differentiable there: double backward is an eager affair (:mod:`htfkernels.ops.autograd`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import htfkernels._C  # noqa: F401
+
+__all__ = ["ops"]
+
+ops = torch.ops.htfkernels
+
+
+def _no_second(ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError(
+        "htfkernels: this is a second derivative of a compiled or directly called operator, which is "
+        "not supported; call the model without torch.compile (double backward works in eager mode)"
+    )
+
+
+def _ignore(ctx: Any, inputs: Any, output: Any) -> None:
+    pass
+
+
+def _fake_gradients(tensors: Sequence[Tensor], needs: Sequence[int]) -> list[Tensor]:
+    return [t.new_empty(t.shape if n else (0,)) for t, n in zip(tensors, needs, strict=True)]
+
+
+# -- evaluate -------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("htfkernels::evaluate")
+def _(weights: list[Tensor], x: Tensor, program: Tensor, out_features: int) -> Tensor:
+    return x.new_empty(x.shape[0], out_features)
+
+
+@torch.library.register_fake("htfkernels::evaluate_backward")
+def _(grad: Tensor, weights: list[Tensor], x: Tensor, program: Tensor, needs: list[int]) -> list[Tensor]:
+    return _fake_gradients([*weights, x], needs)
+
+
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    weights, *rest = inputs
+    ctx.count = len(weights)
+    ctx.save_for_backward(*weights, *(t for t in rest if isinstance(t, Tensor)))
+
+
+def _evaluate_backward(ctx: Any, grad: Tensor) -> Any:
+    *weights, x, program = ctx.saved_tensors
+    needs = [*ctx.needs_input_grad[0], ctx.needs_input_grad[1]]
+    grads = ops.evaluate_backward(grad, weights, x, program, [int(n) for n in needs])
+    *by_weight, by_x = (g if n else None for g, n in zip(grads, needs, strict=True))
+    return by_weight, by_x, None, None
+
+
+torch.library.register_autograd("htfkernels::evaluate", _evaluate_backward, setup_context=_save)
+torch.library.register_autograd("htfkernels::evaluate_backward", _no_second, setup_context=_ignore)
+
+
+# -- evaluate_at ----------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("htfkernels::evaluate_at")
+def _(weights: list[Tensor], indices: Tensor, program: Tensor, out_features: int) -> Tensor:
+    return weights[0].new_empty(indices.shape[0], out_features)
+
+
+@torch.library.register_fake("htfkernels::evaluate_at_backward")
+def _(grad: Tensor, weights: list[Tensor], indices: Tensor, program: Tensor, needs: list[int]) -> list[Tensor]:
+    return _fake_gradients(weights, needs)
+
+
+def _evaluate_at_backward(ctx: Any, grad: Tensor) -> Any:
+    *weights, indices, program = ctx.saved_tensors
+    needs = ctx.needs_input_grad[0]
+    grads = ops.evaluate_at_backward(grad, weights, indices, program, [int(n) for n in needs])
+    return [g if n else None for g, n in zip(grads, needs, strict=True)], None, None, None
+
+
+torch.library.register_autograd("htfkernels::evaluate_at", _evaluate_at_backward, setup_context=_save)
+torch.library.register_autograd("htfkernels::evaluate_at_backward", _no_second, setup_context=_ignore)
+
+
+# -- full_tensor ----------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("htfkernels::full_tensor")
+def _(weights: list[Tensor], program: Tensor, entries: int, out_features: int) -> Tensor:
+    return weights[0].new_empty(entries, out_features)
+
+
+@torch.library.register_fake("htfkernels::full_tensor_backward")
+def _(grad: Tensor, weights: list[Tensor], program: Tensor, needs: list[int]) -> list[Tensor]:
+    return _fake_gradients(weights, needs)
+
+
+def _full_tensor_backward(ctx: Any, grad: Tensor) -> Any:
+    *weights, program = ctx.saved_tensors
+    needs = ctx.needs_input_grad[0]
+    grads = ops.full_tensor_backward(grad, weights, program, [int(n) for n in needs])
+    return [g if n else None for g, n in zip(grads, needs, strict=True)], None, None, None
+
+
+torch.library.register_autograd("htfkernels::full_tensor", _full_tensor_backward, setup_context=_save)
+torch.library.register_autograd("htfkernels::full_tensor_backward", _no_second, setup_context=_ignore)

@@ -1,0 +1,60 @@
+"""Plans: everything about a call that is decided before its data, once, and can be printed."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from htfkernels import dispatch
+from htfkernels.layout import Layout
+
+__all__ = ["Plan", "make_plan"]
+
+_log = logging.getLogger("htfkernels")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an operation runs on a layout: backend and why.
+
+    Attributes:
+        op: ``"evaluate"``, ``"evaluate_at"`` or ``"full_tensor"``.
+        layout: tree and shapes.
+        dtype, device: of the numbers (``device`` is a device type).
+        backend: who runs it.
+        why: the reason for that backend.
+    """
+
+    op: str
+    layout: Layout
+    dtype: torch.dtype
+    device: str
+    backend: str
+    why: str
+
+    def __str__(self) -> str:
+        layout = self.layout
+        lines = [
+            f"{self.op} on {self.device}, {str(self.dtype).removeprefix('torch.')}: backend {self.backend} ({self.why})",
+            f"order {layout.tree.order}, {len(layout.tree.parents)} nodes, depth {layout.tree.depth}, "
+            f"{layout.num_parameters:,} weights, {layout.flops(1):,} flops per vector batch row",
+            f"products held at a time by a tile's walk: {int(layout.program[3])}",
+            "level  nodes  R_in x R_out",
+        ]
+        for g in layout.groups:
+            shared = "  shared" if g.count < len(g.nodes) else ""
+            lines.append(f"{g.level:5}  {len(g.nodes):5}  {g.rows} x {g.cols}{shared}")
+        return "\n".join(lines)
+
+
+@lru_cache(maxsize=1024)
+def make_plan(op: str, layout: Layout, dtype: torch.dtype, device: str, request: str) -> Plan:
+    """The plan of a call; cached, so that a training step pays a dictionary look-up."""
+    backend, why = dispatch.choose(dispatch.Spec(op, dtype, device), request)
+    plan = Plan(op, layout, dtype, device, backend, why)
+    if request == "auto":
+        _log.info("%s", plan)
+    return plan
