@@ -1,0 +1,48 @@
+#include "cpu/kernels.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace htf {
+namespace {
+
+int best_level() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  int level = 0;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) level = 1;
+  if (level == 1 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
+    level = 2;
+  if (const char* wish = std::getenv("HTF_CPU")) {
+    const int asked = !std::strcmp(wish, "generic") ? 0 : !std::strcmp(wish, "avx2") ? 1 : 2;
+    if (asked < level) level = asked;
+  }
+  return level;
+#else
+  return 0;
+#endif
+}
+
+template <class T>
+const Kernels<T>& choose() {
+#if defined(__x86_64__)
+  static const int level = best_level();
+  if (level == 2) return kernels_avx512<T>();
+  if (level == 1) return kernels_avx2<T>();
+#endif
+  return kernels_generic<T>();
+}
+
+}  // namespace
+
+template <>
+const Kernels<float>& kernels<float>() {
+  return choose<float>();
+}
+template <>
+const Kernels<double>& kernels<double>() {
+  return choose<double>();
+}
+
+}  // namespace htf

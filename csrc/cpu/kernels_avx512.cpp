@@ -1,0 +1,25 @@
+#include "cpu/kernels.h"
+
+#if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,fma,prefer-vector-width=512")
+#define HTF_VECTOR_BYTES 64
+#define HTF_ROWS 8
+#include "cpu/kernels.inl"
+#pragma GCC pop_options
+
+namespace htf {
+
+template <>
+const Kernels<float>& kernels_avx512<float>() {
+  static const Kernels<float> k = table<float>("avx512");
+  return k;
+}
+template <>
+const Kernels<double>& kernels_avx512<double>() {
+  static const Kernels<double> k = table<double>("avx512");
+  return k;
+}
+
+}  // namespace htf
+#endif

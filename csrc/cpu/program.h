@@ -1,0 +1,74 @@
+// The tree as the operations read it: htfkernels/layout.py writes it as one int64 tensor (a header, then
+// a row for every node, children before parents, in the order that needs fewest buffers).
+#pragma once
+
+#include <vector>
+
+#include "cpu/support.h"
+
+namespace htf {
+
+struct Step {
+  int64_t group, slot;  // its weight; group -1: the root of a "sum"
+  int64_t rows, cols;   // shape of the weight
+  int64_t mode, offset; // leaf: its mode and first column in the packed vectors; else -1
+  int64_t parent;       // step of the parent, -1 for the root
+  int64_t first;        // whether it is the first child to send its message
+  int64_t buffer;       // interior: which buffer holds its product
+  int64_t children;     // number of children
+  int64_t node;         // index in tree.nodes
+};
+constexpr int64_t kHeader = 8;
+constexpr int64_t kFields = 11;
+static_assert(sizeof(Step) == kFields * sizeof(int64_t));
+
+struct Program {
+  int64_t steps, groups, buffers, outputs, x_width, order;
+  bool sum_root;
+  const Step* step;  // points into the tensor
+
+  // Reads and checks a program against the weights: the one place where the operations' arguments are
+  // looked at. Everything behind it trusts the sizes.
+  Program(const char* op, const Tensor& program, const std::vector<Tensor>& weights,
+          int64_t out_features) {
+    check(program.is_cpu() && program.scalar_type() == ScalarType::Long && program.dim() == 1 &&
+              program.is_contiguous() && program.numel() >= kHeader,
+          op, ": program must be a contiguous int64 CPU tensor made by a layout");
+    const int64_t* p = program.const_data_ptr<int64_t>();
+    check(p[0] == 1 && p[1] > 0 && program.numel() == kHeader + p[1] * kFields, op,
+          ": program is not of this version of htfkernels");
+    steps = p[1], groups = p[2], buffers = p[3], outputs = p[4], x_width = p[5], order = p[6];
+    sum_root = p[7] != 0;
+    step = reinterpret_cast<const Step*>(p + kHeader);
+    check(outputs == out_features, op, ": out_features must be ", outputs, ", got ", out_features);
+    check(static_cast<int64_t>(weights.size()) == groups, op, ": expected ", groups,
+          " folded weights, got ", weights.size());
+    const ScalarType dtype = weights[0].scalar_type();
+    for (int64_t g = 0; g < groups; ++g) {
+      const Tensor& w = weights[g];
+      check(w.is_cpu() && w.scalar_type() == dtype && w.dim() == 3, op, ": weights[", g,
+            "] must be a 3-dimensional CPU tensor of the dtype of weights[0]");
+    }
+    for (int64_t s = 0; s < steps; ++s) check_step(op, weights, s);
+  }
+
+  bool is_leaf(int64_t s) const { return step[s].mode >= 0; }
+
+ private:
+  void check_step(const char* op, const std::vector<Tensor>& weights, int64_t s) const {
+    const Step& st = step[s];
+    const bool root = s == steps - 1;
+    check(root ? st.parent == -1 : st.parent > s && st.parent < steps, op, ": broken program");
+    check(st.mode < order && st.offset + st.rows <= x_width + (st.mode < 0 ? st.rows + 1 : 0) &&
+              st.buffer < buffers,
+          op, ": broken program");
+    if (root && sum_root) return;
+    check(st.group >= 0 && st.group < groups, op, ": broken program");
+    const Tensor& w = weights[st.group];
+    check(st.slot < w.size(0) && w.size(1) == st.rows && w.size(2) == st.cols, op, ": weights[",
+          st.group, "] must be [F, ", st.rows, ", ", st.cols, "] with F > ", st.slot, ", got [",
+          w.size(0), ", ", w.size(1), ", ", w.size(2), "]");
+  }
+};
+
+}  // namespace htf

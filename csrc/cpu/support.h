@@ -1,0 +1,108 @@
+// Small things the CPU operations share: errors, aligned memory, work spread over PyTorch's threads.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+#include <sstream>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+namespace htf {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// STD_TORCH_CHECK would put a source position in front of the sentence.
+template <class... Args>
+[[noreturn]] void fail(const Args&... args) {
+  std::ostringstream message;
+  (message << ... << args);
+  throw std::runtime_error(message.str());
+}
+
+template <class... Args>
+void check(bool condition, const Args&... args) {
+  if (!condition) fail(args...);
+}
+
+// Uninitialised memory on a cache line's boundary.
+template <class T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t size) {
+    if (size <= 0) return;
+    const std::size_t bytes = (static_cast<std::size_t>(size) * sizeof(T) + 63) / 64 * 64;
+    data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(data_, other.data_);
+    return *this;
+  }
+  ~Buffer() { std::free(data_); }
+  T* get() const { return data_; }
+
+ private:
+  T* data_ = nullptr;
+};
+
+// Work below this many multiply-adds (or elements moved) is not worth waking other threads for.
+constexpr int64_t kWorthThreads = 1 << 16;
+
+// Runs f(item, scratch) for every item, the next free thread taking the next item; items must not share
+// results. Each thread has scratch memory of its own. Allocates before the threads start: an exception
+// inside PyTorch's parallel region would lose its message. work is that of all items together.
+template <class T, class F>
+void for_each_item(int64_t items, int64_t work, int64_t scratch_size, const F& f) {
+  const int64_t threads =
+      work < kWorthThreads ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), items);
+  if (threads <= 1) {
+    Buffer<T> scratch(scratch_size);
+    for (int64_t i = 0; i < items; ++i) f(i, scratch.get());
+    return;
+  }
+  std::vector<Buffer<T>> scratch;
+  for (int64_t t = 0; t < threads; ++t) scratch.emplace_back(scratch_size);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;)
+        f(i, scratch[t].get());
+  });
+}
+
+// What is computed in: bfloat16 operands are widened when they are packed.
+template <class S>
+struct ComputeOf {
+  using type = S;
+};
+template <>
+struct ComputeOf<BFloat16> {
+  using type = float;
+};
+
+// Calls f with a value of the tensor's element type.
+template <class F>
+auto with_dtype(ScalarType dtype, const char* op, const F& f) {
+  switch (dtype) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    case ScalarType::BFloat16: return f(BFloat16{});
+    default: fail(op, ": weights must be float32, float64 or bfloat16, got ", toString(dtype));
+  }
+}
+
+}  // namespace htf

@@ -1,0 +1,56 @@
+#include "evaluate_at/evaluate_at.h"
+
+namespace htf {
+namespace {
+
+void check_indices(const char* op, const Program& program, const Tensor& indices) {
+  check(indices.is_cpu() && indices.scalar_type() == ScalarType::Long && indices.dim() == 2 &&
+            indices.size(1) == program.order,
+        op, ": indices must be an int64 CPU tensor [B, ", program.order, "]");
+  const int64_t* at = indices.const_data_ptr<int64_t>();
+  const int64_t batch = indices.size(0), down = indices.stride(0), across = indices.stride(1);
+  for (int64_t s = 0; s < program.steps; ++s) {
+    if (!program.is_leaf(s)) continue;
+    const Step& leaf = program.step[s];
+    const int64_t* column = at + leaf.mode * across;
+    for (int64_t b = 0; b < batch; ++b)
+      check(column[b * down] >= 0 && column[b * down] < leaf.rows, op, ": index ", column[b * down],
+            " of mode ", leaf.mode, " is out of range, its dimension is ", leaf.rows);
+  }
+}
+
+Tensor evaluate_at(const std::vector<Tensor>& weights, const Tensor& indices, const Tensor& program,
+                   int64_t out_features) {
+  const Program p("evaluate_at", program, weights, out_features);
+  check_indices("evaluate_at", p, indices);
+  return evaluate_at_cpu(p, weights, indices);
+}
+
+std::vector<Tensor> evaluate_at_backward(const Tensor& grad, const std::vector<Tensor>& weights,
+                                         const Tensor& indices, const Tensor& program,
+                                         const std::vector<int64_t>& needs) {
+  const char* op = "evaluate_at_backward";
+  const Program p(op, program, weights, grad.dim() == 2 ? grad.size(1) : -1);
+  check_indices(op, p, indices);
+  check(grad.is_cpu() && grad.scalar_type() == weights[0].scalar_type() &&
+            grad.size(0) == indices.size(0),
+        op, ": grad must be [", indices.size(0), ", ", p.outputs, "] of the weights' dtype");
+  check(needs.size() == weights.size(), op, ": needs must have ", weights.size(), " entries, got ",
+        needs.size());
+  return evaluate_at_backward_cpu(p, grad, weights, indices, needs);
+}
+
+}  // namespace
+}  // namespace htf
+
+STABLE_TORCH_LIBRARY_FRAGMENT(htfkernels, m) {
+  m.def("evaluate_at(Tensor[] weights, Tensor indices, Tensor program, int out_features) -> Tensor");
+  m.def(
+      "evaluate_at_backward(Tensor grad, Tensor[] weights, Tensor indices, Tensor program, int[] "
+      "needs) -> Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(htfkernels, CPU, m) {
+  m.impl("evaluate_at", TORCH_BOX(&htf::evaluate_at));
+  m.impl("evaluate_at_backward", TORCH_BOX(&htf::evaluate_at_backward));
+}

@@ -1,0 +1,21 @@
+// evaluate_at: entries of a tree's end tensor. As evaluate on one-hot vectors: a leaf's message is a row of
+// its weight.
+//
+//   weights  one [F, R_in, R_out] per group      float32, float64 or bfloat16
+//   indices  [B, order]                          int64, 0 <= indices[:, n] < D_n
+//   program  the tree, see cpu/program.h
+//   result   [B, out_features]
+#pragma once
+
+#include "cpu/program.h"
+
+namespace htf {
+
+Tensor evaluate_at_cpu(const Program& program, const std::vector<Tensor>& weights,
+                       const Tensor& indices);
+std::vector<Tensor> evaluate_at_backward_cpu(const Program& program, const Tensor& grad,
+                                             const std::vector<Tensor>& weights,
+                                             const Tensor& indices,
+                                             const std::vector<int64_t>& needs);
+
+}  // namespace htf

@@ -1,0 +1,344 @@
+"""Shared cases, inputs and tolerances: what a backend has to pass, for this project's tests and for others'.
+
+A backend's author writes::
+
+    for case in testing.cases():
+        function, arguments = testing.operation("evaluate", case, testing.make_inputs(case, torch.float32))
+        exact, scale = testing.exact(function, arguments)
+        with hk.use_backend("mine"):
+            testing.assert_matches(function(*arguments), exact, torch.float32, "forward", scale)
+
+and the same with ``testing.gradients(function)`` for ``"backward"`` and ``testing.second(function)`` for
+``"second"``.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from htfkernels import functional
+from htfkernels.dispatch import use_backend
+from htfkernels.layout import Layout
+from htfkernels.tree import ModeTree
+
+__all__ = [
+    "OPS",
+    "TOLERANCES",
+    "Case",
+    "Inputs",
+    "assert_matches",
+    "cases",
+    "error",
+    "exact",
+    "gradients",
+    "make_inputs",
+    "operation",
+    "random_tree",
+    "second",
+    "tolerance",
+]
+
+Direction = Literal["forward", "backward", "second"]
+Function = Callable[..., Any]
+
+OPS = ("evaluate", "evaluate_at", "full_tensor")
+
+# How far a result may be off the float64 one, relative to the condition scale of `exact`: about twice the
+# largest error of all `cases`, operations and three seeds, measured on the reference and on the C++ kernels
+# (AVX-512) by `pytest tests/test_testing.py -m slow -s`:
+#              forward   backward  second
+#     float32  MEASURED
+#     bfloat16 MEASURED
+# The reference's gradients of bfloat16 weights are the worst: PyTorch sums them over the batch in bfloat16.
+# float64 is the reference itself; its rounding is float32's times 2^-29, and the C++ kernels stay below.
+TOLERANCES: dict[tuple[torch.dtype, Direction], float] = {
+    (torch.float64, "forward"): 2e-15,
+    (torch.float64, "backward"): 1e-14,
+    (torch.float64, "second"): 1.5e-14,
+    (torch.float32, "forward"): 1e-6,
+    (torch.float32, "backward"): 6e-6,
+    (torch.float32, "second"): 8e-6,
+    (torch.bfloat16, "forward"): 0.04,
+    (torch.bfloat16, "backward"): 0.15,
+    (torch.bfloat16, "second"): 0.17,
+}
+
+
+def tolerance(dtype: torch.dtype, direction: Direction) -> float:
+    """The largest error allowed, relative to the condition scale (see :func:`exact`)."""
+    return TOLERANCES[dtype, direction]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout and a batch size, with a name for test reports."""
+
+    name: str
+    layout: Layout
+    batch: int
+
+    @property
+    def tree(self) -> ModeTree:
+        """The layout's mode tree."""
+        return self.layout.tree
+
+    def fits(self, op: str) -> bool:
+        """Whether the operation is small enough to test on this case (the end tensor may be huge)."""
+        return op != "full_tensor" or self.layout.num_entries <= 2**13
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def random_tree(order: int, seed: int) -> ModeTree:
+    """An irregular tree over ``order`` modes: nodes of one to four children, at any height, over modes
+    that need not be neighbours."""
+    draw = random.Random(seed)
+    parents = [-1] * order
+    tops = list(range(order))
+    while len(tops) > 1 or len(parents) == order:
+        size = min(draw.choice((1, 2, 2, 3, 4)), len(tops))
+        chosen = set(draw.sample(tops, size))
+        for child in chosen:
+            parents[child] = len(parents)
+        tops = [t for t in tops if t not in chosen] + [len(parents)]
+        parents.append(-1)
+    return ModeTree.from_parents(order, parents)
+
+
+def _random_layout(order: int, seed: int, dims: Sequence[int], outputs: int = 1) -> Layout:
+    tree = random_tree(order, seed)
+    draw = random.Random(seed)
+    ranks = {node: draw.choice((1, 2, 7, 16, 17, 33)) for node in tree.interior}
+    return Layout.make(tree, [draw.choice(dims) for _ in range(order)], ranks, outputs)
+
+
+def cases() -> list[Case]:
+    """Small cases that between them visit every shape of tree and every awkward size."""
+    make, T = Layout.make, ModeTree
+    caterpillar: Any = (0, 1)
+    for mode in range(2, 40):
+        caterpillar = (caterpillar, mode)
+    links = T.from_nested(((((0,),), 1), ((2, (3,)),), 4))
+    return [
+        Case("balanced4", make(T.balanced(4), 3, [5, 4]), 7),
+        Case("balanced8_rank64", make(T.balanced(8), 3, 64), 65),
+        Case("balanced16_rank16", make(T.balanced(16), 2, 16), 65),
+        Case("balanced7_arity3", make(T.balanced(7, 3), 3, [17, 7]), 65),
+        Case("balanced64", make(T.balanced(64), 5, 17), 65),
+        Case("halves8", make(T.halves(8), 2, [4, 4, 3]), 300),
+        Case("halves11", make(T.halves(11), 2, 7), 65),
+        Case("grid4x4", make(T.grid(4, 4), 2, [8, 16]), 7),
+        Case("grid3x5", make(T.grid(3, 5), 2, [3, 4, 5]), 1),
+        Case("flat3_sum", make(T.flat(3), [4, 5, 3], 17, root="sum"), 65),
+        Case("flat7_linear", make(T.flat(7), 3, 33), 7),
+        Case("chain2_sum", make(T.chain(2), [6, 5], 16, root="sum"), 65),
+        Case("chain5_sum", make(T.chain(5), [6, 5], [9, 8, 7, 6], root="sum"), 300),
+        Case("chain4_linear", make(T.chain(4), [17, 16], [33, 16, 7], 2), 7),
+        Case("one_of_each", make(T.balanced(2), 1, 1), 1),
+        Case("order2_wide", make(T.balanced(2), 17, 64, 5), 300),
+        Case("one_child_nodes", make(links, 4, 7), 65),
+        Case("one_child_nodes_sum", make(links, [1, 2, 3, 4, 5], 3, root="sum"), 7),
+        Case("one_child_root", make(T.from_nested((((0, 1), 2),)), 3, [5, 4, 3]), 7),
+        Case("caterpillar40", make(T.from_nested(caterpillar), 2, 7), 65),
+        Case("primes", make(T.balanced(5), [2, 3, 5, 7, 11], [13, 7, 5], 3), 65),
+        Case("dims_1_to_17", make(T.balanced(4), [1, 17, 8, 9], [33, 17]), 65),
+        Case("rank1", make(T.balanced(6), 3, 1), 65),
+        Case("outputs10", make(T.halves(4), 5, 7, 10), 65),
+        Case("shared8", make(T.balanced(8), 3, 8, share_weights=True), 65),
+        Case("shared6_sum", make(T.balanced(6), 3, 7, root="sum", share_weights=True), 7),
+        Case("shared_mixed", make(T.balanced(5), [2, 3, 3, 2, 3], 7, 2, share_weights=True), 65),
+        Case("empty_batch", make(T.balanced(4), 3, 5), 0),
+        Case("empty_batch_outputs", make(T.flat(3), 3, 5, 4), 0),
+        Case("batch1", make(T.balanced(4), 8, 16), 1),
+        Case("random6", _random_layout(6, 0, (2, 3, 4)), 65),
+        Case("random7_outputs", _random_layout(7, 1, (1, 2, 3), 2), 7),
+        Case("random9", _random_layout(9, 2, (1, 2, 3)), 300),
+        Case("random23", _random_layout(23, 3, (1, 2, 5, 16, 17)), 65),
+    ]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Arguments for a case.
+
+    Attributes:
+        weights: folded, one ``[F, R_in, R_out]`` for each group.
+        vectors: ``[B, N, D]``, or ``N`` tensors ``[B, D_n]`` where the mode dimensions differ.
+        indices: ``[B, N]``, int64.
+    """
+
+    weights: tuple[Tensor, ...]
+    vectors: Tensor | tuple[Tensor, ...]
+    indices: Tensor
+
+
+def make_inputs(
+    case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
+) -> Inputs:
+    """Random arguments, the same numbers on every device.
+
+    Entries are normal with mean 1 and standard deviation 1/2, divided by the number of terms they are
+    summed over: messages stay near 1 at any order, and sums cancel little, so that an error relative to
+    the condition scale is about an error relative to the value, and a small one cannot hide a wrong
+    formula.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return 1 + 0.5 * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype)
+
+    layout, batch = case.layout, case.batch
+    dims = layout.mode_dims
+    weights = tuple(cast(draw(*g.shape) / (g.rows if g.level else 1)) for g in layout.groups)
+    vectors: Tensor | tuple[Tensor, ...]
+    if len(set(dims)) == 1:
+        vectors = cast(draw(batch, len(dims), dims[0]) / dims[0])
+    else:
+        vectors = tuple(cast(draw(batch, d) / d) for d in dims)
+    columns = [torch.randint(d, (batch,), generator=generator) for d in dims]
+    return Inputs(weights, vectors, torch.stack(columns, dim=1).to(device))
+
+
+def operation(op: str, case: Case, inputs: Inputs) -> tuple[Function, tuple[Tensor, ...]]:
+    """An operation as a function of its differentiable arguments alone, and those arguments.
+
+    The weights come first, one for each group; for ``"evaluate"`` the vectors follow. The function runs
+    on the backend in force when it is called.
+    """
+    layout, tree = case.layout, case.tree
+    count = len(inputs.weights)
+    if op == "evaluate":
+        together = isinstance(inputs.vectors, Tensor)
+
+        def evaluate(*arguments: Tensor) -> Tensor:
+            weights, vectors = arguments[:count], arguments[count:]
+            x = vectors[0] if together else vectors
+            return functional.evaluate(tree, weights, x, layout=layout)
+
+        given = (inputs.vectors,) if isinstance(inputs.vectors, Tensor) else inputs.vectors
+        return evaluate, (*inputs.weights, *given)
+    if op == "evaluate_at":
+
+        def evaluate_at(*weights: Tensor) -> Tensor:
+            return functional.evaluate_at(tree, weights, inputs.indices, layout=layout)
+
+        return evaluate_at, inputs.weights
+    if op == "full_tensor":
+
+        def full_tensor(*weights: Tensor) -> Tensor:
+            return functional.full_tensor(tree, weights, layout=layout)
+
+        return full_tensor, inputs.weights
+    raise ValueError(f"operation: expected one of {', '.join(OPS)}, got {op!r}")
+
+
+def gradients(function: Function) -> Function:
+    """``(cotangent, *arguments) -> gradients of <cotangent, function(*arguments)>`` by the arguments."""
+
+    def run(cotangent: Tensor, *arguments: Tensor) -> tuple[Tensor, ...]:
+        leaves = [a.detach().requires_grad_() for a in arguments]
+        return torch.autograd.grad(function(*leaves), leaves, cotangent)
+
+    return run
+
+
+def second(function: Function) -> Function:
+    """``(cotangent, directions, arguments) -> gradients of <directions, gradients(function)>`` by the
+    cotangent and the arguments, all tensors in one flat list: a cotangent, then one direction for each
+    argument, then the arguments."""
+
+    def run(cotangent: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        directions, arguments = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        leaves = [t.detach().requires_grad_() for t in (cotangent, *arguments)]
+        value = function(*leaves[1:])
+        first = torch.autograd.grad(value, leaves[1:], leaves[0], create_graph=True)
+        return torch.autograd.grad(first, leaves, directions, allow_unused=True, materialize_grads=True)
+
+    return run
+
+
+def exact(function: Function, arguments: Iterable[Tensor]) -> tuple[Any, Any]:
+    """The function's value in float64 on the reference, and its condition scale.
+
+    The scale is the function of the arguments' absolute values. All the operations here, their gradients
+    and their second derivatives are polynomials with non-negative coefficients, so the scale is the sum of
+    the magnitudes of all terms; whatever the order of summation, rounding errors are bounded by the
+    unit roundoff times it times the number of roundings on the way.
+    """
+    double = [a.detach().double() for a in arguments]
+    with use_backend("reference"), torch.autocast("cpu", enabled=False):
+        return function(*double), function(*(a.abs() for a in double))
+
+
+def error(actual: Any, expected: Any, scale: Any) -> float:
+    """The largest error of any entry, relative to its scale; ``inf`` where a NaN or an unequal infinity is."""
+    worst = 0.0
+    for a, e, s in _leaves(actual, expected, scale):
+        if a.numel() == 0:
+            continue
+        difference = (a.detach().to("cpu", torch.float64) - e.detach().cpu()).abs()
+        relative = torch.where(difference == 0, difference, difference / s.detach().cpu())
+        worst = max(worst, float(relative.nan_to_num(nan=torch.inf).max()))
+    return worst
+
+
+def assert_matches(
+    actual: Any,
+    expected64: Any,
+    dtype: torch.dtype,
+    direction: Direction,
+    scale: Any | None = None,
+) -> None:
+    """Holds a result against the float64 one.
+
+    Args:
+        actual: a tensor or a sequence of tensors.
+        expected64: the same in float64.
+        dtype: in what precision ``actual`` was computed.
+        direction: ``"forward"``, ``"backward"`` or ``"second"``.
+        scale: the condition scale of :func:`exact`; by default, for functions that have none, the largest
+            magnitude of each expected tensor.
+
+    Raises:
+        AssertionError: shapes differ, or an entry is further off than the table allows.
+    """
+    if scale is None:
+        scale = [torch.full_like(e, float(e.abs().max()) if e.numel() else 1.0) for e in _flat(expected64)]
+    for i, (a, e, s) in enumerate(_leaves(actual, expected64, scale)):
+        if a.shape != e.shape:
+            raise AssertionError(f"result {i}: expected the shape {list(e.shape)}, got {list(a.shape)}")
+        found, allowed = error(a, e, s), tolerance(dtype, direction)
+        if not found <= allowed:
+            raise AssertionError(
+                f"result {i}: {direction} in {dtype} is off by {found:.2e} of its scale, allowed are "
+                f"{allowed:.0e}\n{_worst(a, e, s)}"
+            )
+
+
+def _flat(tensors: Any) -> list[Tensor]:
+    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+
+
+def _leaves(*trees: Any) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*map(_flat, trees), strict=True)
+
+
+def _worst(actual: Tensor, expected: Tensor, scale: Tensor) -> str:
+    actual, expected = actual.detach().to("cpu", torch.float64), expected.detach().cpu()
+    relative = ((actual - expected).abs() / scale.detach().cpu()).nan_to_num(nan=torch.inf)
+    at = tuple(int(i) for i in torch.unravel_index(relative.argmax(), relative.shape))
+    wrong = int((relative > 1e-3 * relative.max()).sum())
+    return (
+        f"at {list(at)}: expected {float(expected[at])!r}, got {float(actual[at])!r}; "
+        f"{wrong} of {relative.numel()} entries are about as wrong"
+    )
