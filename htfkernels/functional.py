@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from htfkernels import dispatch
 from htfkernels.layout import Layout
 from htfkernels.ops.evaluate import evaluate as _evaluate
 from htfkernels.ops.evaluate_at import evaluate_at as _evaluate_at
 from htfkernels.ops.full_tensor import full_tensor as _full_tensor
 from htfkernels.ops.slog import slog as _slog
-from htfkernels.plan import Plan, make_plan
+from htfkernels.plan import Plan, plan_for
 from htfkernels.tree import ModeTree, Node
 
 __all__ = ["Weights", "evaluate", "evaluate_at", "full_tensor", "slog_evaluate"]
@@ -234,8 +233,7 @@ def _prepare(
         weights = [w.to(dtype) for w in weights]
         first = weights[0]
         x = None if x is None else x.to(dtype)
-    plan = make_plan(op, layout, first.dtype, device, dispatch.requested())
-    return plan, weights, first if x is None else x
+    return plan_for(op, layout, first.dtype, device), weights, first if x is None else x
 
 
 def _check_same(op: str, weights: Sequence[Tensor], x: Tensor | None) -> None:

@@ -63,6 +63,7 @@ class HTF(nn.Module):
         super().__init__()
         self.layout = Layout.make(tree, mode_dims, ranks, out_features, root, share_weights)
         self.init_std = init_std
+        _ = self.layout.program, self.layout.offsets  # computed now: torch.compile would trace into it
         self.weights = nn.ParameterList(
             nn.Parameter(torch.empty(g.shape, dtype=dtype, device=device)) for g in self.layout.groups
         )

@@ -11,7 +11,7 @@ import torch
 from htfkernels import dispatch
 from htfkernels.layout import Layout
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Plan", "make_plan", "plan_for"]
 
 _log = logging.getLogger("htfkernels")
 
@@ -48,6 +48,21 @@ class Plan:
             shared = "  shared" if g.count < len(g.nodes) else ""
             lines.append(f"{g.level:5}  {len(g.nodes):5}  {g.rows} x {g.cols}{shared}")
         return "\n".join(lines)
+
+
+def plan_for(op: str, layout: Layout, dtype: torch.dtype, device: str) -> Plan:
+    """The plan of a call on the backend that is asked for at this moment.
+
+    Under ``torch.compile`` the choice is made once, at trace time: a compiled function keeps its backend.
+    """
+    if torch.compiler.is_compiling():
+        return Plan(op, layout, dtype, device, _traced_backend(op, dtype, device), "chosen when traced")
+    return make_plan(op, layout, dtype, device, dispatch.requested())
+
+
+@torch.compiler.assume_constant_result
+def _traced_backend(op: str, dtype: torch.dtype, device: str) -> str:
+    return dispatch.choose(dispatch.Spec(op, dtype, device), dispatch.requested())[0]
 
 
 @lru_cache(maxsize=1024)

@@ -39,6 +39,6 @@ def natural_order(layout: Layout, flat: Tensor) -> Tensor:
     """``[prod D_n, out_features]`` in depth-first mode order -> ``[D_0, ..., D_{N-1}(, out_features)]``."""
     order = layout.tree.root.modes
     tensor = flat.reshape([layout.mode_dims[n] for n in order] + [layout.out_features])
-    place = torch.tensor(order).argsort().tolist()
+    place = sorted(range(len(order)), key=order.__getitem__)
     tensor = tensor.permute(*place, len(order))
     return tensor.squeeze(-1) if layout.out_features == 1 else tensor
