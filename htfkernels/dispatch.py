@@ -55,7 +55,9 @@ def use_backend(name: str) -> Iterator[None]:
 def requested() -> str:
     """The backend asked for by :func:`use_backend` or ``HTF_BACKEND``, else ``"auto"``."""
     name = _requested.get()
-    return name if name is not None else _checked(os.environ.get("HTF_BACKEND", "auto"), "HTF_BACKEND")
+    return (
+        name if name is not None else _checked(os.environ.get("HTF_BACKEND", "auto"), "HTF_BACKEND")
+    )
 
 
 def backends() -> dict[str, str | None]:

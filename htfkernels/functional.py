@@ -21,7 +21,9 @@ Weights = Mapping[Node, Tensor] | Sequence[Tensor]
 Vectors = Tensor | Sequence[Tensor]
 
 
-def evaluate(tree: ModeTree, weights: Weights, vectors: Vectors, *, layout: Layout | None = None) -> Tensor:
+def evaluate(
+    tree: ModeTree, weights: Weights, vectors: Vectors, *, layout: Layout | None = None
+) -> Tensor:
     """Contracts the end tensor with one vector per mode.
 
     Leaf ``n`` sends ``m_n = x_n W_n``; an interior node sends ``m_v = p_v W_v`` with ``p_v`` the Hadamard
@@ -51,7 +53,9 @@ def evaluate(tree: ModeTree, weights: Weights, vectors: Vectors, *, layout: Layo
     return run_evaluate(layout, folded, vectors)
 
 
-def evaluate_at(tree: ModeTree, weights: Weights, indices: Tensor, *, layout: Layout | None = None) -> Tensor:
+def evaluate_at(
+    tree: ModeTree, weights: Weights, indices: Tensor, *, layout: Layout | None = None
+) -> Tensor:
     """Entries of the end tensor, without forming it.
 
     Args:
@@ -117,7 +121,9 @@ def run_evaluate_at(layout: Layout, weights: Sequence[Tensor], indices: Tensor) 
     _check_indices(layout, indices)
     plan, weights, _ = _prepare("evaluate_at", layout, weights, None)
     if indices.device != weights[0].device:
-        raise ValueError(f"evaluate_at: indices are on {indices.device}, the weights on {weights[0].device}")
+        raise ValueError(
+            f"evaluate_at: indices are on {indices.device}, the weights on {weights[0].device}"
+        )
     return _squeeze(layout, _evaluate_at(plan, weights, indices))
 
 
@@ -138,7 +144,9 @@ def run_slog(layout: Layout, weights: Sequence[Tensor], vectors: Vectors) -> tup
     return _squeeze(layout, sign), _squeeze(layout, logabs)
 
 
-def fold(op: str, tree: ModeTree, weights: Weights, layout: Layout | None) -> tuple[Layout, list[Tensor]]:
+def fold(
+    op: str, tree: ModeTree, weights: Weights, layout: Layout | None
+) -> tuple[Layout, list[Tensor]]:
     """The layout that the weights' shapes tell, and the weights folded into its groups."""
     if isinstance(weights, Mapping):
         known = {node.index: w for node, w in weights.items()}
@@ -160,7 +168,9 @@ def fold(op: str, tree: ModeTree, weights: Weights, layout: Layout | None) -> tu
         raise ValueError(f"{op}: no weight for {missing}")
     for i, w in known.items():
         if w.dim() != 2:
-            raise ValueError(f"{op}: the weight of {tree.nodes[i]} must be [R_in, R_out], got {list(w.shape)}")
+            raise ValueError(
+                f"{op}: the weight of {tree.nodes[i]} must be [R_in, R_out], got {list(w.shape)}"
+            )
     dims = [known[n.index].shape[0] for n in tree.leaves]
     ranks = {node: known[tree._children[node.index][0]].shape[1] for node in tree.interior}
     summed = root not in known
@@ -179,7 +189,9 @@ def _folded_already(
     op: str, tree: ModeTree, weights: list[Tensor], layout: Layout | None
 ) -> tuple[Layout, list[Tensor]]:
     if layout is None:
-        raise ValueError(f"{op}: folded weights ([F, R_in, R_out]) need layout=, for example model.layout")
+        raise ValueError(
+            f"{op}: folded weights ([F, R_in, R_out]) need layout=, for example model.layout"
+        )
     if layout.tree != tree:
         raise ValueError(f"{op}: the layout is of another tree")
     shapes = [tuple(w.shape) for w in weights]
@@ -193,17 +205,29 @@ def pack_vectors(op: str, layout: Layout, vectors: Vectors) -> Tensor:
     """``[B, N, D]`` or ``N`` tensors ``[B, D_n]`` as one ``[B, sum D_n]``."""
     dims, order = layout.mode_dims, layout.tree.order
     if isinstance(vectors, Tensor):
-        if vectors.dim() != 3 or vectors.shape[1] != order or any(d != vectors.shape[2] for d in set(dims)):
-            expected = f"[B, {order}, {dims[0]}]" if len(set(dims)) == 1 else f"{order} tensors [B, D_n] (the mode dimensions differ)"
+        if (
+            vectors.dim() != 3
+            or vectors.shape[1] != order
+            or any(d != vectors.shape[2] for d in set(dims))
+        ):
+            expected = (
+                f"[B, {order}, {dims[0]}]"
+                if len(set(dims)) == 1
+                else f"{order} tensors [B, D_n] (the mode dimensions differ)"
+            )
             raise ValueError(f"{op}: vectors must be {expected}, got {list(vectors.shape)}")
         return vectors.flatten(1)
     parts = list(vectors)
     if len(parts) != order:
-        raise ValueError(f"{op}: expected {order} tensors of vectors, one per mode, got {len(parts)}")
+        raise ValueError(
+            f"{op}: expected {order} tensors of vectors, one per mode, got {len(parts)}"
+        )
     batch = parts[0].shape[0] if parts[0].dim() else 0
     for n, (part, d) in enumerate(zip(parts, dims, strict=True)):
         if tuple(part.shape) != (batch, d):
-            raise ValueError(f"{op}: the vectors of mode {n} must be [{batch}, {d}], got {list(part.shape)}")
+            raise ValueError(
+                f"{op}: the vectors of mode {n} must be [{batch}, {d}], got {list(part.shape)}"
+            )
     return torch.cat(parts, dim=1)
 
 
@@ -213,13 +237,19 @@ def _check_indices(layout: Layout, indices: Tensor) -> None:
         raise ValueError(
             f"evaluate_at: indices must be int64 [B, {order}], got {indices.dtype} {list(indices.shape)}"
         )
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not len(indices):
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or not len(indices)
+    ):
         return
-    low, high = (t.tolist() for t in indices.aminmax(dim=0))
+    low, high = indices.amin(0).tolist(), indices.amax(0).tolist()
     for n, d in enumerate(layout.mode_dims):
         if low[n] < 0 or high[n] >= d:
             worst = low[n] if low[n] < 0 else high[n]
-            raise IndexError(f"evaluate_at: index {worst} of mode {n} is out of range, its dimension is {d}")
+            raise IndexError(
+                f"evaluate_at: index {worst} of mode {n} is out of range, its dimension is {d}"
+            )
 
 
 def _prepare(
@@ -242,12 +272,20 @@ def _check_same(op: str, weights: Sequence[Tensor], x: Tensor | None) -> None:
         raise ValueError(f"{op}: weights must be floating point, got {first.dtype}")
     for w in weights:
         if w.dtype != first.dtype or w.device != first.device:
-            raise ValueError(f"{op}: weights are {first.dtype} on {first.device} and {w.dtype} on {w.device}")
+            raise ValueError(
+                f"{op}: weights are {first.dtype} on {first.device} and {w.dtype} on {w.device}"
+            )
     if x is None or (x.dtype == first.dtype and x.device == first.device):
         return
-    if x.device == first.device and x.is_floating_point() and torch.is_autocast_enabled(x.device.type):
+    if (
+        x.device == first.device
+        and x.is_floating_point()
+        and torch.is_autocast_enabled(x.device.type)
+    ):
         return
-    raise ValueError(f"{op}: vectors are {x.dtype} on {x.device}, the weights {first.dtype} on {first.device}")
+    raise ValueError(
+        f"{op}: vectors are {x.dtype} on {x.device}, the weights {first.dtype} on {first.device}"
+    )
 
 
 def _squeeze(layout: Layout, result: Tensor) -> Tensor:

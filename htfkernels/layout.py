@@ -21,7 +21,16 @@ RootKind = Literal["linear", "sum"]
 Ranks = int | Sequence[int] | Mapping[Node, int]
 
 # One row of `Layout.program` for each node, in execution order; csrc/cpu/program.h reads the same.
-PROGRAM_HEADER = ("version", "steps", "groups", "buffers", "out_features", "x_width", "order", "sum_root")
+PROGRAM_HEADER = (
+    "version",
+    "steps",
+    "groups",
+    "buffers",
+    "out_features",
+    "x_width",
+    "order",
+    "sum_root",
+)
 PROGRAM_FIELDS = (
     "group", "slot", "rows", "cols", "mode", "offset", "parent", "first", "buffer", "children", "node",
 )  # fmt: skip
@@ -102,7 +111,9 @@ class Layout:
         else:
             dims = tuple(int(d) for d in mode_dims)
             if len(dims) != tree.order:
-                raise ValueError(f"mode_dims: expected {tree.order} (one per mode), got {len(dims)}")
+                raise ValueError(
+                    f"mode_dims: expected {tree.order} (one per mode), got {len(dims)}"
+                )
         if min(dims) < 1:
             raise ValueError(f"mode_dims: expected positive dimensions, got {min(dims)}")
         if root not in ("linear", "sum"):
@@ -115,7 +126,16 @@ class Layout:
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.tree, self.mode_dims, self.ranks, self.out_features, self.root, self.share_weights))
+        return hash(
+            (
+                self.tree,
+                self.mode_dims,
+                self.ranks,
+                self.out_features,
+                self.root,
+                self.share_weights,
+            )
+        )
 
     def __hash__(self) -> int:
         return self._hash

@@ -63,9 +63,13 @@ class HTF(nn.Module):
         super().__init__()
         self.layout = Layout.make(tree, mode_dims, ranks, out_features, root, share_weights)
         self.init_std = init_std
-        _ = self.layout.program, self.layout.offsets  # computed now: torch.compile would trace into it
+        _ = (
+            self.layout.program,
+            self.layout.offsets,
+        )  # computed now: torch.compile would trace into it
         self.weights = nn.ParameterList(
-            nn.Parameter(torch.empty(g.shape, dtype=dtype, device=device)) for g in self.layout.groups
+            nn.Parameter(torch.empty(g.shape, dtype=dtype, device=device))
+            for g in self.layout.groups
         )
         self.reset_parameters()
 
@@ -81,6 +85,10 @@ class HTF(nn.Module):
         """The mode tree."""
         return self.layout.tree
 
+    def _folded(self) -> list[Tensor]:
+        # Not list(self.weights): iterating a ParameterList costs as much as a small tree.
+        return list(self.weights._parameters.values())  # type: ignore[arg-type]
+
     def forward(self, vectors: Tensor | Sequence[Tensor]) -> Tensor:
         """Contracts the end tensor with vectors, see :func:`htfkernels.evaluate`.
 
@@ -90,19 +98,19 @@ class HTF(nn.Module):
         Returns:
             ``[B]``, or ``[B, out_features]``.
         """
-        return functional.run_evaluate(self.layout, list(self.weights), vectors)
+        return functional.run_evaluate(self.layout, self._folded(), vectors)
 
     def at(self, indices: Tensor) -> Tensor:
         """Entries of the end tensor: ``[B, N]`` int64 ``-> [B]`` or ``[B, out_features]``."""
-        return functional.run_evaluate_at(self.layout, list(self.weights), indices)
+        return functional.run_evaluate_at(self.layout, self._folded(), indices)
 
     def full_tensor(self) -> Tensor:
         """The end tensor ``[D_0, ..., D_{N-1}]`` (``out_features`` behind, where there are several)."""
-        return functional.run_full_tensor(self.layout, list(self.weights))
+        return functional.run_full_tensor(self.layout, self._folded())
 
     def slog(self, vectors: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """``(sign, logabs)`` of :meth:`forward`, without overflow or underflow at any order."""
-        return functional.run_slog(self.layout, list(self.weights), vectors)
+        return functional.run_slog(self.layout, self._folded(), vectors)
 
     def node_weight(self, node: Node) -> Tensor:
         """A node's ``[R_in, R_out]`` matrix: a view into the parameters, so that writing into it (under

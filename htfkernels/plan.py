@@ -56,7 +56,9 @@ def plan_for(op: str, layout: Layout, dtype: torch.dtype, device: str) -> Plan:
     Under ``torch.compile`` the choice is made once, at trace time: a compiled function keeps its backend.
     """
     if torch.compiler.is_compiling():
-        return Plan(op, layout, dtype, device, _traced_backend(op, dtype, device), "chosen when traced")
+        return Plan(
+            op, layout, dtype, device, _traced_backend(op, dtype, device), "chosen when traced"
+        )
     return make_plan(op, layout, dtype, device, dispatch.requested())
 
 

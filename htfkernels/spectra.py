@@ -44,7 +44,9 @@ def matricization_spectra(
         ValueError: there is no such method, or a node is of another tree.
     """
     if method not in ("auto", "qr", "gram"):
-        raise ValueError(f'matricization_spectra: method must be "auto", "qr" or "gram", got {method!r}')
+        raise ValueError(
+            f'matricization_spectra: method must be "auto", "qr" or "gram", got {method!r}'
+        )
     wanted = [n for n in tree.nodes if not n.is_root] if nodes is None else list(nodes)
     foreign = next((n for n in wanted if n.tree != tree), None)
     if foreign is not None:
@@ -53,13 +55,19 @@ def matricization_spectra(
     return spectrum(tree, {n.index: w for n, w in weights.items()}, wanted)
 
 
-def _by_factors(tree: ModeTree, weights: dict[int, Tensor], wanted: list[Node]) -> dict[Node, Tensor]:
+def _by_factors(
+    tree: ModeTree, weights: dict[int, Tensor], wanted: list[Node]
+) -> dict[Node, Tensor]:
     frames: dict[int, Tensor] = {}
     for node in tree.nodes:
         w = weights[node.index]
-        frames[node.index] = _triangle(w if node.is_leaf else _rows([frames[c.index] for c in node.children]) @ w)
+        frames[node.index] = _triangle(
+            w if node.is_leaf else _rows([frames[c.index] for c in node.children]) @ w
+        )
     outputs = weights[tree.root.index].shape[1]
-    environments = {tree.root.index: torch.eye(outputs, dtype=frames[0].dtype, device=frames[0].device)}
+    environments = {
+        tree.root.index: torch.eye(outputs, dtype=frames[0].dtype, device=frames[0].device)
+    }
     for node in reversed(tree.interior):
         above = environments[node.index] @ weights[node.index].T
         for child in node.children:
@@ -76,12 +84,18 @@ def _by_grams(tree: ModeTree, weights: dict[int, Tensor], wanted: list[Node]) ->
         w = double[node.index]
         inner = w if node.is_leaf else reduce(torch.mul, [up[c.index] for c in node.children]) @ w
         up[node.index] = w.T @ inner
-    down = {tree.root.index: torch.eye(double[tree.root.index].shape[1], dtype=torch.float64, device=inner.device)}
+    down = {
+        tree.root.index: torch.eye(
+            double[tree.root.index].shape[1], dtype=torch.float64, device=inner.device
+        )
+    }
     for node in reversed(tree.interior):
         w = double[node.index]
         above = w @ down[node.index] @ w.T
         for child in node.children:
-            down[child.index] = reduce(torch.mul, [above, *(up[c.index] for c in node.children if c != child)])
+            down[child.index] = reduce(
+                torch.mul, [above, *(up[c.index] for c in node.children if c != child)]
+            )
     spectra = {}
     for node in wanted:
         root = _root_of_gram(up[node.index])

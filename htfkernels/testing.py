@@ -41,6 +41,7 @@ __all__ = [
     "operation",
     "random_tree",
     "second",
+    "small_cases",
     "tolerance",
 ]
 
@@ -164,6 +165,20 @@ def cases() -> list[Case]:
     ]
 
 
+def small_cases() -> list[Case]:
+    """Cases small enough to differentiate by finite differences."""
+    make, T = Layout.make, ModeTree
+    irregular = T.from_nested((((0,), 2), 1, (3,)))
+    ranks = {node: 3 if node.level == 1 else 2 for node in irregular.interior}
+    return [
+        Case("small_irregular", make(irregular, [2, 3, 1, 2], ranks, 2), 3),
+        Case("small_flat_sum", make(T.flat(3), [2, 3, 2], 2, root="sum"), 2),
+        Case("small_chain_sum", make(T.chain(4), [2, 3], [2, 3, 2], root="sum"), 2),
+        Case("small_shared", make(T.balanced(4), 2, 2, share_weights=True), 2),
+        Case("small_numbers", make(T.balanced(2), 1, 1), 1),
+    ]
+
+
 @dataclass(frozen=True)
 class Inputs:
     """Arguments for a case.
@@ -262,7 +277,9 @@ def second(function: Function) -> Function:
         leaves = [t.detach().requires_grad_() for t in (cotangent, *arguments)]
         value = function(*leaves[1:])
         first = torch.autograd.grad(value, leaves[1:], leaves[0], create_graph=True)
-        return torch.autograd.grad(first, leaves, directions, allow_unused=True, materialize_grads=True)
+        return torch.autograd.grad(
+            first, leaves, directions, allow_unused=True, materialize_grads=True
+        )
 
     return run
 
@@ -313,10 +330,15 @@ def assert_matches(
         AssertionError: shapes differ, or an entry is further off than the table allows.
     """
     if scale is None:
-        scale = [torch.full_like(e, float(e.abs().max()) if e.numel() else 1.0) for e in _flat(expected64)]
+        scale = [
+            torch.full_like(e, float(e.abs().max()) if e.numel() else 1.0)
+            for e in _flat(expected64)
+        ]
     for i, (a, e, s) in enumerate(_leaves(actual, expected64, scale)):
         if a.shape != e.shape:
-            raise AssertionError(f"result {i}: expected the shape {list(e.shape)}, got {list(a.shape)}")
+            raise AssertionError(
+                f"result {i}: expected the shape {list(e.shape)}, got {list(a.shape)}"
+            )
         found, allowed = error(a, e, s), tolerance(dtype, direction)
         if not found <= allowed:
             raise AssertionError(

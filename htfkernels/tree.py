@@ -244,7 +244,9 @@ class ModeTree:
         end of a level goes up through a one-child node."""
         if arity < 2:
             raise ValueError(f"balanced: arity must be at least 2, got {arity}")
-        return cls._by_merging(order, lambda n: [list(range(i, min(i + arity, n))) for i in range(0, n, arity)])
+        return cls._by_merging(
+            order, lambda n: [list(range(i, min(i + arity, n))) for i in range(0, n, arity)]
+        )
 
     @classmethod
     def halves(cls, order: int) -> ModeTree:
@@ -266,7 +268,9 @@ class ModeTree:
         if height < 1 or width < 1 or height * width < 2:
             raise ValueError(f"grid: expected at least two cells, got {height} x {width}")
         if down < 1 or across < 1 or (down == 1 and height > 1) or (across == 1 and width > 1):
-            raise ValueError(f"grid: the window {(down, across)} never merges a {height} x {width} grid")
+            raise ValueError(
+                f"grid: the window {(down, across)} never merges a {height} x {width} grid"
+            )
         parents: list[int] = []
         rows, columns, first = height, width, 0
         while rows * columns > 1:
@@ -363,7 +367,9 @@ class ModeTree:
         """
         wanted = {modes} if isinstance(modes, int) else set(modes)
         if not wanted or not wanted <= set(range(self.order)):
-            raise KeyError(f"no node over the modes {sorted(wanted)}: the modes are 0..{self.order - 1}")
+            raise KeyError(
+                f"no node over the modes {sorted(wanted)}: the modes are 0..{self.order - 1}"
+            )
         at: int = min(wanted)
         while at >= 0:
             start, stop = self._spans[at]
@@ -375,7 +381,9 @@ class ModeTree:
                 break
             at = self.parents[at]
         where = "" if level is None else f" at level {level}"
-        raise KeyError(f"no node over the modes {_format_modes(tuple(sorted(wanted)))}{where} in this tree")
+        raise KeyError(
+            f"no node over the modes {_format_modes(tuple(sorted(wanted)))}{where} in this tree"
+        )
 
     def to_nested(self) -> Any:
         """The tree as nested tuples, the inverse of :meth:`from_nested`."""
@@ -433,7 +441,13 @@ class ModeTree:
             children = node.children
             for i in reversed(range(len(children))):
                 last = i == len(children) - 1
-                stack.append((children[i], rest + ("└─ " if last else "├─ "), rest + ("   " if last else "│  ")))
+                stack.append(
+                    (
+                        children[i],
+                        rest + ("└─ " if last else "├─ "),
+                        rest + ("   " if last else "│  "),
+                    )
+                )
         if stack:
             lines.append(f"... {len(self.parents) - len(lines)} more of {len(self.parents)} nodes")
         return "\n".join(lines)
@@ -483,18 +497,24 @@ def _analyse(order: int, parents: list[int]) -> tuple[list[list[int]], list[int]
     if order < 2:
         raise ValueError(f"a mode tree needs at least 2 modes, got order {order}")
     if count <= order:
-        raise ValueError(f"a mode tree of order {order} needs a root above its leaves, got {count} nodes")
+        raise ValueError(
+            f"a mode tree of order {order} needs a root above its leaves, got {count} nodes"
+        )
     children: list[list[int]] = [[] for _ in range(count)]
     for i, p in enumerate(parents):
         if not -1 <= p < count or p == i:
-            raise ValueError(f"node {i} has the parent {p}: expected -1 or another of {count} nodes")
+            raise ValueError(
+                f"node {i} has the parent {p}: expected -1 or another of {count} nodes"
+            )
         if p >= 0:
             if p < order:
                 raise ValueError(f"node {i} has the leaf {p} as its parent")
             children[p].append(i)
     roots = [i for i, p in enumerate(parents) if p == -1]
     if len(roots) != 1:
-        raise ValueError(f"a mode tree has one root, got {len(roots)} nodes without a parent: {roots[:8]}")
+        raise ValueError(
+            f"a mode tree has one root, got {len(roots)} nodes without a parent: {roots[:8]}"
+        )
     for i in range(order, count):
         if not children[i]:
             raise ValueError(f"node {i} is empty: it has no children and is no leaf")

@@ -1,7 +1,9 @@
-// Dense building blocks of the CPU operations, compiled once per instruction set and chosen at run time.
+// Dense building blocks of the CPU operations, compiled once per instruction set and chosen at run
+// time.
 //
-// All matrices are row major. "Padded" means a multiple of kPad<T> columns (64 bytes): buffers of this
-// library have padded rows whose extra columns hold zeros, so that no kernel has a column remainder.
+// All matrices are row major. "Padded" means a multiple of kPad<T> columns (64 bytes): buffers of
+// this library have padded rows whose extra columns hold zeros, so that no kernel has a column
+// remainder.
 #pragma once
 
 #include <cstdint>
@@ -22,13 +24,14 @@ template <class T>
 struct Kernels {
   const char* name;
 
-  // C[m x n] (=, +=, *=) A[m x k] B[k x n]. Element (i, l) of A lies at a[i * row_stride + l * col_stride]:
-  // a transposed operand costs nothing. n is padded; every element of C is one sum over l = 0 .. k-1 in
-  // that order, so results do not depend on how the rows are split into tiles.
+  // C[m x n] (=, +=, *=) A[m x k] B[k x n]. Element (i, l) of A lies at a[i * row_stride + l *
+  // col_stride]: a transposed operand costs nothing. n is padded; every element of C is one sum
+  // over l = 0 .. k-1 in that order, so results do not depend on how the rows are split into tiles.
   void (*gemm)(int64_t m, int64_t n, int64_t k, const T* a, int64_t row_stride, int64_t col_stride,
                const T* b, int64_t ldb, T* c, int64_t ldc, Store store);
 
-  // out[m x n] (=, +=) x * y, elementwise; n is padded; out may be x or y. A stride of 0 repeats a row.
+  // out[m x n] (=, +=) x * y, elementwise; n is padded; out may be x or y. A stride of 0 repeats a
+  // row.
   void (*product)(int64_t m, int64_t n, const T* x, int64_t ldx, const T* y, int64_t ldy, T* out,
                   int64_t ldo, Store store);
 

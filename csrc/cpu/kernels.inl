@@ -1,6 +1,7 @@
 // The kernels of kernels.h in GCC vector extensions. Included once per instruction set, with
-// HTF_VECTOR_BYTES and HTF_ROWS (rows of a register tile) set and the target pragma in force; everything
-// here has internal linkage, so that no instruction of one set leaks into another's code.
+// HTF_VECTOR_BYTES and HTF_ROWS (rows of a register tile) set and the target pragma in force;
+// everything here has internal linkage, so that no instruction of one set leaks into another's
+// code.
 
 namespace htf {
 namespace {
@@ -31,8 +32,8 @@ HTF_INLINE void put(T* p, typename VectorOf<T>::Reg v) {
 
 // One register tile: ROWS x (VECS vectors). UNIT: consecutive rows of A lie side by side.
 template <class T, int ROWS, int VECS, bool UNIT>
-void tile(int64_t k, const T* a, int64_t row_stride, int64_t col_stride, const T* b, int64_t ldb, T* c,
-          int64_t ldc, Store store) {
+void tile(int64_t k, const T* a, int64_t row_stride, int64_t col_stride, const T* b, int64_t ldb,
+          T* c, int64_t ldc, Store store) {
   using Reg = typename VectorOf<T>::Reg;
   constexpr int W = HTF_VECTOR_BYTES / sizeof(T);
   const int64_t rs = UNIT ? 1 : row_stride;
@@ -65,8 +66,8 @@ void tile(int64_t k, const T* a, int64_t row_stride, int64_t col_stride, const T
 }
 
 template <class T, int ROWS, int VECS>
-HTF_INLINE void tile_of(int64_t k, const T* a, int64_t rs, int64_t cs, const T* b, int64_t ldb, T* c,
-                        int64_t ldc, Store store) {
+HTF_INLINE void tile_of(int64_t k, const T* a, int64_t rs, int64_t cs, const T* b, int64_t ldb,
+                        T* c, int64_t ldc, Store store) {
   if (rs == 1)
     tile<T, ROWS, VECS, true>(k, a, rs, cs, b, ldb, c, ldc, store);
   else
@@ -74,8 +75,8 @@ HTF_INLINE void tile_of(int64_t k, const T* a, int64_t rs, int64_t cs, const T* 
 }
 
 template <class T, int VECS, int ROWS>
-HTF_INLINE void remainder(int64_t m, int64_t k, const T* a, int64_t rs, int64_t cs, const T* b, int64_t ldb,
-                          T* c, int64_t ldc, Store store) {
+HTF_INLINE void remainder(int64_t m, int64_t k, const T* a, int64_t rs, int64_t cs, const T* b,
+                          int64_t ldb, T* c, int64_t ldc, Store store) {
   if constexpr (ROWS > 0) {
     if (m == ROWS)
       tile_of<T, ROWS, VECS>(k, a, rs, cs, b, ldb, c, ldc, store);
@@ -95,8 +96,8 @@ void panel(int64_t m, int64_t k, const T* a, int64_t rs, int64_t cs, const T* b,
 }
 
 template <class T>
-void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t rs, int64_t cs, const T* b, int64_t ldb, T* c,
-          int64_t ldc, Store store) {
+void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t rs, int64_t cs, const T* b,
+          int64_t ldb, T* c, int64_t ldc, Store store) {
   constexpr int64_t W = HTF_VECTOR_BYTES / sizeof(T);
   int64_t left = n / W, j = 0;
   while (left > 0) {
@@ -114,8 +115,8 @@ void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t rs, int64_t cs, c
 }
 
 template <class T>
-void product(int64_t m, int64_t n, const T* x, int64_t ldx, const T* y, int64_t ldy, T* out, int64_t ldo,
-             Store store) {
+void product(int64_t m, int64_t n, const T* x, int64_t ldx, const T* y, int64_t ldy, T* out,
+             int64_t ldo, Store store) {
   constexpr int64_t W = HTF_VECTOR_BYTES / sizeof(T);
   const bool add = store == Store::add;
   for (int64_t i = 0; i < m; ++i, x += ldx, y += ldy, out += ldo)

@@ -1,5 +1,5 @@
-// The tree as the operations read it: htfkernels/layout.py writes it as one int64 tensor (a header, then
-// a row for every node, children before parents, in the order that needs fewest buffers).
+// The tree as the operations read it: htfkernels/layout.py writes it as one int64 tensor (a header,
+// then a row for every node, children before parents, in the order that needs fewest buffers).
 #pragma once
 
 #include <vector>
@@ -9,14 +9,14 @@
 namespace htf {
 
 struct Step {
-  int64_t group, slot;  // its weight; group -1: the root of a "sum"
-  int64_t rows, cols;   // shape of the weight
-  int64_t mode, offset; // leaf: its mode and first column in the packed vectors; else -1
-  int64_t parent;       // step of the parent, -1 for the root
-  int64_t first;        // whether it is the first child to send its message
-  int64_t buffer;       // interior: which buffer holds its product
-  int64_t children;     // number of children
-  int64_t node;         // index in tree.nodes
+  int64_t group, slot;   // its weight; group -1: the root of a "sum"
+  int64_t rows, cols;    // shape of the weight
+  int64_t mode, offset;  // leaf: its mode and first column in the packed vectors; else -1
+  int64_t parent;        // step of the parent, -1 for the root
+  int64_t first;         // whether it is the first child to send its message
+  int64_t buffer;        // interior: which buffer holds its product
+  int64_t children;      // number of children
+  int64_t node;          // index in tree.nodes
 };
 constexpr int64_t kHeader = 8;
 constexpr int64_t kFields = 11;
@@ -27,8 +27,8 @@ struct Program {
   bool sum_root;
   const Step* step;  // points into the tensor
 
-  // Reads and checks a program against the weights: the one place where the operations' arguments are
-  // looked at. Everything behind it trusts the sizes.
+  // Reads and checks a program against the weights: the one place where the operations' arguments
+  // are looked at. Everything behind it trusts the sizes.
   Program(const char* op, const Tensor& program, const std::vector<Tensor>& weights,
           int64_t out_features) {
     check(program.is_cpu() && program.scalar_type() == ScalarType::Long && program.dim() == 1 &&

@@ -1,4 +1,5 @@
-// Small things the CPU operations share: errors, aligned memory, work spread over PyTorch's threads.
+// Small things the CPU operations share: errors, aligned memory, work spread over PyTorch's
+// threads.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -62,9 +63,10 @@ class Buffer {
 // Work below this many multiply-adds (or elements moved) is not worth waking other threads for.
 constexpr int64_t kWorthThreads = 1 << 16;
 
-// Runs f(item, scratch) for every item, the next free thread taking the next item; items must not share
-// results. Each thread has scratch memory of its own. Allocates before the threads start: an exception
-// inside PyTorch's parallel region would lose its message. work is that of all items together.
+// Runs f(item, scratch) for every item, the next free thread taking the next item; items must not
+// share results. Each thread has scratch memory of its own. Allocates before the threads start: an
+// exception inside PyTorch's parallel region would lose its message. work is that of all items
+// together.
 template <class T, class F>
 void for_each_item(int64_t items, int64_t work, int64_t scratch_size, const F& f) {
   const int64_t threads =
@@ -98,10 +100,14 @@ struct ComputeOf<BFloat16> {
 template <class F>
 auto with_dtype(ScalarType dtype, const char* op, const F& f) {
   switch (dtype) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Double: return f(double{});
-    case ScalarType::BFloat16: return f(BFloat16{});
-    default: fail(op, ": weights must be float32, float64 or bfloat16, got ", toString(dtype));
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::BFloat16:
+      return f(BFloat16{});
+    default:
+      fail(op, ": weights must be float32, float64 or bfloat16, got ", toString(dtype));
   }
 }
 

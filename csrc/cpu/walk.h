@@ -1,13 +1,13 @@
 // The tree walk on batches of rows, shared by evaluate and evaluate_at.
 //
-// Forward: a tile of rows goes depth first from the leaves to the root; each node's message is one small
-// GEMM whose epilogue multiplies it into the parent's product, so the Hadamard product costs no pass and
-// about log2(order) buffers of a tile stay in the core's cache.
+// Forward: a tile of rows goes depth first from the leaves to the root; each node's message is one
+// small GEMM whose epilogue multiplies it into the parent's product, so the Hadamard product costs
+// no pass and about log2(order) buffers of a tile stay in the core's cache.
 //
 // Backward, by chunks of rows: (a) tiles recompute and keep the chunk's messages m_v and then their
 // gradients dm_v, top down: dp_v = dm_v W_v^T, dm_c = dp_v * (product of the siblings' messages);
-// (b) each weight's gradient adds p_v^T dm_v over the chunk. A weight's gradient has one owner in (b), so
-// there is no copy per thread, and the bits do not depend on the number of threads.
+// (b) each weight's gradient adds p_v^T dm_v over the chunk. A weight's gradient has one owner in
+// (b), so there is no copy per thread, and the bits do not depend on the number of threads.
 #pragma once
 
 #include <tuple>
@@ -18,7 +18,7 @@
 namespace htf {
 
 constexpr int64_t kForwardTile = 64;
-constexpr int64_t kBackwardTile = 32;
+constexpr int64_t kBackwardTile = 64;
 constexpr int64_t kGradientBlock = 96;              // rows of a weight's gradient in one work item
 constexpr int64_t kChunkBytes = int64_t{48} << 20;  // messages and gradients kept at a time
 
@@ -69,22 +69,24 @@ class Walk {
   void forward(int64_t batch, S* out) const {
     const int64_t tile = std::min(kForwardTile, std::max<int64_t>(batch, 1));
     const int64_t scratch = (p_.buffers + 2) * tile * widest_;
-    for_each_item<T>((batch + tile - 1) / tile, batch * macs_, scratch, [&](int64_t item, T* buffers) {
-      const int64_t b = item * tile;
-      forward_tile(b, std::min(tile, batch - b), tile * widest_, buffers, out);
-    });
+    for_each_item<T>((batch + tile - 1) / tile, batch * macs_, scratch,
+                     [&](int64_t item, T* buffers) {
+                       const int64_t b = item * tile;
+                       forward_tile(b, std::min(tile, batch - b), tile * widest_, buffers, out);
+                     });
   }
 
   // grad [batch, outputs] contiguous; dx [batch, x_width] or null.
   void backward(int64_t batch, const S* grad, WeightGradients<S>& dw, S* dx) const {
     const auto transposed = transpose(w_);
-    std::vector<int64_t> column(p_.steps + 1, 0);  // where a step's message lies in a row of the chunk
+    std::vector<int64_t> column(p_.steps + 1,
+                                0);  // where a step's message lies in a row of the chunk
     for (int64_t s = 0; s < p_.steps; ++s) column[s + 1] = column[s] + padded<T>(p_.step[s].cols);
     const int64_t width = column[p_.steps];
     const int64_t fit = kChunkBytes / (2 * width * static_cast<int64_t>(sizeof(T)));
-    const int64_t chunk =
-        std::min((batch + kBackwardTile - 1) / kBackwardTile,
-                 std::clamp<int64_t>(fit / kBackwardTile, 2, 32)) * kBackwardTile;
+    const int64_t chunk = std::min((batch + kBackwardTile - 1) / kBackwardTile,
+                                   std::clamp<int64_t>(fit / kBackwardTile, 2, 32)) *
+                          kBackwardTile;
     Buffer<T> messages(chunk * width), gradients(chunk * width);
     const std::vector<Item> items = gradient_items(dw);
     const std::vector<std::vector<int64_t>> children = children_of();
@@ -93,16 +95,13 @@ class Walk {
       // A step's rows of a tile lie together: [tile][step][row][column].
       const Chunk c{b0, rows, width, column.data(), messages.get(), gradients.get()};
       for_each_item<T>((rows + kBackwardTile - 1) / kBackwardTile, 2 * rows * macs_,
-                       3 * kBackwardTile * widest_,
-                       [&](int64_t item, T* scratch) {
+                       3 * kBackwardTile * widest_, [&](int64_t item, T* scratch) {
                          recompute(c, item, children, scratch);
                          descend(c, item, children, transposed, grad, dx, scratch);
                        });
-      for_each_item<T>(static_cast<int64_t>(items.size()), rows * macs_,
-                       kBackwardTile * widest_,
-                       [&](int64_t item, T* scratch) {
-                         accumulate(c, items[item], children, dw, scratch);
-                       });
+      for_each_item<T>(
+          static_cast<int64_t>(items.size()), rows * macs_, kBackwardTile * widest_,
+          [&](int64_t item, T* scratch) { accumulate(c, items[item], children, dw, scratch); });
     }
   }
 
@@ -231,8 +230,8 @@ class Walk {
   }
 
   // dm_c = dp * (product of the siblings' messages), by running products from both ends.
-  void split(const Chunk& c, int64_t item, const std::vector<int64_t>& children, int64_t n, int64_t ld,
-             T* dp, T* other) const {
+  void split(const Chunk& c, int64_t item, const std::vector<int64_t>& children, int64_t n,
+             int64_t ld, T* dp, T* other) const {
     const int64_t count = static_cast<int64_t>(children.size());
     auto m = [&](int64_t i) { return c.at(c.messages, item, children[i]); };
     auto dm = [&](int64_t i) { return c.at(c.gradients, item, children[i]); };
@@ -257,8 +256,9 @@ class Walk {
     }
   }
 
-  void accumulate(const Chunk& c, const Item& item, const std::vector<std::vector<int64_t>>& children,
-                  WeightGradients<S>& dw, T* scratch) const {
+  void accumulate(const Chunk& c, const Item& item,
+                  const std::vector<std::vector<int64_t>>& children, WeightGradients<S>& dw,
+                  T* scratch) const {
     const int64_t ld_out = dw.ld(item.group);
     T* out = dw.at(item.group, item.slot) + item.row * ld_out;
     const int64_t tiles = (c.rows + kBackwardTile - 1) / kBackwardTile;

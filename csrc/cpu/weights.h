@@ -23,7 +23,8 @@ void unpack_rows(int64_t rows, int64_t cols, const T* x, int64_t ldx, S* out, in
     for (int64_t j = 0; j < cols; ++j) out[i * ldo + j] = static_cast<S>(x[i * ldx + j]);
 }
 
-// One folded group [F, rows, cols], its rows padded; the caller's own memory where that fits as it is.
+// One folded group [F, rows, cols], its rows padded; the caller's own memory where that fits as it
+// is.
 template <class S>
 struct PackedGroup {
   using T = typename ComputeOf<S>::type;

@@ -3,9 +3,11 @@
 namespace htf {
 namespace {
 
-void check_x(const char* op, const Program& program, const std::vector<Tensor>& weights, const Tensor& x) {
-  check(x.is_cpu() && x.scalar_type() == weights[0].scalar_type(), op, ": x must be a CPU tensor of the weights' dtype ",
-        toString(weights[0].scalar_type()), ", got ", toString(x.scalar_type()));
+void check_x(const char* op, const Program& program, const std::vector<Tensor>& weights,
+             const Tensor& x) {
+  check(x.is_cpu() && x.scalar_type() == weights[0].scalar_type(), op,
+        ": x must be a CPU tensor of the weights' dtype ", toString(weights[0].scalar_type()),
+        ", got ", toString(x.scalar_type()));
   check(x.dim() == 2 && x.size(1) == program.x_width, op, ": x must be [B, ", program.x_width,
         "], got ", x.dim(), " dimensions and ", x.dim() > 0 ? x.size(x.dim() - 1) : 0, " columns");
 }
@@ -24,8 +26,8 @@ std::vector<Tensor> evaluate_backward(const Tensor& grad, const std::vector<Tens
   check_x("evaluate_backward", p, weights, x);
   check(grad.is_cpu() && grad.scalar_type() == x.scalar_type() && grad.size(0) == x.size(0),
         "evaluate_backward: grad must be [", x.size(0), ", ", p.outputs, "] of the weights' dtype");
-  check(needs.size() == weights.size() + 1, "evaluate_backward: needs must have ", weights.size() + 1,
-        " entries, got ", needs.size());
+  check(needs.size() == weights.size() + 1, "evaluate_backward: needs must have ",
+        weights.size() + 1, " entries, got ", needs.size());
   return evaluate_backward_cpu(p, grad, weights, x, needs);
 }
 

@@ -9,8 +9,8 @@
 //   program  the tree, see cpu/program.h
 //   result   [B, out_features]
 //
-// evaluate_backward gives the gradients of the weights and of x for which needs is not 0, and empty tensors
-// for the others. bfloat16 is computed in float32.
+// evaluate_backward gives the gradients of the weights and of x for which needs is not 0, and empty
+// tensors for the others. bfloat16 is computed in float32.
 #pragma once
 
 #include "cpu/program.h"

@@ -17,8 +17,7 @@ Tensor evaluate_cpu(const Program& program, const std::vector<Tensor>& weights, 
   with_dtype(x.scalar_type(), "evaluate", [&](auto s) {
     using S = decltype(s);
     const DenseRows<S> source{rows.const_data_ptr<S>(), rows.stride(0)};
-    Walk<S, DenseRows<S>>(program, weights, source)
-        .forward(x.size(0), out.mutable_data_ptr<S>());
+    Walk<S, DenseRows<S>>(program, weights, source).forward(x.size(0), out.mutable_data_ptr<S>());
   });
   return out;
 }

@@ -44,7 +44,8 @@ std::vector<Tensor> evaluate_at_backward(const Tensor& grad, const std::vector<T
 }  // namespace htf
 
 STABLE_TORCH_LIBRARY_FRAGMENT(htfkernels, m) {
-  m.def("evaluate_at(Tensor[] weights, Tensor indices, Tensor program, int out_features) -> Tensor");
+  m.def(
+      "evaluate_at(Tensor[] weights, Tensor indices, Tensor program, int out_features) -> Tensor");
   m.def(
       "evaluate_at_backward(Tensor grad, Tensor[] weights, Tensor indices, Tensor program, int[] "
       "needs) -> Tensor[]");

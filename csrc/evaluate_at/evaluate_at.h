@@ -1,5 +1,5 @@
-// evaluate_at: entries of a tree's end tensor. As evaluate on one-hot vectors: a leaf's message is a row of
-// its weight.
+// evaluate_at: entries of a tree's end tensor. As evaluate on one-hot vectors: a leaf's message is
+// a row of its weight.
 //
 //   weights  one [F, R_in, R_out] per group      float32, float64 or bfloat16
 //   indices  [B, order]                          int64, 0 <= indices[:, n] < D_n

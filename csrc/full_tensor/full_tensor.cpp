@@ -17,7 +17,8 @@ int64_t entries_of(const Program& program) {
 Tensor full_tensor(const std::vector<Tensor>& weights, const Tensor& program, int64_t entries,
                    int64_t out_features) {
   const Program p("full_tensor", program, weights, out_features);
-  check(entries == entries_of(p), "full_tensor: entries must be ", entries_of(p), ", got ", entries);
+  check(entries == entries_of(p), "full_tensor: entries must be ", entries_of(p), ", got ",
+        entries);
   return full_tensor_cpu(p, weights, entries);
 }
 
@@ -38,7 +39,9 @@ std::vector<Tensor> full_tensor_backward(const Tensor& grad, const std::vector<T
 
 STABLE_TORCH_LIBRARY_FRAGMENT(htfkernels, m) {
   m.def("full_tensor(Tensor[] weights, Tensor program, int entries, int out_features) -> Tensor");
-  m.def("full_tensor_backward(Tensor grad, Tensor[] weights, Tensor program, int[] needs) -> Tensor[]");
+  m.def(
+      "full_tensor_backward(Tensor grad, Tensor[] weights, Tensor program, int[] needs) -> "
+      "Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(htfkernels, CPU, m) {

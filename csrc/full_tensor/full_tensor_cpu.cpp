@@ -42,7 +42,8 @@ class FullTensor {
       const Step& st = p_.step[s];
       if (p_.is_leaf(s)) smallest[s] = st.mode;
       auto& mine = children_[s];
-      std::sort(mine.begin(), mine.end(), [&](int64_t a, int64_t b) { return smallest[a] < smallest[b]; });
+      std::sort(mine.begin(), mine.end(),
+                [&](int64_t a, int64_t b) { return smallest[a] < smallest[b]; });
       if (!mine.empty()) smallest[s] = smallest[mine[0]];
       if (st.parent >= 0) children_[st.parent].push_back(s);
     }
@@ -57,26 +58,27 @@ class FullTensor {
     const int64_t block = std::min(kColumns, right_t.ld);
     for_each_item<T>(tiles_of(nl), nl * nr * rank * outs, kTile * (block + left_.ld),
                      [&](int64_t item, T* scratch) {
-      const int64_t i = item * kTile, n = std::min(kTile, nl - i);
-      T* scaled = scratch + kTile * block;
-      for (int64_t o = 0; o < outs; ++o) {
-        const T* a = weighted(i, n, o, scaled);
-        for (int64_t j = 0; j < nr; j += kColumns) {
-          const int64_t cols = std::min(kColumns, nr - j);
-          T* c = scratch;
-          int64_t ldc = block;
-          if constexpr (std::is_same_v<S, T>) {
-            if (outs == 1 && nr == right_t.ld) c = out + i * nr + j, ldc = nr;
-          }
-          k_.gemm(n, padded<T>(cols), rank, a, left_.ld, 1, right_t.row(0) + j, right_t.ld, c, ldc,
-                  Store::assign);
-          if (c != scratch) continue;
-          for (int64_t r = 0; r < n; ++r)
-            for (int64_t q = 0; q < cols; ++q)
-              out[((i + r) * nr + j + q) * outs + o] = static_cast<S>(c[r * ldc + q]);
-        }
-      }
-    });
+                       const int64_t i = item * kTile, n = std::min(kTile, nl - i);
+                       T* scaled = scratch + kTile * block;
+                       for (int64_t o = 0; o < outs; ++o) {
+                         const T* a = weighted(i, n, o, scaled);
+                         for (int64_t j = 0; j < nr; j += kColumns) {
+                           const int64_t cols = std::min(kColumns, nr - j);
+                           T* c = scratch;
+                           int64_t ldc = block;
+                           if constexpr (std::is_same_v<S, T>) {
+                             if (outs == 1 && nr == right_t.ld) c = out + i * nr + j, ldc = nr;
+                           }
+                           k_.gemm(n, padded<T>(cols), rank, a, left_.ld, 1, right_t.row(0) + j,
+                                   right_t.ld, c, ldc, Store::assign);
+                           if (c != scratch) continue;
+                           for (int64_t r = 0; r < n; ++r)
+                             for (int64_t q = 0; q < cols; ++q)
+                               out[((i + r) * nr + j + q) * outs + o] =
+                                   static_cast<S>(c[r * ldc + q]);
+                         }
+                       }
+                     });
   }
 
   void backward(const T* grad, WeightGradients<S>& dw) {
@@ -107,10 +109,10 @@ class FullTensor {
     return rows;
   }
 
-  // Rows i .. i+n-1, columns from .. from+cols-1, of the Khatri-Rao product of frames: a view where there is
-  // one frame, else computed into scratch.
-  const T* khatri_rao(const Group& group, int64_t i, int64_t n, int64_t from, int64_t cols, T* scratch,
-                      int64_t& ld) const {
+  // Rows i .. i+n-1, columns from .. from+cols-1, of the Khatri-Rao product of frames: a view where
+  // there is one frame, else computed into scratch.
+  const T* khatri_rao(const Group& group, int64_t i, int64_t n, int64_t from, int64_t cols,
+                      T* scratch, int64_t& ld) const {
     ld = group[0]->ld;
     if (group.size() == 1) return group[0]->row(i) + from;
     ld = cols;
@@ -155,11 +157,12 @@ class FullTensor {
     Matrix<T> frame(rows_of(group), ld);
     for_each_item<T>(tiles_of(frame.rows), frame.rows * st.rows * ld, kTile * ld_in,
                      [&](int64_t item, T* scratch) {
-      const int64_t i = item * kTile, n = std::min(kTile, frame.rows - i);
-      int64_t lda;
-      const T* a = khatri_rao(group, i, n, 0, ld_in, scratch, lda);
-      k_.gemm(n, ld, st.rows, a, lda, 1, weight(s), ld, frame.write(i), ld, Store::assign);
-    });
+                       const int64_t i = item * kTile, n = std::min(kTile, frame.rows - i);
+                       int64_t lda;
+                       const T* a = khatri_rao(group, i, n, 0, ld_in, scratch, lda);
+                       k_.gemm(n, ld, st.rows, a, lda, 1, weight(s), ld, frame.write(i), ld,
+                               Store::assign);
+                     });
     frames_[s] = std::move(frame);
   }
 
@@ -207,7 +210,8 @@ class FullTensor {
 
   // Rows of L scaled by column o of the root's weight.
   const T* weighted(int64_t i, int64_t n, int64_t o, T* scratch) const {
-    k_.product(n, left_.ld, left_.row(i), left_.ld, output_row(o), 0, scratch, left_.ld, Store::assign);
+    k_.product(n, left_.ld, left_.row(i), left_.ld, output_row(o), 0, scratch, left_.ld,
+               Store::assign);
     return scratch;
   }
 
@@ -215,8 +219,8 @@ class FullTensor {
   void gemm_over(int64_t rows, int64_t ld, int64_t depth, const T* g, int64_t down, int64_t across,
                  const T* a, T* c) const {
     for (int64_t l = 0; l < depth; l += kDepth)
-      k_.gemm(rows, ld, std::min(kDepth, depth - l), g + l * down, across, down, a + l * ld, ld, c, ld,
-              Store::add);
+      k_.gemm(rows, ld, std::min(kDepth, depth - l), g + l * down, across, down, a + l * ld, ld, c,
+              ld, Store::add);
   }
 
   void root_backward(const T* grad, WeightGradients<S>& dw) {
@@ -234,18 +238,18 @@ class FullTensor {
         const int64_t i = item * kTile;
         weighted(i, std::min(kTile, nl - i), o, scaled.write(i));
       });
-      for_each_item<T>(left_tiles + (go_right ? tiles_of(nr) : 0), 2 * nl * nr * ld, 0,
-                       [&](int64_t item, T*) {
-        if (item < left_tiles) {  // Z = G N, dL += Z * w_o
-          const int64_t i = item * kTile, n = std::min(kTile, nl - i);
-          std::fill_n(z.write(i), n * ld, T(0));
-          gemm_over(n, ld, nr, g + i * nr * outs, outs, nr * outs, right_.data, z.write(i));
-          k_.product(n, ld, z.write(i), ld, output_row(o), 0, d_left.write(i), ld, Store::add);
-        } else {  // dN += G^T (L * w_o)
-          const int64_t j = (item - left_tiles) * kTile, n = std::min(kTile, nr - j);
-          gemm_over(n, ld, nl, g + j * outs, nr * outs, outs, scaled.data, d_right.write(j));
-        }
-      });
+      for_each_item<T>(
+          left_tiles + (go_right ? tiles_of(nr) : 0), 2 * nl * nr * ld, 0, [&](int64_t item, T*) {
+            if (item < left_tiles) {  // Z = G N, dL += Z * w_o
+              const int64_t i = item * kTile, n = std::min(kTile, nl - i);
+              std::fill_n(z.write(i), n * ld, T(0));
+              gemm_over(n, ld, nr, g + i * nr * outs, outs, nr * outs, right_.data, z.write(i));
+              k_.product(n, ld, z.write(i), ld, output_row(o), 0, d_left.write(i), ld, Store::add);
+            } else {  // dN += G^T (L * w_o)
+              const int64_t j = (item - left_tiles) * kTile, n = std::min(kTile, nr - j);
+              gemm_over(n, ld, nl, g + j * outs, nr * outs, outs, scaled.data, d_right.write(j));
+            }
+          });
       if (!own) continue;
       T* to = dw.at(p_.step[root].group, p_.step[root].slot) + o;  // dw_o = column sums of L * Z
       const int64_t stride = dw.ld(p_.step[root].group), blocks = ld / kPad<T>;
@@ -264,8 +268,9 @@ class FullTensor {
     return std::any_of(children.begin(), children.end(), [&](int64_t c) { return wanted_[c]; });
   }
 
-  // From the gradient of the children's Khatri-Rao product to the gradients of their frames, splitting the
-  // last child off each time. Threads own columns, so the sums need no order between them.
+  // From the gradient of the children's Khatri-Rao product to the gradients of their frames,
+  // splitting the last child off each time. Threads own columns, so the sums need no order between
+  // them.
   void spread(std::vector<int64_t> children, Matrix<T> d) {
     while (children.size() > 1) {
       const int64_t last = children.back(), ld = d.ld;
@@ -304,24 +309,24 @@ class FullTensor {
     const bool below = any_wanted(children_[s]);
     Matrix<T> dp(below ? rows : 0, ld_in);
     const int64_t blocks = own ? tiles_of(st.rows) : 0, down = below ? tiles_of(rows) : 0;
-    for_each_item<T>(blocks + down, 2 * rows * st.rows * d.ld, kTile * kTile,
-                     [&](int64_t item, T* scratch) {
-      if (item < blocks) {  // rows of dW = P^T dU
-        const int64_t from = item * kTile, n = std::min(kTile, st.rows - from);
-        T* to = dw.at(st.group, st.slot) + from * d.ld;
-        for (int64_t i = 0; i < rows; i += kTile) {
-          const int64_t depth = std::min(kTile, rows - i);
-          int64_t lda;
-          const T* a = khatri_rao(group, i, depth, from, padded<T>(n), scratch, lda);
-          k_.gemm(n, d.ld, depth, a, 1, lda, d.row(i), d.ld, to, d.ld, Store::add);
-        }
-      } else {  // dP = dU W^T
-        const int64_t i = (item - blocks) * kTile, n = std::min(kTile, rows - i);
-        const auto& wt = wt_[st.group];
-        k_.gemm(n, ld_in, st.cols, d.row(i), d.ld, 1, wt.at(st.slot), wt.ld, dp.write(i), ld_in,
-                Store::assign);
-      }
-    });
+    for_each_item<T>(
+        blocks + down, 2 * rows * st.rows * d.ld, kTile * kTile, [&](int64_t item, T* scratch) {
+          if (item < blocks) {  // rows of dW = P^T dU
+            const int64_t from = item * kTile, n = std::min(kTile, st.rows - from);
+            T* to = dw.at(st.group, st.slot) + from * d.ld;
+            for (int64_t i = 0; i < rows; i += kTile) {
+              const int64_t depth = std::min(kTile, rows - i);
+              int64_t lda;
+              const T* a = khatri_rao(group, i, depth, from, padded<T>(n), scratch, lda);
+              k_.gemm(n, d.ld, depth, a, 1, lda, d.row(i), d.ld, to, d.ld, Store::add);
+            }
+          } else {  // dP = dU W^T
+            const int64_t i = (item - blocks) * kTile, n = std::min(kTile, rows - i);
+            const auto& wt = wt_[st.group];
+            k_.gemm(n, ld_in, st.cols, d.row(i), d.ld, 1, wt.at(st.slot), wt.ld, dp.write(i), ld_in,
+                    Store::assign);
+          }
+        });
     if (below) spread(children_[s], std::move(dp));
   }
 
@@ -339,7 +344,8 @@ class FullTensor {
 
 }  // namespace
 
-Tensor full_tensor_cpu(const Program& program, const std::vector<Tensor>& weights, int64_t entries) {
+Tensor full_tensor_cpu(const Program& program, const std::vector<Tensor>& weights,
+                       int64_t entries) {
   Tensor out = torch::stable::new_empty(weights[0], {entries, program.outputs});
   with_dtype(weights[0].scalar_type(), "full_tensor", [&](auto s) {
     using S = decltype(s);

@@ -88,20 +88,31 @@ class _Forward(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():
-            return (None, *_optional(_Backward.apply(ctx.kernel, needs, grad, *ctx.saved_tensors), needs))
+            return (
+                None,
+                *_optional(_Backward.apply(ctx.kernel, needs, grad, *ctx.saved_tensors), needs),
+            )
         return (None, *_optional(ctx.kernel.backward(grad, ctx.saved_tensors, needs), needs))
 
 
 class _Backward(Function):
     @staticmethod
-    def forward(ctx: Any, kernel: Kernel, needs: Sequence[bool], grad: Tensor, *tensors: Tensor) -> Tensors:
+    def forward(
+        ctx: Any, kernel: Kernel, needs: Sequence[bool], grad: Tensor, *tensors: Tensor
+    ) -> Tensors:
         ctx.kernel, ctx.needs = kernel, needs
         ctx.save_for_backward(grad, *tensors)
         return tuple(kernel.backward(grad, tensors, needs))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, *_second(ctx.kernel, ctx.needs, ctx.saved_tensors, cotangents, ctx.needs_input_grad[2:]))
+        return (
+            None,
+            None,
+            *_second(
+                ctx.kernel, ctx.needs, ctx.saved_tensors, cotangents, ctx.needs_input_grad[2:]
+            ),
+        )
 
 
 def _second(
@@ -139,21 +150,33 @@ class _TransformForward(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[1:]
-        return (None, *_optional(_TransformBackward.apply(ctx.kernel, needs, grad, *ctx.saved_tensors), needs))
+        return (
+            None,
+            *_optional(
+                _TransformBackward.apply(ctx.kernel, needs, grad, *ctx.saved_tensors), needs
+            ),
+        )
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Tensor:
         return _directional(ctx.kernel.reference, ctx.saved_tensors, tangents)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], kernel: Kernel, *tensors: Tensor) -> tuple[Tensor, int]:
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], kernel: Kernel, *tensors: Tensor
+    ) -> tuple[Tensor, int]:
         dims = in_dims[1:]
         weights, data = kernel.num_weights, dims[kernel.num_weights :]
         if all(d is None for d in dims[:weights]) and data:
-            folded = [_fold(t, d, info.batch_size) for t, d in zip(tensors[weights:], data, strict=True)]
+            folded = [
+                _fold(t, d, info.batch_size) for t, d in zip(tensors[weights:], data, strict=True)
+            ]
             out = _TransformForward.apply(kernel, *tensors[:weights], *folded)
             return out.reshape(info.batch_size, out.shape[0] // info.batch_size, *out.shape[1:]), 0
-        each = [_TransformForward.apply(kernel, *_slices(tensors, dims, b)) for b in range(info.batch_size)]
+        each = [
+            _TransformForward.apply(kernel, *_slices(tensors, dims, b))
+            for b in range(info.batch_size)
+        ]
         return torch.stack(each), 0
 
 
@@ -170,24 +193,44 @@ class _TransformBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, *_second(ctx.kernel, ctx.needs, ctx.saved_tensors, cotangents, ctx.needs_input_grad[2:]))
+        return (
+            None,
+            None,
+            *_second(
+                ctx.kernel, ctx.needs, ctx.saved_tensors, cotangents, ctx.needs_input_grad[2:]
+            ),
+        )
 
     @staticmethod
     def jvp(ctx: Any, _kernel: None, _needs: None, *tangents: Tensor | None) -> Tensors:
-        grads = iter(_directional(ctx.kernel.reference_backward(ctx.needs), ctx.saved_tensors, tangents))
+        grads = iter(
+            _directional(ctx.kernel.reference_backward(ctx.needs), ctx.saved_tensors, tangents)
+        )
         empty = ctx.saved_tensors[0].new_empty(0)
         return tuple(next(grads) if n else empty for n in ctx.needs)
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], kernel: Kernel, needs: Sequence[bool], grad: Tensor, *tensors: Tensor
+        info: Any,
+        in_dims: tuple[Any, ...],
+        kernel: Kernel,
+        needs: Sequence[bool],
+        grad: Tensor,
+        *tensors: Tensor,
     ) -> tuple[Tensors, tuple[int, ...]]:
         dims = in_dims[2:]
         weights = kernel.num_weights
         if all(d is None for d in dims[1 : 1 + weights]) and not any(needs[:weights]):
-            rows = [_fold(t, d, info.batch_size) for t, d in zip((grad, *tensors[weights:]), (dims[0], *dims[1 + weights :]), strict=True)]
+            rows = [
+                _fold(t, d, info.batch_size)
+                for t, d in zip(
+                    (grad, *tensors[weights:]), (dims[0], *dims[1 + weights :]), strict=True
+                )
+            ]
             out = _TransformBackward.apply(kernel, needs, rows[0], *tensors[:weights], *rows[1:])
-            split = [o.reshape(info.batch_size, o.shape[0] // info.batch_size, *o.shape[1:]) for o in out]
+            split = [
+                o.reshape(info.batch_size, o.shape[0] // info.batch_size, *o.shape[1:]) for o in out
+            ]
             return tuple(split), (0,) * len(split)
         each = [
             _TransformBackward.apply(kernel, needs, *_slices((grad, *tensors), dims, b))
@@ -196,7 +239,9 @@ class _TransformBackward(Function):
         return tuple(torch.stack(g) for g in zip(*each, strict=True)), (0,) * len(tensors)
 
 
-def _directional(function: Callable[..., Any], primals: Tensors, tangents: Sequence[Tensor | None]) -> Any:
+def _directional(
+    function: Callable[..., Any], primals: Tensors, tangents: Sequence[Tensor | None]
+) -> Any:
     """The derivative of ``function`` at ``primals`` along the tangents that are there."""
     moving = [i for i, t in enumerate(tangents) if t is not None]
 
@@ -206,7 +251,9 @@ def _directional(function: Callable[..., Any], primals: Tensors, tangents: Seque
             full[i] = t
         return function(*full)
 
-    return torch.func.jvp(run, tuple(primals[i] for i in moving), tuple(tangents[i] for i in moving))[1]
+    return torch.func.jvp(
+        run, tuple(primals[i] for i in moving), tuple(tangents[i] for i in moving)
+    )[1]
 
 
 def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:

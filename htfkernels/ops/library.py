@@ -15,9 +15,16 @@ from torch import Tensor
 
 import htfkernels._C  # noqa: F401
 
-__all__ = ["ops"]
+__all__ = ["call", "ops"]
 
 ops = torch.ops.htfkernels
+
+
+def call(op: Any, *args: Any) -> Any:
+    """Runs an operator below autograd: the eager path has its own ``autograd.Function``, and the Python
+    layer of ``register_autograd`` would cost several microseconds for nothing."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
 
 
 def _no_second(ctx: Any, *grads: Any) -> Any:
@@ -44,7 +51,9 @@ def _(weights: list[Tensor], x: Tensor, program: Tensor, out_features: int) -> T
 
 
 @torch.library.register_fake("htfkernels::evaluate_backward")
-def _(grad: Tensor, weights: list[Tensor], x: Tensor, program: Tensor, needs: list[int]) -> list[Tensor]:
+def _(
+    grad: Tensor, weights: list[Tensor], x: Tensor, program: Tensor, needs: list[int]
+) -> list[Tensor]:
     return _fake_gradients([*weights, x], needs)
 
 
@@ -75,7 +84,9 @@ def _(weights: list[Tensor], indices: Tensor, program: Tensor, out_features: int
 
 
 @torch.library.register_fake("htfkernels::evaluate_at_backward")
-def _(grad: Tensor, weights: list[Tensor], indices: Tensor, program: Tensor, needs: list[int]) -> list[Tensor]:
+def _(
+    grad: Tensor, weights: list[Tensor], indices: Tensor, program: Tensor, needs: list[int]
+) -> list[Tensor]:
     return _fake_gradients(weights, needs)
 
 
@@ -86,8 +97,12 @@ def _evaluate_at_backward(ctx: Any, grad: Tensor) -> Any:
     return [g if n else None for g, n in zip(grads, needs, strict=True)], None, None, None
 
 
-torch.library.register_autograd("htfkernels::evaluate_at", _evaluate_at_backward, setup_context=_save)
-torch.library.register_autograd("htfkernels::evaluate_at_backward", _no_second, setup_context=_ignore)
+torch.library.register_autograd(
+    "htfkernels::evaluate_at", _evaluate_at_backward, setup_context=_save
+)
+torch.library.register_autograd(
+    "htfkernels::evaluate_at_backward", _no_second, setup_context=_ignore
+)
 
 
 # -- full_tensor ----------------------------------------------------------------------------------
@@ -110,5 +125,9 @@ def _full_tensor_backward(ctx: Any, grad: Tensor) -> Any:
     return [g if n else None for g, n in zip(grads, needs, strict=True)], None, None, None
 
 
-torch.library.register_autograd("htfkernels::full_tensor", _full_tensor_backward, setup_context=_save)
-torch.library.register_autograd("htfkernels::full_tensor_backward", _no_second, setup_context=_ignore)
+torch.library.register_autograd(
+    "htfkernels::full_tensor", _full_tensor_backward, setup_context=_save
+)
+torch.library.register_autograd(
+    "htfkernels::full_tensor_backward", _no_second, setup_context=_ignore
+)

@@ -16,16 +16,31 @@ __all__ = ["evaluate"]
 
 class _Evaluate(autograd.Kernel):
     def forward(self, *tensors: Tensor) -> Tensor:
-        from htfkernels.ops.library import ops
+        from htfkernels.ops.library import call, ops
 
         layout = self.layout
-        return ops.evaluate(list(tensors[:-1]), tensors[-1], layout.program, layout.out_features)
+        return call(
+            ops.evaluate.default,
+            list(tensors[:-1]),
+            tensors[-1],
+            layout.program,
+            layout.out_features,
+        )
 
-    def backward(self, grad: Tensor, tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
-        from htfkernels.ops.library import ops
+    def backward(
+        self, grad: Tensor, tensors: Sequence[Tensor], needs: Sequence[bool]
+    ) -> list[Tensor]:
+        from htfkernels.ops.library import call, ops
 
         mask = [int(n) for n in needs]
-        return ops.evaluate_backward(grad, list(tensors[:-1]), tensors[-1], self.layout.program, mask)
+        return call(
+            ops.evaluate_backward.default,
+            grad,
+            list(tensors[:-1]),
+            tensors[-1],
+            self.layout.program,
+            mask,
+        )
 
     def reference(self, *tensors: Tensor) -> Tensor:
         return reference.evaluate(self.layout, tensors[:-1], tensors[-1])

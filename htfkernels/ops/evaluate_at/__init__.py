@@ -16,17 +16,27 @@ __all__ = ["evaluate_at"]
 
 class _EvaluateAt(autograd.Kernel):
     def forward(self, *tensors: Tensor) -> Tensor:
-        from htfkernels.ops.library import ops
+        from htfkernels.ops.library import call, ops
 
         layout = self.layout
-        return ops.evaluate_at(list(tensors[:-1]), tensors[-1], layout.program, layout.out_features)
+        return call(
+            ops.evaluate_at.default,
+            list(tensors[:-1]),
+            tensors[-1],
+            layout.program,
+            layout.out_features,
+        )
 
-    def backward(self, grad: Tensor, tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
-        from htfkernels.ops.library import ops
+    def backward(
+        self, grad: Tensor, tensors: Sequence[Tensor], needs: Sequence[bool]
+    ) -> list[Tensor]:
+        from htfkernels.ops.library import call, ops
 
         mask = [int(n) for n in needs[:-1]]
         *weights, indices = tensors
-        grads = ops.evaluate_at_backward(grad, weights, indices, self.layout.program, mask)
+        grads = call(
+            ops.evaluate_at_backward.default, grad, weights, indices, self.layout.program, mask
+        )
         return [*grads, grad.new_empty(0)]
 
     def reference(self, *tensors: Tensor) -> Tensor:
@@ -39,5 +49,7 @@ def evaluate_at(plan: Plan, weights: Sequence[Tensor], indices: Tensor) -> Tenso
     if plan.backend == "reference":
         return reference.evaluate_at(layout, weights, indices)
     if torch.compiler.is_compiling():
-        return torch.ops.htfkernels.evaluate_at(list(weights), indices, layout.program, layout.out_features)
+        return torch.ops.htfkernels.evaluate_at(
+            list(weights), indices, layout.program, layout.out_features
+        )
     return autograd.apply(_EvaluateAt(layout), *weights, indices)

@@ -16,17 +16,23 @@ __all__ = ["full_tensor"]
 
 class _FullTensor(autograd.Kernel):
     def forward(self, *tensors: Tensor) -> Tensor:
-        from htfkernels.ops.library import ops
+        from htfkernels.ops.library import call, ops
 
         layout = self.layout
         entries = layout.num_entries // layout.out_features
-        return ops.full_tensor(list(tensors), layout.program, entries, layout.out_features)
+        return call(
+            ops.full_tensor.default, list(tensors), layout.program, entries, layout.out_features
+        )
 
-    def backward(self, grad: Tensor, tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
-        from htfkernels.ops.library import ops
+    def backward(
+        self, grad: Tensor, tensors: Sequence[Tensor], needs: Sequence[bool]
+    ) -> list[Tensor]:
+        from htfkernels.ops.library import call, ops
 
         mask = [int(n) for n in needs]
-        return ops.full_tensor_backward(grad, list(tensors), self.layout.program, mask)
+        return call(
+            ops.full_tensor_backward.default, grad, list(tensors), self.layout.program, mask
+        )
 
     def reference(self, *tensors: Tensor) -> Tensor:
         return reference.full_tensor(self.layout, tensors)
@@ -39,7 +45,9 @@ def full_tensor(plan: Plan, weights: Sequence[Tensor]) -> Tensor:
         flat = reference.full_tensor(layout, weights)
     elif torch.compiler.is_compiling():
         entries = layout.num_entries // layout.out_features
-        flat = torch.ops.htfkernels.full_tensor(list(weights), layout.program, entries, layout.out_features)
+        flat = torch.ops.htfkernels.full_tensor(
+            list(weights), layout.program, entries, layout.out_features
+        )
     else:
         flat = autograd.apply(_FullTensor(layout), *weights)
     return reference.natural_order(layout, flat)

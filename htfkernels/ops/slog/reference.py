@@ -25,7 +25,9 @@ def slog(layout: Layout, weights: Sequence[Tensor], x: Tensor) -> tuple[Tensor, 
     for group, raw in zip(layout.groups, weights, strict=True):
         weight, by_weight = _scaled(raw, (-2, -1))
         if group.level == 0:
-            p, by_p = _scaled(torch.stack([x[:, columns[n] : columns[n + 1]] for n in group.nodes]), -1)
+            p, by_p = _scaled(
+                torch.stack([x[:, columns[n] : columns[n + 1]] for n in group.nodes]), -1
+            )
         else:
             product = [reduce(torch.mul, [messages[c] for c in children[v]]) for v in group.nodes]
             carried = torch.stack([sum(exponents[c] for c in children[v]) for v in group.nodes])
@@ -42,7 +44,9 @@ def slog(layout: Layout, weights: Sequence[Tensor], x: Tensor) -> tuple[Tensor, 
         exponent = extra + sum(exponents[c] for c in children[-1])
     else:
         value, exponent = messages[last], exponents[last]
-    logabs = value.abs().log() + exponent.to(value.dtype).unsqueeze(-1) * torch.log(value.new_tensor(2.0))
+    logabs = value.abs().log() + exponent.to(value.dtype).unsqueeze(-1) * torch.log(
+        value.new_tensor(2.0)
+    )
     return value.detach().sign(), logabs
 
 
