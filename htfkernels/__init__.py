@@ -1,4 +1,5 @@
-"""Hierarchical tensor factorizations: evaluated, differentiated and measured at the speed of the hardware."""
+"""Hierarchical tensor factorizations: evaluated, differentiated and measured at the speed of the
+hardware."""
 
 from importlib.metadata import PackageNotFoundError, version
 

@@ -36,7 +36,8 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: ``"reference"``, ``"cpp"``, ``"cuda"``, ``"triton"``, or ``"auto"`` (the default: the
-            fastest that can run). The environment variable ``HTF_BACKEND`` sets the same for a process.
+            fastest that can run). The environment variable ``HTF_BACKEND`` sets the same for a
+            process.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -97,7 +98,7 @@ def choose(spec: Spec, request: str) -> tuple[str, str]:
         if reason is not None:
             raise RuntimeError(f"{spec.op}: backend {request!r} was asked for, but {reason}")
         return request, "asked for"
-    reasons = []
+    reasons: list[str] = []
     for name in _PREFERENCE:
         reason = why_not(name, spec)
         if reason is None:

@@ -26,14 +26,14 @@ def evaluate(
 ) -> Tensor:
     """Contracts the end tensor with one vector per mode.
 
-    Leaf ``n`` sends ``m_n = x_n W_n``; an interior node sends ``m_v = p_v W_v`` with ``p_v`` the Hadamard
-    product of its children's messages; the answer is the root's message.
+    Leaf ``n`` sends ``m_n = x_n W_n``; an interior node sends ``m_v = p_v W_v`` with ``p_v`` the
+    Hadamard product of its children's messages; the answer is the root's message.
 
     Args:
         tree: the mode tree.
-        weights: a mapping from each node to its ``[R_in, R_out]`` matrix, or the matrices in the order
-            of ``tree.nodes``, or the folded ``[F, R_in, R_out]`` tensors of a layout. Without a weight
-            for the root, its message is the sum of its product (``root="sum"``).
+        weights: a mapping from each node to its ``[R_in, R_out]`` matrix, or the matrices in the
+            order of ``tree.nodes``, or the folded ``[F, R_in, R_out]`` tensors of a layout.
+            Without a weight for the root, its message is the sum of its product (``root="sum"``).
         vectors: ``[B, N, D]``, or ``N`` tensors ``[B, D_n]``.
         layout: needed with folded weights only.
 
@@ -80,7 +80,8 @@ def evaluate_at(
 
 
 def full_tensor(tree: ModeTree, weights: Weights, *, layout: Layout | None = None) -> Tensor:
-    """The end tensor ``[D_0, ..., D_{N-1}]`` (and ``out_features`` behind, where there are several).
+    """The end tensor ``[D_0, ..., D_{N-1}]`` (and ``out_features`` behind, where there are
+    several).
 
     Args:
         tree, weights, layout: as in :func:`evaluate`.
@@ -101,8 +102,8 @@ def slog_evaluate(
         tree, weights, vectors, layout: as in :func:`evaluate`.
 
     Returns:
-        ``(sign, logabs)``, each shaped as the result of :func:`evaluate`; where it is zero, the sign is
-        0 and the log-magnitude ``-inf``. Only ``logabs`` is differentiable.
+        ``(sign, logabs)``, each shaped as the result of :func:`evaluate`; where it is zero, the
+        sign is 0 and the log-magnitude ``-inf``. Only ``logabs`` is differentiable.
     """
     layout, folded = fold("slog", tree, weights, layout)
     return run_slog(layout, folded, vectors)
@@ -159,7 +160,8 @@ def fold(
             return _folded_already(op, tree, listed, layout)
         if len(listed) not in (len(tree.nodes), len(tree.nodes) - 1):
             raise ValueError(
-                f"{op}: expected a weight for each of {len(tree.nodes)} nodes (or all but the root), got {len(listed)}"
+                f"{op}: expected a weight for each of {len(tree.nodes)} nodes (or all but the "
+                f"root), got {len(listed)}"
             )
         known = dict(enumerate(listed))
     root = tree.root.index
@@ -179,8 +181,8 @@ def fold(
     for i, w in known.items():
         if tuple(w.shape) != made.shape(tree.nodes[i]):
             raise ValueError(
-                f"{op}: the weight of {tree.nodes[i]} must be {list(made.shape(tree.nodes[i]))} to fit "
-                f"its neighbours, got {list(w.shape)}"
+                f"{op}: the weight of {tree.nodes[i]} must be {list(made.shape(tree.nodes[i]))} to "
+                f"fit its neighbours, got {list(w.shape)}"
             )
     return made, [torch.stack([known[i] for i in group.nodes]) for group in made.groups]
 
@@ -235,7 +237,8 @@ def _check_indices(layout: Layout, indices: Tensor) -> None:
     order = layout.tree.order
     if indices.dtype != torch.int64 or indices.dim() != 2 or indices.shape[1] != order:
         raise ValueError(
-            f"evaluate_at: indices must be int64 [B, {order}], got {indices.dtype} {list(indices.shape)}"
+            f"evaluate_at: indices must be int64 [B, {order}], got {indices.dtype} "
+            f"{list(indices.shape)}"
         )
     if (
         torch.compiler.is_compiling()

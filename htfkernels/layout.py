@@ -1,7 +1,8 @@
 """Layouts: a mode tree with its dimensions, and how its weights are folded into few tensors.
 
-All nodes of a level whose weights have the same shape form a group; a group's weights are one tensor
-``[F, R_in, R_out]``. A layout is a value: everything about a model that is known before its numbers.
+All nodes of a level whose weights have the same shape form a group; a group's weights are one
+tensor ``[F, R_in, R_out]``. A layout is a value: everything about a model that is known before its
+numbers.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ PROGRAM_HEADER = (
     "sum_root",
 )
 PROGRAM_FIELDS = (
-    "group", "slot", "rows", "cols", "mode", "offset", "parent", "first", "buffer", "children", "node",
+    "group", "slot", "rows", "cols", "mode", "offset",
+    "parent", "first", "buffer", "children", "node",
 )  # fmt: skip
 PROGRAM_VERSION = 1
 
@@ -95,8 +97,8 @@ class Layout:
         Args:
             tree: the mode tree.
             mode_dims: one dimension for all modes, or one for each.
-            ranks: one local rank for all interior nodes, one for each interior level (level 1 first,
-                the root last), or a mapping from every interior node to its own.
+            ranks: one local rank for all interior nodes, one for each interior level (level 1
+                first, the root last), or a mapping from every interior node to its own.
             out_features: number of outputs.
             root: ``"linear"`` or ``"sum"``.
             share_weights: one weight for all same-shaped nodes of a level.
@@ -164,7 +166,8 @@ class Layout:
 
     @cached_property
     def location(self) -> dict[int, tuple[int, int]]:
-        """Node index -> (group, slot in the folded weight); no entry for the root of a ``"sum"``."""
+        """Node index -> (group, slot in the folded weight); no entry for the root of a
+        ``"sum"``."""
         return {
             node: (g, 0 if self.share_weights else slot)
             for g, group in enumerate(self.groups)
@@ -173,7 +176,8 @@ class Layout:
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
-        """First column of each mode in the packed vectors ``[B, D_0 + ... + D_{N-1}]``; then their sum."""
+        """First column of each mode in the packed vectors ``[B, D_0 + ... + D_{N-1}]``; then their
+        sum."""
         offsets = [0]
         for d in self.mode_dims:
             offsets.append(offsets[-1] + d)
@@ -198,10 +202,12 @@ class Layout:
 
     @cached_property
     def program(self) -> torch.Tensor:
-        """The tree as the compiled ops read it: int64, a header, then a row per node in execution order.
+        """The tree as the compiled ops read it: int64, a header, then a row per node in execution
+            order.
 
-        Execution order is depth first, the child that needs most buffers first (Sethi and Ullman), so
-        that a walk holds about ``log2(order)`` products at a time, whatever the shape of the tree.
+        Execution order is depth first, the child that needs most buffers first (Sethi and Ullman),
+        so that a walk holds about ``log2(order)`` products at a time, whatever the shape of the
+        tree.
         """
         tree, order = self.tree, self.tree.order
         need = [0] * len(tree.parents)
@@ -269,7 +275,8 @@ def _expand_ranks(tree: ModeTree, ranks: Ranks) -> tuple[int, ...]:
         levels = [int(r) for r in ranks]
         if len(levels) != tree.depth:
             raise ValueError(
-                f"ranks: expected {tree.depth} (one per interior level, the root last), got {len(levels)}"
+                f"ranks: expected {tree.depth} (one per interior level, the root last), "
+                f"got {len(levels)}"
             )
         per_node = tuple(levels[node.level - 1] for node in tree.interior)
     if min(per_node) < 1:

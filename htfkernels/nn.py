@@ -17,22 +17,23 @@ __all__ = ["HTF"]
 class HTF(nn.Module):
     """A hierarchical tensor factorization: a tensor of order N as a tree of small matrices.
 
-    Leaf ``n`` holds ``W_n [D_n, R_parent]``, an interior node ``v`` holds ``W_v [R_v, R_parent]``, the root
-    ``[R_root, out_features]``. On vectors ``x_n``: ``m_n = x_n W_n``, ``p_v`` = Hadamard product of the
-    children's messages, ``m_v = p_v W_v``; the answer is the root's message. (Razin, Maman & Cohen,
-    ICML 2022.) Matrix and CP factorizations are the trees ``ModeTree.chain`` and ``ModeTree.flat``
-    with ``root="sum"``.
+    Leaf ``n`` holds ``W_n [D_n, R_parent]``, an interior node ``v`` holds ``W_v [R_v, R_parent]``,
+    the root ``[R_root, out_features]``. On vectors ``x_n``: ``m_n = x_n W_n``, ``p_v`` = Hadamard
+    product of the children's messages, ``m_v = p_v W_v``; the answer is the root's message.
+    (Razin, Maman & Cohen, ICML 2022.) Matrix and CP factorizations are the trees
+    ``ModeTree.chain`` and ``ModeTree.flat`` with ``root="sum"``.
 
     Args:
         tree: the mode tree.
         mode_dims: ``D_n``: one integer for all modes, or one for each.
-        ranks: ``R_v``: one integer for all interior nodes, one for each interior level (level 1 first,
-            the root last), or a mapping from every interior node to its own.
+        ranks: ``R_v``: one integer for all interior nodes, one for each interior level (level 1
+            first, the root last), or a mapping from every interior node to its own.
         out_features: number of outputs (columns of the root's weight).
         root: ``"linear"``, or ``"sum"``: the root's weight is a fixed column of ones.
-        share_weights: one weight for all same-shaped nodes of a level, as in a convolutional network.
-        init_std: standard deviation of the normal initial weights; by default ``R_in ** -0.5``, which
-            keeps the messages' variance through the tree for unit-variance products.
+        share_weights: one weight for all same-shaped nodes of a level, as in a convolutional
+            network.
+        init_std: standard deviation of the normal initial weights; by default ``R_in ** -0.5``,
+            which keeps the messages' variance through the tree for unit-variance products.
         dtype, device: of the parameters.
 
     Raises:
@@ -105,7 +106,8 @@ class HTF(nn.Module):
         return functional.run_evaluate_at(self.layout, self._folded(), indices)
 
     def full_tensor(self) -> Tensor:
-        """The end tensor ``[D_0, ..., D_{N-1}]`` (``out_features`` behind, where there are several)."""
+        """The end tensor ``[D_0, ..., D_{N-1}]`` (``out_features`` behind, where there are
+        several)."""
         return functional.run_full_tensor(self.layout, self._folded())
 
     def slog(self, vectors: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -113,8 +115,9 @@ class HTF(nn.Module):
         return functional.run_slog(self.layout, self._folded(), vectors)
 
     def node_weight(self, node: Node) -> Tensor:
-        """A node's ``[R_in, R_out]`` matrix: a view into the parameters, so that writing into it (under
-        ``no_grad``) writes the model. The root of ``root="sum"`` gives a new column of ones."""
+        """A node's ``[R_in, R_out]`` matrix: a view into the parameters, so that writing into it
+        (under ``no_grad``) writes the model. The root of ``root="sum"`` gives a new column of
+        ones."""
         if not isinstance(node, Node) or node.tree != self.tree:
             raise ValueError(f"node_weight: {node!r} is no node of this model's tree")
         if node.index not in self.layout.location:
@@ -127,8 +130,8 @@ class HTF(nn.Module):
     def local_component_norms(self) -> dict[Node, Tensor]:
         """For each interior node ``v`` the norms ``[R_v]`` of its local components.
 
-        Component ``(v, r)``: the columns ``r`` of the children's weights and row ``r`` of ``W_v``; its norm
-        is the product of these vectors' Euclidean norms.
+        Component ``(v, r)``: the columns ``r`` of the children's weights and row ``r`` of ``W_v``;
+        its norm is the product of these vectors' Euclidean norms.
         """
         norms = {}
         for node in self.tree.interior:
@@ -141,7 +144,8 @@ class HTF(nn.Module):
     def matricization_spectra(
         self, nodes: Iterable[Node] | None = None, method: str = "auto"
     ) -> dict[Node, Tensor]:
-        """Singular values of the matricizations at nodes, see :func:`htfkernels.spectra.matricization_spectra`."""
+        """Singular values of the matricizations at nodes, see
+        :func:`htfkernels.spectra.matricization_spectra`."""
         weights = {node: self.node_weight(node) for node in self.tree.nodes}
         return spectra.matricization_spectra(self.tree, weights, nodes, method)
 
@@ -151,7 +155,8 @@ class HTF(nn.Module):
         shared = ", share_weights=True" if layout.share_weights else ""
         return (
             f"order={layout.tree.order}, mode_dims={_span(dims)}, ranks={_span(ranks)}, "
-            f"out_features={layout.out_features}, root={layout.root!r}{shared}, parameters={layout.num_parameters}"
+            f"out_features={layout.out_features}, root={layout.root!r}{shared}, "
+            f"parameters={layout.num_parameters}"
         )
 
 

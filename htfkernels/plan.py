@@ -38,8 +38,10 @@ class Plan:
     def __str__(self) -> str:
         layout = self.layout
         lines = [
-            f"{self.op} on {self.device}, {str(self.dtype).removeprefix('torch.')}: backend {self.backend} ({self.why})",
-            f"order {layout.tree.order}, {len(layout.tree.parents)} nodes, depth {layout.tree.depth}, "
+            f"{self.op} on {self.device}, {str(self.dtype).removeprefix('torch.')}: "
+            f"backend {self.backend} ({self.why})",
+            f"order {layout.tree.order}, {len(layout.tree.parents)} nodes, "
+            f"depth {layout.tree.depth}, "
             f"{layout.num_parameters:,} weights, {layout.flops(1):,} flops per vector batch row",
             f"products held at a time by a tile's walk: {int(layout.program[3])}",
             "level  nodes  R_in x R_out",
@@ -53,7 +55,8 @@ class Plan:
 def plan_for(op: str, layout: Layout, dtype: torch.dtype, device: str) -> Plan:
     """The plan of a call on the backend that is asked for at this moment.
 
-    Under ``torch.compile`` the choice is made once, at trace time: a compiled function keeps its backend.
+    Under ``torch.compile`` the choice is made once, at trace time: a compiled function keeps its
+        backend.
     """
     if torch.compiler.is_compiling():
         return Plan(

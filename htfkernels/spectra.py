@@ -1,7 +1,8 @@
 """Singular values of every matricization of a tree, from its factors, without the tensor.
 
-The matricization at a node ``v`` (rows: the modes of ``v``; columns: all others) is ``M_v = U_v E_v^T`` with
-the node's frame ``U_v`` (its message for every index tuple) and its environment ``E_v``.
+The matricization at a node ``v`` (rows: the modes of ``v``; columns: all others) is ``M_v = U_v
+E_v^T`` with the node's frame ``U_v`` (its message for every index tuple) and its environment
+``E_v``.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ def matricization_spectra(
 ) -> dict[Node, Tensor]:
     """Singular values of ``M_v`` for nodes ``v``, descending.
 
-    With ``"qr"`` frames and environments are kept as triangular factors ``F`` (``U_v = Q F_v``), so that
-    ``sigma(M_v) = sigma(F_v E_v^T)`` to full precision: ``F_leaf = R(W)``, ``F_v = R(KhatriRao(F_c) W_v)``,
-    ``E_c = R(KhatriRao(E_v W_v^T, F_siblings))``. With ``"gram"`` they are Gram matrices (float64 inside), cheaper,
-    accurate to about 1e-8 of the largest singular value.
+    With ``"qr"`` frames and environments are kept as triangular factors ``F`` (``U_v = Q F_v``),
+    so that ``sigma(M_v) = sigma(F_v E_v^T)`` to full precision: ``F_leaf = R(W)``, ``F_v =
+    R(KhatriRao(F_c) W_v)``, ``E_c = R(KhatriRao(E_v W_v^T, F_siblings))``. With ``"gram"`` they
+    are Gram matrices (float64 inside), cheaper, accurate to about 1e-8 of the largest singular
+    value.
 
     Args:
         tree: the mode tree.
@@ -129,7 +131,8 @@ def _triangle(matrix: Tensor) -> Tensor:
 
 
 def effective_rank(s: Tensor) -> Tensor:
-    """``exp(entropy(s / sum(s)))`` of singular values ``s [..., K]``; 0 where all are zero (Roy & Vetterli, 2007)."""
+    """``exp(entropy(s / sum(s)))`` of singular values ``s [..., K]``; 0 where all are zero (Roy &
+    Vetterli, 2007)."""
     p = s / s.sum(-1, keepdim=True).clamp_min(torch.finfo(s.dtype).tiny)
     rank = torch.special.entr(p).sum(-1).exp()
     return torch.where(s.sum(-1) > 0, rank, torch.zeros_like(rank))

@@ -1,15 +1,16 @@
-"""Shared cases, inputs and tolerances: what a backend has to pass, for this project's tests and for others'.
+"""Shared cases, inputs and tolerances: what a backend has to pass, for this project's tests and
+    for others'.
 
 A backend's author writes::
 
     for case in testing.cases():
-        function, arguments = testing.operation("evaluate", case, testing.make_inputs(case, torch.float32))
-        exact, scale = testing.exact(function, arguments)
+        function, arguments = testing.operation("evaluate", case, testing.make_inputs(case,
+        torch.float32)) exact, scale = testing.exact(function, arguments)
         with hk.use_backend("mine"):
             testing.assert_matches(function(*arguments), exact, torch.float32, "forward", scale)
 
-and the same with ``testing.gradients(function)`` for ``"backward"`` and ``testing.second(function)`` for
-``"second"``.
+and the same with ``testing.gradients(function)`` for ``"backward"`` and
+``testing.second(function)`` for ``"second"``.
 """
 
 from __future__ import annotations
@@ -50,14 +51,15 @@ Function = Callable[..., Any]
 
 OPS = ("evaluate", "evaluate_at", "full_tensor")
 
-# How far a result may be off the float64 one, relative to the condition scale of `exact`: about twice the
-# largest error of all `cases`, operations and three seeds, measured on the reference and on the C++ kernels
-# (AVX-512) by `pytest tests/test_testing.py -m slow -s`:
+# How far a result may be off the float64 one, relative to the condition scale of `exact`: about
+# twice the largest error of all `cases`, operations and three seeds, measured on the reference and
+# on the C++ kernels (AVX-512) by `pytest tests/test_testing.py -m slow -s`:
 #              forward   backward  second
 #     float32  MEASURED
 #     bfloat16 MEASURED
-# The reference's gradients of bfloat16 weights are the worst: PyTorch sums them over the batch in bfloat16.
-# float64 is the reference itself; its rounding is float32's times 2^-29, and the C++ kernels stay below.
+# The reference's gradients of bfloat16 weights are the worst: PyTorch sums them over the batch in
+# bfloat16. float64 is the reference itself; its rounding is float32's times 2^-29, and the C++
+# kernels stay below.
 TOLERANCES: dict[tuple[torch.dtype, Direction], float] = {
     (torch.float64, "forward"): 2e-15,
     (torch.float64, "backward"): 1e-14,
@@ -90,7 +92,8 @@ class Case:
         return self.layout.tree
 
     def fits(self, op: str) -> bool:
-        """Whether the operation is small enough to test on this case (the end tensor may be huge)."""
+        """Whether the operation is small enough to test on this case (the end tensor may be
+        huge)."""
         return op != "full_tensor" or self.layout.num_entries <= 2**13
 
     def __str__(self) -> str:
@@ -98,8 +101,8 @@ class Case:
 
 
 def random_tree(order: int, seed: int) -> ModeTree:
-    """An irregular tree over ``order`` modes: nodes of one to four children, at any height, over modes
-    that need not be neighbours."""
+    """An irregular tree over ``order`` modes: nodes of one to four children, at any height, over
+    modes that need not be neighbours."""
     draw = random.Random(seed)
     parents = [-1] * order
     tops = list(range(order))
@@ -199,10 +202,11 @@ def make_inputs(
 ) -> Inputs:
     """Random arguments, the same numbers on every device.
 
-    Entries are normal with mean 1 and standard deviation 1/2, divided by the number of terms they are
-    summed over: messages stay near 1 at any order, and sums cancel little, so that an error relative to
-    the condition scale is about an error relative to the value, and a small one cannot hide a wrong
-    formula.
+    Entries are normal with mean 1 and standard deviation 1/2, divided by the number of terms they
+    are
+    summed over: messages stay near 1 at any order, and sums cancel little, so that an error
+    relative to the condition scale is about an error relative to the value, and a small one cannot
+    hide a wrong formula.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -227,8 +231,8 @@ def make_inputs(
 def operation(op: str, case: Case, inputs: Inputs) -> tuple[Function, tuple[Tensor, ...]]:
     """An operation as a function of its differentiable arguments alone, and those arguments.
 
-    The weights come first, one for each group; for ``"evaluate"`` the vectors follow. The function runs
-    on the backend in force when it is called.
+    The weights come first, one for each group; for ``"evaluate"`` the vectors follow. The function
+    runs on the backend in force when it is called.
     """
     layout, tree = case.layout, case.tree
     count = len(inputs.weights)
@@ -258,7 +262,8 @@ def operation(op: str, case: Case, inputs: Inputs) -> tuple[Function, tuple[Tens
 
 
 def gradients(function: Function) -> Function:
-    """``(cotangent, *arguments) -> gradients of <cotangent, function(*arguments)>`` by the arguments."""
+    """``(cotangent, *arguments) -> gradients of <cotangent, function(*arguments)>`` by the
+    arguments."""
 
     def run(cotangent: Tensor, *arguments: Tensor) -> tuple[Tensor, ...]:
         leaves = [a.detach().requires_grad_() for a in arguments]
@@ -268,9 +273,9 @@ def gradients(function: Function) -> Function:
 
 
 def second(function: Function) -> Function:
-    """``(cotangent, directions, arguments) -> gradients of <directions, gradients(function)>`` by the
-    cotangent and the arguments, all tensors in one flat list: a cotangent, then one direction for each
-    argument, then the arguments."""
+    """``(cotangent, directions, arguments) -> gradients of <directions, gradients(function)>`` by
+    the cotangent and the arguments, all tensors in one flat list: a cotangent, then one direction
+    for each argument, then the arguments."""
 
     def run(cotangent: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         directions, arguments = rest[: len(rest) // 2], rest[len(rest) // 2 :]
@@ -287,10 +292,10 @@ def second(function: Function) -> Function:
 def exact(function: Function, arguments: Iterable[Tensor]) -> tuple[Any, Any]:
     """The function's value in float64 on the reference, and its condition scale.
 
-    The scale is the function of the arguments' absolute values. All the operations here, their gradients
-    and their second derivatives are polynomials with non-negative coefficients, so the scale is the sum of
-    the magnitudes of all terms; whatever the order of summation, rounding errors are bounded by the
-    unit roundoff times it times the number of roundings on the way.
+    The scale is the function of the arguments' absolute values. All the operations here, their
+    gradients and their second derivatives are polynomials with non-negative coefficients, so the
+    scale is the sum of the magnitudes of all terms; whatever the order of summation, rounding
+    errors are bounded by the unit roundoff times it times the number of roundings on the way.
     """
     double = [a.detach().double() for a in arguments]
     with use_backend("reference"), torch.autocast("cpu", enabled=False):
@@ -298,7 +303,8 @@ def exact(function: Function, arguments: Iterable[Tensor]) -> tuple[Any, Any]:
 
 
 def error(actual: Any, expected: Any, scale: Any) -> float:
-    """The largest error of any entry, relative to its scale; ``inf`` where a NaN or an unequal infinity is."""
+    """The largest error of any entry, relative to its scale; ``inf`` where a NaN or an unequal
+    infinity is."""
     worst = 0.0
     for a, e, s in _leaves(actual, expected, scale):
         if a.numel() == 0:
@@ -323,8 +329,8 @@ def assert_matches(
         expected64: the same in float64.
         dtype: in what precision ``actual`` was computed.
         direction: ``"forward"``, ``"backward"`` or ``"second"``.
-        scale: the condition scale of :func:`exact`; by default, for functions that have none, the largest
-            magnitude of each expected tensor.
+        scale: the condition scale of :func:`exact`; by default, for functions that have none, the
+            largest magnitude of each expected tensor.
 
     Raises:
         AssertionError: shapes differ, or an entry is further off than the table allows.

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
+from htfkernels.tree_checks import analyse, as_int, depth_first, format_modes, partition_owners
+
 __all__ = ["ModeTree", "Node"]
 
 
@@ -80,7 +82,7 @@ class Node:
         return (_node, (self.tree, self.index))
 
     def __repr__(self) -> str:
-        return f"Node({_format_modes(self.modes)}, level={self.level})"
+        return f"Node({format_modes(self.modes)}, level={self.level})"
 
 
 def _node(tree: ModeTree, index: int) -> Node:
@@ -90,10 +92,12 @@ def _node(tree: ModeTree, index: int) -> Node:
 class ModeTree:
     """A rooted tree whose leaves are the modes ``0 .. order - 1`` of a tensor.
 
-    Immutable and hashable. Trees are kept in a canonical form (children and the nodes of a level are
-    ordered by their smallest mode), so two trees that merge the same modes in the same way are equal.
+    Immutable and hashable. Trees are kept in a canonical form (children and the nodes of a level
+    are ordered by their smallest mode), so two trees that merge the same modes in the same way are
+    equal.
     Use one of the constructors: :meth:`balanced`, :meth:`halves`, :meth:`grid`, :meth:`flat`,
-    :meth:`chain`, :meth:`from_levels`, :meth:`from_nested`, :meth:`from_parents`, :meth:`from_json`.
+    :meth:`chain`, :meth:`from_levels`, :meth:`from_nested`, :meth:`from_parents`,
+    :meth:`from_json`.
 
     Example:
         >>> tree = ModeTree.balanced(4)
@@ -115,9 +119,9 @@ class ModeTree:
 
     def __init__(self, order: int, parents: Sequence[int]) -> None:
         """``parents[i]`` is the parent of node ``i``; nodes ``0 .. order - 1`` are the leaves."""
-        order = _as_int("order", order)
-        given = [_as_int("a parent", p) for p in parents]
-        children, heights, smallest = _analyse(order, given)
+        order = as_int("order", order)
+        given = [as_int("a parent", p) for p in parents]
+        children, heights, smallest = analyse(order, given)
         rank = sorted(range(len(given)), key=lambda i: (heights[i], smallest[i]))
         position = {old: new for new, old in enumerate(rank)}
         set_ = object.__setattr__
@@ -129,7 +133,7 @@ class ModeTree:
             for old in rank
         ]
         set_(self, "_children", tuple(ordered))
-        leaf_order, spans = _depth_first(order, self.parents, ordered)
+        leaf_order, spans = depth_first(order, self.parents, ordered)
         set_(self, "_leaf_order", leaf_order)
         set_(self, "_spans", spans)
         set_(self, "_hash", hash((order, self.parents)))
@@ -143,8 +147,8 @@ class ModeTree:
 
     @classmethod
     def from_parents(cls, order: int, parents: Sequence[int]) -> ModeTree:
-        """The tree whose node ``i`` has the parent ``parents[i]`` (-1: the root); the first ``order``
-        nodes are the leaves."""
+        """The tree whose node ``i`` has the parent ``parents[i]`` (-1: the root); the first
+        ``order`` nodes are the leaves."""
         return cls(order, parents)
 
     @classmethod
@@ -152,24 +156,25 @@ class ModeTree:
         """The tree of a sequence of ever coarser partitions of the modes.
 
         Args:
-            levels: ``levels[0]`` lists the modes one by one, each further level merges whole nodes of
-                the level below (or keeps one as a one-child node), the last is a single node.
+            levels: ``levels[0]`` lists the modes one by one, each further level merges whole nodes
+                of the level below (or keeps one as a one-child node), the last is a single node.
 
         Raises:
             ValueError: a mode is missing or appears twice in a level, a node is empty, or a level
                 does not refine the one below.
         """
-        parts = [[tuple(_as_int("a mode", m) for m in node) for node in level] for level in levels]
+        parts = [[tuple(as_int("a mode", m) for m in node) for node in level] for level in levels]
         if len(parts) < 2:
             raise ValueError(
-                f"from_levels: expected at least two levels (the leaves and the root), got {len(parts)}"
+                "from_levels: expected at least two levels (the leaves and the root), "
+                f"got {len(parts)}"
             )
         order = len(parts[0])
         parents: list[int] = []
         below: dict[int, int] = {}
         first = 0
         for number, level in enumerate(parts):
-            owner = _partition(number, level, order)
+            owner = partition_owners(number, level, order)
             if number == 0:
                 for node in level:
                     if len(node) != 1:
@@ -186,8 +191,8 @@ class ModeTree:
                 if parents[child] not in (-1, parent):
                     split = next(n for n in parts[number - 1] if mode in n)
                     raise ValueError(
-                        f"from_levels: level {number} does not refine level {number - 1}: it splits "
-                        f"the node {split}"
+                        f"from_levels: level {number} does not refine level {number - 1}: it "
+                        f"splits the node {split}"
                     )
                 parents[child] = parent
                 sizes[child] = sizes.get(child, 0) + 1
@@ -196,7 +201,8 @@ class ModeTree:
             first += len(level)
         if len(parts[-1]) != 1:
             raise ValueError(
-                f"from_levels: the last level must be one node over all modes, got {len(parts[-1])} nodes"
+                "from_levels: the last level must be one node over all modes, "
+                f"got {len(parts[-1])} nodes"
             )
         return cls(order, parents)
 
@@ -224,7 +230,7 @@ class ModeTree:
                     interior.append(me)
                     stack.append((child, len(interior) - 1))
                     continue
-                mode = _as_int("a mode", child)
+                mode = as_int("a mode", child)
                 if mode in leaf_parent:
                     raise ValueError(f"from_nested: mode {mode} appears twice")
                 leaf_parent[mode] = me
@@ -232,7 +238,8 @@ class ModeTree:
         missing = next((m for m in range(order) if m not in leaf_parent), None)
         if missing is not None:
             raise ValueError(
-                f"from_nested: mode {missing} is missing (the modes are {_format_modes(tuple(sorted(leaf_parent)))})"
+                f"from_nested: mode {missing} is missing "
+                f"(the modes are {format_modes(tuple(sorted(leaf_parent)))})"
             )
         parents = [order + leaf_parent[m] for m in range(order)]
         parents += [p if p < 0 else order + p for p in interior]
@@ -240,8 +247,8 @@ class ModeTree:
 
     @classmethod
     def balanced(cls, order: int, arity: int = 2) -> ModeTree:
-        """Neighbours merge first, ``arity`` at a time, level by level. A single node left over at the
-        end of a level goes up through a one-child node."""
+        """Neighbours merge first, ``arity`` at a time, level by level. A single node left over at
+        the end of a level goes up through a one-child node."""
         if arity < 2:
             raise ValueError(f"balanced: arity must be at least 2, got {arity}")
         return cls._by_merging(
@@ -250,8 +257,9 @@ class ModeTree:
 
     @classmethod
     def halves(cls, order: int) -> ModeTree:
-        """Mode ``i`` merges with mode ``i + order // 2`` first, and so on at every level: the tree of
-        partitions that couple far-apart modes. A node left over goes up through a one-child node."""
+        """Mode ``i`` merges with mode ``i + order // 2`` first, and so on at every level: the tree
+        of partitions that couple far-apart modes. A node left over goes up through a one-child
+        node."""
 
         def merge(n: int) -> list[list[int]]:
             half = n // 2
@@ -261,10 +269,10 @@ class ModeTree:
 
     @classmethod
     def grid(cls, height: int, width: int, window: tuple[int, int] = (2, 2)) -> ModeTree:
-        """Modes on a ``height x width`` grid (mode ``row * width + column``), merged in windows, level
-        by level, as the pooling layers of a convolutional network do."""
-        height, width = _as_int("height", height), _as_int("width", width)
-        down, across = (_as_int("a window side", w) for w in window)
+        """Modes on a ``height x width`` grid (mode ``row * width + column``), merged in windows,
+        level by level, as the pooling layers of a convolutional network do."""
+        height, width = as_int("height", height), as_int("width", width)
+        down, across = (as_int("a window side", w) for w in window)
         if height < 1 or width < 1 or height * width < 2:
             raise ValueError(f"grid: expected at least two cells, got {height} x {width}")
         if down < 1 or across < 1 or (down == 1 and height > 1) or (across == 1 and width > 1):
@@ -287,14 +295,14 @@ class ModeTree:
     @classmethod
     def flat(cls, order: int) -> ModeTree:
         """A root over all leaves: the tree of a CP tensor factorization."""
-        return cls(order, [order] * _as_int("order", order) + [-1])
+        return cls(order, [order] * as_int("order", order) + [-1])
 
     @classmethod
     def chain(cls, depth: int) -> ModeTree:
-        """The tree of a deep matrix factorization ``W_1 W_2 ... W_depth``: leaf 0 carries ``W_1``, the
-        ``depth - 2`` one-child nodes above it ``W_2 .. W_{depth-1}``, leaf 1 the transpose of
+        """The tree of a deep matrix factorization ``W_1 W_2 ... W_depth``: leaf 0 carries ``W_1``,
+        the ``depth - 2`` one-child nodes above it ``W_2 .. W_{depth-1}``, leaf 1 the transpose of
         ``W_depth``; use it with ``root="sum"``."""
-        depth = _as_int("depth", depth)
+        depth = as_int("depth", depth)
         if depth < 2:
             raise ValueError(f"chain: depth must be at least 2, got {depth}")
         links = depth - 2
@@ -303,7 +311,7 @@ class ModeTree:
 
     @classmethod
     def _by_merging(cls, order: int, merge: Any) -> ModeTree:
-        order = _as_int("order", order)
+        order = as_int("order", order)
         if order < 2:
             raise ValueError(f"a mode tree needs at least 2 modes, got order {order}")
         parents: list[int] = []
@@ -382,7 +390,7 @@ class ModeTree:
             at = self.parents[at]
         where = "" if level is None else f" at level {level}"
         raise KeyError(
-            f"no node over the modes {_format_modes(tuple(sorted(wanted)))}{where} in this tree"
+            f"no node over the modes {format_modes(tuple(sorted(wanted)))}{where} in this tree"
         )
 
     def to_nested(self) -> Any:
@@ -401,7 +409,8 @@ class ModeTree:
         """The inverse of :meth:`to_json`.
 
         Raises:
-            ValueError: the text is no JSON object with ``order`` and ``parents``, or they are no tree.
+            ValueError: the text is no JSON object with ``order`` and ``parents``, or they are no
+                tree.
         """
         data = json.loads(text)
         if not isinstance(data, dict) or not {"order", "parents"} <= data.keys():
@@ -437,7 +446,7 @@ class ModeTree:
         while stack and len(lines) < max_lines:
             node, head, rest = stack.pop()
             note = "" if label is None else f"  {label(node)}"
-            lines.append(f"{head}{_format_modes(node.modes)}{note}")
+            lines.append(f"{head}{format_modes(node.modes)}{note}")
             children = node.children
             for i in reversed(range(len(children))):
                 last = i == len(children) - 1
@@ -451,109 +460,3 @@ class ModeTree:
         if stack:
             lines.append(f"... {len(self.parents) - len(lines)} more of {len(self.parents)} nodes")
         return "\n".join(lines)
-
-
-def _as_int(what: str, value: Any) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise ValueError(f"mode tree: {what} must be an integer, got {value!r}")
-    return int(value.__index__())
-
-
-def _format_modes(modes: tuple[int, ...]) -> str:
-    """``(0, 1, 2, 5)`` as ``{0-2,5}``, cut after a few runs."""
-    runs: list[list[int]] = []
-    for m in modes:
-        if runs and m == runs[-1][1] + 1:
-            runs[-1][1] = m
-        else:
-            runs.append([m, m])
-    text = [f"{a}" if a == b else f"{a}-{b}" if b > a + 1 else f"{a},{b}" for a, b in runs[:8]]
-    return "{" + ",".join(text) + (f",... {len(modes)} modes" if len(runs) > 8 else "") + "}"
-
-
-def _partition(number: int, level: list[tuple[int, ...]], order: int) -> list[int]:
-    """For each mode the position of its node in the level; checks that the level is a partition."""
-    owner = [-1] * order
-    for position, node in enumerate(level):
-        if not node:
-            raise ValueError(f"from_levels: level {number} has an empty node (position {position})")
-        for mode in node:
-            if not 0 <= mode < order:
-                raise ValueError(
-                    f"from_levels: level {number} names mode {mode}, but level 0 has {order} modes "
-                    f"(0..{order - 1})"
-                )
-            if owner[mode] >= 0:
-                raise ValueError(f"from_levels: mode {mode} appears twice in level {number}")
-            owner[mode] = position
-    if -1 in owner:
-        raise ValueError(f"from_levels: mode {owner.index(-1)} is missing from level {number}")
-    return owner
-
-
-def _analyse(order: int, parents: list[int]) -> tuple[list[list[int]], list[int], list[int]]:
-    """Children, heights and smallest modes; checks that ``parents`` is a tree over ``order`` leaves."""
-    count = len(parents)
-    if order < 2:
-        raise ValueError(f"a mode tree needs at least 2 modes, got order {order}")
-    if count <= order:
-        raise ValueError(
-            f"a mode tree of order {order} needs a root above its leaves, got {count} nodes"
-        )
-    children: list[list[int]] = [[] for _ in range(count)]
-    for i, p in enumerate(parents):
-        if not -1 <= p < count or p == i:
-            raise ValueError(
-                f"node {i} has the parent {p}: expected -1 or another of {count} nodes"
-            )
-        if p >= 0:
-            if p < order:
-                raise ValueError(f"node {i} has the leaf {p} as its parent")
-            children[p].append(i)
-    roots = [i for i, p in enumerate(parents) if p == -1]
-    if len(roots) != 1:
-        raise ValueError(
-            f"a mode tree has one root, got {len(roots)} nodes without a parent: {roots[:8]}"
-        )
-    for i in range(order, count):
-        if not children[i]:
-            raise ValueError(f"node {i} is empty: it has no children and is no leaf")
-    heights = [0] * count
-    smallest = [*range(order)] + [order] * (count - order)
-    waiting = [len(c) for c in children]
-    ready = list(range(order))
-    done = 0
-    while ready:
-        i = ready.pop()
-        done += 1
-        p = parents[i]
-        if p < 0:
-            continue
-        heights[p] = max(heights[p], heights[i] + 1)
-        smallest[p] = min(smallest[p], smallest[i])
-        waiting[p] -= 1
-        if waiting[p] == 0:
-            ready.append(p)
-    if done != count:
-        raise ValueError(f"the parents form a cycle: {count - done} nodes are not below the root")
-    return children, heights, smallest
-
-
-def _depth_first(
-    order: int, parents: tuple[int, ...], children: list[tuple[int, ...]]
-) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
-    """The modes in depth-first order, and each node's span in it."""
-    sizes = [1] * order + [0] * (len(parents) - order)
-    for i, p in enumerate(parents):
-        if p >= 0:
-            sizes[p] += sizes[i]
-    starts = [0] * len(parents)
-    leaf_order = [0] * order
-    for i in range(len(parents) - 1, -1, -1):  # parents come after their children
-        if i < order:
-            leaf_order[starts[i]] = i
-        at = starts[i]
-        for c in children[i]:
-            starts[c] = at
-            at += sizes[c]
-    return tuple(leaf_order), tuple((s, s + n) for s, n in zip(starts, sizes, strict=True))

@@ -1,9 +1,9 @@
 """Differentiation of the compiled operations, shared by all of them.
 
 A :class:`Kernel` says how to run an operation and its backward on folded weights and optional data.
-Around it stand two pairs of ``autograd.Function``: the classic form, cheap enough for a training loop
-of tiny steps, and the ``setup_context`` form, which ``torch.func`` transforms need. The backward of a
-backward is the reference formula's, differentiated by PyTorch.
+Around it stand two pairs of ``autograd.Function``: the classic form, cheap enough for a training
+loop of tiny steps, and the ``setup_context`` form, which ``torch.func`` transforms need. The
+backward of a backward is the reference formula's, differentiated by PyTorch.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Kernel:
                     full[i] = t
                 return self.reference(*full)
 
-            _, pull = torch.func.vjp(partial, *(tensors[i] for i in wanted))
+            pull = torch.func.vjp(partial, *(tensors[i] for i in wanted))[1]
             return tuple(pull(grad))
 
         return run
@@ -131,7 +131,7 @@ def _second(
             full[i] = t
         return kernel.reference_backward(needs)(*full)
 
-    _, pull = torch.func.vjp(run, *(saved[i] for i in chosen))
+    pull = torch.func.vjp(run, *(saved[i] for i in chosen))[1]
     grads = iter(pull(tuple(c for c, n in zip(cotangents, needs, strict=True) if n)))
     return tuple(next(grads) if n else None for n in second)
 

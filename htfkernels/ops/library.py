@@ -1,7 +1,8 @@
 """The registered operators of the compiled module, and what PyTorch has to know of them.
 
-Loading this module loads ``htfkernels._C``, whose import registers the schemas and CPU kernels. Fake
-kernels and autograd formulas make the operators work under ``torch.compile``. The formula of a backward
+Loading this module loads ``htfkernels._C``, whose import registers the schemas and CPU kernels.
+Fake kernels and autograd formulas make the operators work under ``torch.compile``. The formula of
+a backward
 is not differentiable there: double backward is an eager affair (:mod:`htfkernels.ops.autograd`).
 """
 
@@ -21,16 +22,17 @@ ops = torch.ops.htfkernels
 
 
 def call(op: Any, *args: Any) -> Any:
-    """Runs an operator below autograd: the eager path has its own ``autograd.Function``, and the Python
-    layer of ``register_autograd`` would cost several microseconds for nothing."""
+    """Runs an operator below autograd: the eager path has its own ``autograd.Function``, and the
+    Python layer of ``register_autograd`` would cost several microseconds for nothing."""
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 
 
 def _no_second(ctx: Any, *grads: Any) -> Any:
     raise RuntimeError(
-        "htfkernels: this is a second derivative of a compiled or directly called operator, which is "
-        "not supported; call the model without torch.compile (double backward works in eager mode)"
+        "htfkernels: this is a second derivative of a compiled or directly called operator, which "
+        "is not supported; call the model without torch.compile (double backward works in eager "
+        "mode)"
     )
 
 

@@ -12,7 +12,8 @@ from htfkernels.ops.evaluate.reference import walk
 
 
 def evaluate_at(layout: Layout, weights: Sequence[Tensor], indices: Tensor) -> Tensor:
-    """``indices [B, N] -> [B, out_features]``; leaf ``n`` sends row ``indices[:, n]`` of ``W_n``."""
+    """``indices [B, N] -> [B, out_features]``; leaf ``n`` sends row ``indices[:, n]`` of
+    ``W_n``."""
 
     def leaf_messages(group: Group, weight: Tensor) -> Tensor:
         slots = weight.expand(len(group.nodes), -1, -1).unbind(0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import reduce
 
-import torch
 from torch import Tensor
 
 from htfkernels.layout import Layout
@@ -14,8 +13,8 @@ from htfkernels.layout import Layout
 def full_tensor(layout: Layout, weights: Sequence[Tensor]) -> Tensor:
     """``[prod D_n, out_features]``, rows in the tree's depth-first mode order.
 
-    The frame of a leaf is its weight; the frame of an interior node is the row-wise Khatri-Rao product
-    of its children's frames times its weight.
+    The frame of a leaf is its weight; the frame of an interior node is the row-wise Khatri-Rao
+    product of its children's frames times its weight.
     """
     children = layout.tree._children
     frames: dict[int, Tensor] = {}
@@ -36,7 +35,8 @@ def _khatri_rao(frames: dict[int, Tensor], children: tuple[int, ...]) -> Tensor:
 
 
 def natural_order(layout: Layout, flat: Tensor) -> Tensor:
-    """``[prod D_n, out_features]`` in depth-first mode order -> ``[D_0, ..., D_{N-1}(, out_features)]``."""
+    """``[prod D_n, out_features]`` in depth-first mode order -> ``[D_0, ..., D_{N-1}(,
+    out_features)]``."""
     order = layout.tree.root.modes
     tensor = flat.reshape([layout.mode_dims[n] for n in order] + [layout.out_features])
     place = sorted(range(len(order)), key=order.__getitem__)

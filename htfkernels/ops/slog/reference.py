@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -14,44 +14,50 @@ from htfkernels.layout import Layout
 def slog(layout: Layout, weights: Sequence[Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     """``x [B, sum D_n] -> (sign, log |value|)``, each ``[B, out_features]``.
 
-    After each node a row of its message is divided by ``2 ** e`` so that its largest magnitude lies in
-    [1/2, 1), and ``e`` is added up. Scales are powers of two and constants to autograd, so values and
+    After each node a row of its message is divided by ``2 ** e`` so that its largest magnitude
+    lies in [1/2, 1), and ``e`` is added up. Scales are powers of two and constants to autograd, so
+    values and
     gradients are those of the unscaled tree: ``d log|f| = d log|f 2^-e|``. Weights and vectors are
     scaled the same way beforehand, so that no single product leaves the range either.
     """
     columns, children = layout.offsets, layout.tree._children
     messages: dict[int, Tensor] = {}
     exponents: dict[int, Tensor] = {}
+
+    def product(nodes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        p, exponent = messages[nodes[0]], exponents[nodes[0]]
+        for i, c in enumerate(nodes[1:], start=1):
+            p, exponent = p * messages[c], exponent + exponents[c]
+            if i % 8 == 0:  # thousands of siblings would leave the range together
+                p, extra = _scaled(p, -1)
+                exponent = exponent + extra
+        return p, exponent
+
     for group, raw in zip(layout.groups, weights, strict=True):
         weight, by_weight = _scaled(raw, (-2, -1))
         if group.level == 0:
-            p, by_p = _scaled(
-                torch.stack([x[:, columns[n] : columns[n + 1]] for n in group.nodes]), -1
-            )
+            vectors = [x[:, columns[n] : columns[n + 1]] for n in group.nodes]
+            p, by_p = _scaled(torch.stack(vectors), -1)
         else:
-            product = [reduce(torch.mul, [messages[c] for c in children[v]]) for v in group.nodes]
-            carried = torch.stack([sum(exponents[c] for c in children[v]) for v in group.nodes])
-            p, by_p = _scaled(torch.stack(product), -1)
+            products = [product(children[v]) for v in group.nodes]
+            p, carried = (torch.stack(parts) for parts in zip(*products, strict=True))
+            p, by_p = _scaled(p, -1)
             by_p = by_p + carried
         m, by_m = _scaled(p @ weight, -1)
-        total = by_m + by_p + by_weight
         messages.update(zip(group.nodes, m.unbind(0), strict=True))
-        exponents.update(zip(group.nodes, total.unbind(0), strict=True))
-    last = len(children) - 1
+        exponents.update(zip(group.nodes, (by_m + by_p + by_weight).unbind(0), strict=True))
     if layout.root == "sum":
-        product, extra = _scaled(reduce(torch.mul, [messages[c] for c in children[-1]]), -1)
-        value = product.sum(-1, keepdim=True)
-        exponent = extra + sum(exponents[c] for c in children[-1])
+        p, exponent = product(children[-1])
+        value = p.sum(-1, keepdim=True)
     else:
-        value, exponent = messages[last], exponents[last]
-    logabs = value.abs().log() + exponent.to(value.dtype).unsqueeze(-1) * torch.log(
-        value.new_tensor(2.0)
-    )
+        value, exponent = messages[len(children) - 1], exponents[len(children) - 1]
+    logabs = value.abs().log() + exponent.to(value.dtype).unsqueeze(-1) * math.log(2.0)
     return value.detach().sign(), logabs
 
 
 def _scaled(t: Tensor, dim: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """``t / 2**e`` with its largest magnitude along ``dim`` in [1/2, 1), and ``e`` (float64, no grad)."""
+    """``t / 2**e`` with its largest magnitude along ``dim`` in [1/2, 1), and ``e`` (float64, no
+    grad)."""
     exponent = torch.frexp(t.detach().abs().amax(dim, keepdim=True)).exponent
     half = exponent // 2  # in two steps: 2**-e itself may be out of range
     one = torch.ones(exponent.shape, dtype=t.dtype, device=t.device)
