@@ -7,14 +7,15 @@ numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
+from functools import cached_property, lru_cache
+from typing import Any, Literal
 
 import torch
 
 from htfkernels.tree import ModeTree, Node
+from htfkernels.tree_checks import as_int
 
 __all__ = ["Group", "Layout", "Ranks", "RootKind"]
 
@@ -108,23 +109,24 @@ class Layout:
         """
         if not isinstance(tree, ModeTree):
             raise ValueError(f"tree: expected a ModeTree, got {type(tree).__name__}")
-        if isinstance(mode_dims, int):
-            dims = (mode_dims,) * tree.order
-        else:
-            dims = tuple(int(d) for d in mode_dims)
+        if isinstance(mode_dims, Iterable):
+            dims = tuple(as_int("mode_dims", d) for d in mode_dims)
             if len(dims) != tree.order:
                 raise ValueError(
                     f"mode_dims: expected {tree.order} (one per mode), got {len(dims)}"
                 )
+        else:
+            dims = (as_int("mode_dims", mode_dims),) * tree.order
         if min(dims) < 1:
             raise ValueError(f"mode_dims: expected positive dimensions, got {min(dims)}")
         if root not in ("linear", "sum"):
             raise ValueError(f'root: expected "linear" or "sum", got {root!r}')
-        if out_features < 1 or (root == "sum" and out_features != 1):
+        outputs = as_int("out_features", out_features)
+        if outputs < 1 or (root == "sum" and outputs != 1):
             expected = "1 with root='sum'" if root == "sum" else "at least 1"
-            raise ValueError(f"out_features: expected {expected}, got {out_features}")
+            raise ValueError(f"out_features: expected {expected}, got {outputs}")
         per_node = _expand_ranks(tree, ranks)
-        return cls(tree, dims, per_node, int(out_features), root, bool(share_weights))
+        return _interned(tree, dims, per_node, outputs, root, bool(share_weights))
 
     @cached_property
     def _hash(self) -> int:
@@ -141,6 +143,13 @@ class Layout:
 
     def __hash__(self) -> int:
         return self._hash
+
+    def __reduce__(
+        self,
+    ) -> tuple[Any, ...]:
+        # Without what is derived from them: hashes differ between processes.
+        fields = (self.tree, self.mode_dims, self.ranks, self.out_features)
+        return (_interned, (*fields, self.root, self.share_weights))
 
     def shape(self, node: Node) -> tuple[int, int]:
         """Shape ``[R_in, R_out]`` of a node's weight."""
@@ -259,26 +268,33 @@ class Layout:
         return torch.tensor(flat, dtype=torch.int64)
 
 
+@lru_cache(maxsize=256)
+def _interned(*fields: Any) -> Layout:
+    """Equal layouts are one object, so that the functional API pays for a layout once; what is derived
+    from it is computed here, since torch.compile cannot trace into it."""
+    layout = Layout(*fields)
+    _ = layout.program, layout.offsets, layout.location, layout.groups
+    return layout
+
+
 def _expand_ranks(tree: ModeTree, ranks: Ranks) -> tuple[int, ...]:
-    if isinstance(ranks, bool):
-        raise ValueError("ranks: expected integers, got a bool")
-    if isinstance(ranks, int):
-        per_node = (ranks,) * len(tree.interior)
-    elif isinstance(ranks, Mapping):
+    if isinstance(ranks, Mapping):
         missing = [node for node in tree.interior if node not in ranks]
         unknown = [node for node in ranks if node not in set(tree.interior)]
         if missing or unknown:
             what = f"no rank for {missing[0]}" if missing else f"{unknown[0]} is no interior node"
             raise ValueError(f"ranks: expected one for every interior node, but {what}")
-        per_node = tuple(int(ranks[node]) for node in tree.interior)
-    else:
-        levels = [int(r) for r in ranks]
+        per_node = tuple(as_int("ranks", ranks[node]) for node in tree.interior)
+    elif isinstance(ranks, Iterable):
+        levels = [as_int("ranks", r) for r in ranks]
         if len(levels) != tree.depth:
             raise ValueError(
                 f"ranks: expected {tree.depth} (one per interior level, the root last), "
                 f"got {len(levels)}"
             )
         per_node = tuple(levels[node.level - 1] for node in tree.interior)
+    else:
+        per_node = (as_int("ranks", ranks),) * len(tree.interior)
     if min(per_node) < 1:
         raise ValueError(f"ranks: expected positive local ranks, got {min(per_node)}")
     return per_node

@@ -198,20 +198,23 @@ class Inputs:
 
 
 def make_inputs(
-    case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
+    case: Case,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    spread: float = 0.5,
 ) -> Inputs:
     """Random arguments, the same numbers on every device.
 
-    Entries are normal with mean 1 and standard deviation 1/2, divided by the number of terms they
-    are
-    summed over: messages stay near 1 at any order, and sums cancel little, so that an error
-    relative to the condition scale is about an error relative to the value, and a small one cannot
-    hide a wrong formula.
+    Entries are normal with mean 1 and standard deviation ``spread``, divided by the number of terms
+    they are summed over: messages stay near 1, and sums cancel little, so that an error relative to
+    the condition scale is about an error relative to the value, and a small one cannot hide a wrong
+    formula. Trees of thousands of modes need a smaller spread for that than the cases here.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
-        return 1 + 0.5 * torch.randn(shape, generator=generator, dtype=torch.float64)
+        return 1 + spread * torch.randn(shape, generator=generator, dtype=torch.float64)
 
     def cast(tensor: Tensor) -> Tensor:
         return tensor.to(device, dtype)
@@ -337,7 +340,7 @@ def assert_matches(
     """
     if scale is None:
         scale = [
-            torch.full_like(e, float(e.abs().max()) if e.numel() else 1.0)
+            torch.full_like(e, float(e.detach().abs().max()) if e.numel() else 1.0)
             for e in _flat(expected64)
         ]
     for i, (a, e, s) in enumerate(_leaves(actual, expected64, scale)):

@@ -169,6 +169,9 @@ class ModeTree:
                 "from_levels: expected at least two levels (the leaves and the root), "
                 f"got {len(parts)}"
             )
+        merged = next((node for node in parts[0] if len(node) > 1), None)
+        if merged is not None:
+            raise ValueError(f"from_levels: level 0 must list single modes, got the node {merged}")
         order = len(parts[0])
         parents: list[int] = []
         below: dict[int, int] = {}
@@ -176,11 +179,6 @@ class ModeTree:
         for number, level in enumerate(parts):
             owner = partition_owners(number, level, order)
             if number == 0:
-                for node in level:
-                    if len(node) != 1:
-                        raise ValueError(
-                            f"from_levels: level 0 must list single modes, got the node {node}"
-                        )
                 parents = [-1] * order
                 below = {m: m for m in range(order)}
                 first = order
@@ -249,6 +247,7 @@ class ModeTree:
     def balanced(cls, order: int, arity: int = 2) -> ModeTree:
         """Neighbours merge first, ``arity`` at a time, level by level. A single node left over at
         the end of a level goes up through a one-child node."""
+        arity = as_int("arity", arity)
         if arity < 2:
             raise ValueError(f"balanced: arity must be at least 2, got {arity}")
         return cls._by_merging(
@@ -373,7 +372,7 @@ class ModeTree:
         Raises:
             KeyError: no node has these modes, or none at that level.
         """
-        wanted = {modes} if isinstance(modes, int) else set(modes)
+        wanted = {int(m) for m in (modes if isinstance(modes, Iterable) else [modes])}
         if not wanted or not wanted <= set(range(self.order)):
             raise KeyError(
                 f"no node over the modes {sorted(wanted)}: the modes are 0..{self.order - 1}"
@@ -415,6 +414,8 @@ class ModeTree:
         data = json.loads(text)
         if not isinstance(data, dict) or not {"order", "parents"} <= data.keys():
             raise ValueError('from_json: expected an object with "order" and "parents"')
+        if not isinstance(data["parents"], list):
+            raise ValueError(f"from_json: parents must be a list, got {data['parents']!r}")
         return cls(data["order"], data["parents"])
 
     def __eq__(self, other: object) -> bool:

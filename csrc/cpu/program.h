@@ -29,8 +29,7 @@ struct Program {
 
   // Reads and checks a program against the weights: the one place where the operations' arguments
   // are looked at. Everything behind it trusts the sizes.
-  Program(const char* op, const Tensor& program, const std::vector<Tensor>& weights,
-          int64_t out_features) {
+  Program(const char* op, const Tensor& program, const std::vector<Tensor>& weights) {
     check(program.is_cpu() && program.scalar_type() == ScalarType::Long && program.dim() == 1 &&
               program.is_contiguous() && program.numel() >= kHeader,
           op, ": program must be a contiguous int64 CPU tensor made by a layout");
@@ -40,7 +39,6 @@ struct Program {
     steps = p[1], groups = p[2], buffers = p[3], outputs = p[4], x_width = p[5], order = p[6];
     sum_root = p[7] != 0;
     step = reinterpret_cast<const Step*>(p + kHeader);
-    check(outputs == out_features, op, ": out_features must be ", outputs, ", got ", out_features);
     check(static_cast<int64_t>(weights.size()) == groups, op, ": expected ", groups,
           " folded weights, got ", weights.size());
     const ScalarType dtype = weights[0].scalar_type();
@@ -50,6 +48,21 @@ struct Program {
             "] must be a 3-dimensional CPU tensor of the dtype of weights[0]");
     }
     for (int64_t s = 0; s < steps; ++s) check_step(op, weights, s);
+  }
+
+  void check_outputs(const char* op, int64_t out_features) const {
+    check(outputs == out_features, op, ": out_features must be ", outputs, ", got ", out_features);
+  }
+  void check_grad(const char* op, const Tensor& grad, int64_t rows, ScalarType dtype) const {
+    check(grad.is_cpu() && grad.scalar_type() == dtype && grad.dim() == 2 && grad.size(0) == rows &&
+              grad.size(1) == outputs,
+          op, ": grad must be a CPU tensor [", rows, ", ", outputs, "] of dtype ", toString(dtype),
+          ", got ", describe(grad));
+  }
+
+  void check_needs(const char* op, const std::vector<int64_t>& needs, std::size_t expected) const {
+    check(needs.size() == expected, op, ": needs must have ", expected, " entries, got ",
+          needs.size());
   }
 
   bool is_leaf(int64_t s) const { return step[s].mode >= 0; }

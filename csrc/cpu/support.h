@@ -15,6 +15,7 @@
 #include <new>
 #include <sstream>
 #include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -35,6 +36,15 @@ template <class... Args>
 template <class... Args>
 void check(bool condition, const Args&... args) {
   if (!condition) fail(args...);
+}
+
+// "Float [3, 4]"
+inline std::string describe(const Tensor& t) {
+  std::ostringstream text;
+  text << toString(t.scalar_type()) << " [";
+  for (int64_t i = 0; i < t.dim(); ++i) text << (i > 0 ? ", " : "") << t.size(i);
+  text << "]";
+  return text.str();
 }
 
 // Uninitialised memory on a cache line's boundary.

@@ -5,16 +5,16 @@ namespace {
 
 void check_x(const char* op, const Program& program, const std::vector<Tensor>& weights,
              const Tensor& x) {
-  check(x.is_cpu() && x.scalar_type() == weights[0].scalar_type(), op,
-        ": x must be a CPU tensor of the weights' dtype ", toString(weights[0].scalar_type()),
-        ", got ", toString(x.scalar_type()));
-  check(x.dim() == 2 && x.size(1) == program.x_width, op, ": x must be [B, ", program.x_width,
-        "], got ", x.dim(), " dimensions and ", x.dim() > 0 ? x.size(x.dim() - 1) : 0, " columns");
+  const ScalarType dtype = weights[0].scalar_type();
+  check(x.is_cpu() && x.scalar_type() == dtype && x.dim() == 2 && x.size(1) == program.x_width, op,
+        ": x must be a CPU tensor [B, ", program.x_width, "] of dtype ", toString(dtype), ", got ",
+        describe(x));
 }
 
 Tensor evaluate(const std::vector<Tensor>& weights, const Tensor& x, const Tensor& program,
                 int64_t out_features) {
-  const Program p("evaluate", program, weights, out_features);
+  const Program p("evaluate", program, weights);
+  p.check_outputs("evaluate", out_features);
   check_x("evaluate", p, weights, x);
   return evaluate_cpu(p, weights, x);
 }
@@ -22,12 +22,11 @@ Tensor evaluate(const std::vector<Tensor>& weights, const Tensor& x, const Tenso
 std::vector<Tensor> evaluate_backward(const Tensor& grad, const std::vector<Tensor>& weights,
                                       const Tensor& x, const Tensor& program,
                                       const std::vector<int64_t>& needs) {
-  const Program p("evaluate_backward", program, weights, grad.dim() == 2 ? grad.size(1) : -1);
-  check_x("evaluate_backward", p, weights, x);
-  check(grad.is_cpu() && grad.scalar_type() == x.scalar_type() && grad.size(0) == x.size(0),
-        "evaluate_backward: grad must be [", x.size(0), ", ", p.outputs, "] of the weights' dtype");
-  check(needs.size() == weights.size() + 1, "evaluate_backward: needs must have ",
-        weights.size() + 1, " entries, got ", needs.size());
+  const char* op = "evaluate_backward";
+  const Program p(op, program, weights);
+  check_x(op, p, weights, x);
+  p.check_grad(op, grad, x.size(0), x.scalar_type());
+  p.check_needs(op, needs, weights.size() + 1);
   return evaluate_backward_cpu(p, grad, weights, x, needs);
 }
 

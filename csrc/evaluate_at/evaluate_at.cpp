@@ -21,7 +21,8 @@ void check_indices(const char* op, const Program& program, const Tensor& indices
 
 Tensor evaluate_at(const std::vector<Tensor>& weights, const Tensor& indices, const Tensor& program,
                    int64_t out_features) {
-  const Program p("evaluate_at", program, weights, out_features);
+  const Program p("evaluate_at", program, weights);
+  p.check_outputs("evaluate_at", out_features);
   check_indices("evaluate_at", p, indices);
   return evaluate_at_cpu(p, weights, indices);
 }
@@ -30,13 +31,10 @@ std::vector<Tensor> evaluate_at_backward(const Tensor& grad, const std::vector<T
                                          const Tensor& indices, const Tensor& program,
                                          const std::vector<int64_t>& needs) {
   const char* op = "evaluate_at_backward";
-  const Program p(op, program, weights, grad.dim() == 2 ? grad.size(1) : -1);
+  const Program p(op, program, weights);
   check_indices(op, p, indices);
-  check(grad.is_cpu() && grad.scalar_type() == weights[0].scalar_type() &&
-            grad.size(0) == indices.size(0),
-        op, ": grad must be [", indices.size(0), ", ", p.outputs, "] of the weights' dtype");
-  check(needs.size() == weights.size(), op, ": needs must have ", weights.size(), " entries, got ",
-        needs.size());
+  p.check_grad(op, grad, indices.size(0), weights[0].scalar_type());
+  p.check_needs(op, needs, weights.size());
   return evaluate_at_backward_cpu(p, grad, weights, indices, needs);
 }
 

@@ -16,7 +16,8 @@ int64_t entries_of(const Program& program) {
 
 Tensor full_tensor(const std::vector<Tensor>& weights, const Tensor& program, int64_t entries,
                    int64_t out_features) {
-  const Program p("full_tensor", program, weights, out_features);
+  const Program p("full_tensor", program, weights);
+  p.check_outputs("full_tensor", out_features);
   check(entries == entries_of(p), "full_tensor: entries must be ", entries_of(p), ", got ",
         entries);
   return full_tensor_cpu(p, weights, entries);
@@ -25,12 +26,9 @@ Tensor full_tensor(const std::vector<Tensor>& weights, const Tensor& program, in
 std::vector<Tensor> full_tensor_backward(const Tensor& grad, const std::vector<Tensor>& weights,
                                          const Tensor& program, const std::vector<int64_t>& needs) {
   const char* op = "full_tensor_backward";
-  const Program p(op, program, weights, grad.dim() == 2 ? grad.size(1) : -1);
-  check(grad.is_cpu() && grad.scalar_type() == weights[0].scalar_type() &&
-            grad.size(0) == entries_of(p),
-        op, ": grad must be [", entries_of(p), ", ", p.outputs, "] of the weights' dtype");
-  check(needs.size() == weights.size(), op, ": needs must have ", weights.size(), " entries, got ",
-        needs.size());
+  const Program p(op, program, weights);
+  p.check_grad(op, grad, entries_of(p), weights[0].scalar_type());
+  p.check_needs(op, needs, weights.size());
   return full_tensor_backward_cpu(p, grad, weights, needs);
 }
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from htfkernels.layout import Layout
 
@@ -66,7 +66,7 @@ class Kernel:
 
 def apply(kernel: Kernel, *tensors: Tensor) -> Tensor:
     """Runs a kernel with whatever differentiation the context asks for."""
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return _TransformForward.apply(kernel, *tensors)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _Forward.apply(kernel, *tensors)

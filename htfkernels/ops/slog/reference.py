@@ -60,7 +60,7 @@ def slog(layout: Layout, weights: Sequence[Tensor], x: Tensor) -> tuple[Tensor, 
 
 
 def _scaled(t: Tensor, dim: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """``t / 2**e``, its largest magnitude along ``dim`` in [1/2, 1), and ``e`` (float64, no grad)."""
+    """``t / 2**e``, its largest magnitude along ``dim`` in [1/2, 1), and ``e`` (no gradient)."""
     exponent = torch.frexp(t.detach().abs().amax(dim, keepdim=True)).exponent.to(torch.float64)
     half = torch.floor(exponent / 2)  # in two steps: 2**-e itself may be out of range
     return t * _power(-half, t) * _power(half - exponent, t), exponent.squeeze(-1)
