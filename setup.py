@@ -8,7 +8,7 @@ from setuptools import Extension, setup
 extension = {
     "name": "htfkernels._C",
     "sources": sorted(glob("csrc/**/*.cpp", recursive=True)),
-    "depends": sorted(glob("csrc/**/*.h", recursive=True)),
+    "depends": sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.inl", recursive=True)),
     "include_dirs": [os.path.abspath("csrc")],  # ninja compiles in another folder
     "py_limited_api": True,
 }
