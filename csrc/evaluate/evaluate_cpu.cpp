@@ -1,4 +1,4 @@
-#include "cpu/walk.h"
+#include "cpu/walk_backward.h"
 #include "evaluate/evaluate.h"
 
 namespace htf {
@@ -33,9 +33,10 @@ std::vector<Tensor> evaluate_backward_cpu(const Program& program, const Tensor& 
     using S = decltype(s);
     const DenseRows<S> source{rows.const_data_ptr<S>(), rows.stride(0)};
     WeightGradients<S> dw(weights, needs);
-    Walk<S, DenseRows<S>>(program, weights, source)
-        .backward(x.size(0), g.const_data_ptr<S>(), dw,
-                  needs_x ? dx.mutable_data_ptr<S>() : nullptr);
+    S* to = needs_x ? dx.mutable_data_ptr<S>() : nullptr;
+    BackwardWalk<S, DenseRows<S>>(program, weights, source, x.size(0), g.const_data_ptr<S>(), dw,
+                                  to)
+        .run();
     std::vector<Tensor> grads = dw.finish();
     grads.push_back(dx);
     return grads;

@@ -1,4 +1,4 @@
-#include "cpu/walk.h"
+#include "cpu/walk_backward.h"
 #include "evaluate_at/evaluate_at.h"
 
 namespace htf {
@@ -24,8 +24,9 @@ std::vector<Tensor> evaluate_at_backward_cpu(const Program& program, const Tenso
     using S = decltype(s);
     const IndexRows<S> source{at.const_data_ptr<int64_t>(), program.order};
     WeightGradients<S> dw(weights, needs);
-    Walk<S, IndexRows<S>>(program, weights, source)
-        .backward(at.size(0), g.const_data_ptr<S>(), dw, nullptr);
+    BackwardWalk<S, IndexRows<S>>(program, weights, source, at.size(0), g.const_data_ptr<S>(), dw,
+                                  nullptr)
+        .run();
     return dw.finish();
   });
 }
