@@ -132,8 +132,7 @@ def run_full_tensor(layout: Layout, weights: Sequence[Tensor]) -> Tensor:
     if layout.num_entries >= 2**40:
         raise ValueError(
             f"full_tensor: the tensor has about 2^{layout.num_entries.bit_length()} entries, "
-            "more than fit; "
-            "use evaluate_at for entries of it"
+            "more than fit; use evaluate_at for entries of it"
         )
     plan, weights, _ = _prepare("full_tensor", layout, weights, None)
     return _full_tensor(plan, weights)

@@ -270,8 +270,8 @@ class Layout:
 
 @lru_cache(maxsize=256)
 def _interned(*fields: Any) -> Layout:
-    """Equal layouts are one object, so that the functional API pays for a layout once; what is derived
-    from it is computed here, since torch.compile cannot trace into it."""
+    """Equal layouts are one object, so that the functional API pays for a layout once; what is
+    derived from it is computed here, since torch.compile cannot trace into it."""
     layout = Layout(*fields)
     _ = layout.program, layout.offsets, layout.location, layout.groups
     return layout

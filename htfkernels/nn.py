@@ -88,7 +88,10 @@ class HTF(nn.Module):
 
     def _folded(self) -> list[Tensor]:
         # Not list(self.weights): iterating a ParameterList costs as much as a small tree.
-        return list(self.weights._parameters.values())  # type: ignore[arg-type]
+        plain = self.weights._parameters
+        if len(plain) == len(self.layout.groups):
+            return list(plain.values())  # type: ignore[arg-type]
+        return list(self.weights)  # parametrized weights are computed when asked for
 
     def forward(self, vectors: Tensor | Sequence[Tensor]) -> Tensor:
         """Contracts the end tensor with vectors, see :func:`htfkernels.evaluate`.

@@ -312,9 +312,8 @@ def error(actual: Any, expected: Any, scale: Any) -> float:
     for a, e, s in _leaves(actual, expected, scale):
         if a.numel() == 0:
             continue
-        difference = (a.detach().to("cpu", torch.float64) - e.detach().cpu()).abs()
-        relative = torch.where(difference == 0, difference, difference / s.detach().cpu())
-        worst = max(worst, float(relative.nan_to_num(nan=torch.inf).max()))
+        relative = _relative(a, e, s)
+        worst = max(worst, float(relative.max()))
     return worst
 
 
@@ -364,11 +363,17 @@ def _leaves(*trees: Any) -> Iterator[tuple[Tensor, ...]]:
     return zip(*map(_flat, trees), strict=True)
 
 
+def _relative(actual: Tensor, expected: Tensor, scale: Tensor) -> Tensor:
+    """Each entry's error over its scale; 0 where they are equal, infinities included."""
+    a, e, s = (t.detach().to("cpu", torch.float64) for t in (actual, expected, scale))
+    relative = ((a - e).abs() / s).nan_to_num(nan=torch.inf)
+    return torch.where(a == e, torch.zeros_like(relative), relative)
+
+
 def _worst(actual: Tensor, expected: Tensor, scale: Tensor) -> str:
-    actual, expected = actual.detach().to("cpu", torch.float64), expected.detach().cpu()
-    relative = ((actual - expected).abs() / scale.detach().cpu()).nan_to_num(nan=torch.inf)
+    relative = _relative(actual, expected, scale)
     at = tuple(int(i) for i in torch.unravel_index(relative.argmax(), relative.shape))
-    wrong = int((relative > 1e-3 * relative.max()).sum())
+    wrong = int((relative >= relative.max() / 1000).sum())
     return (
         f"at {list(at)}: expected {float(expected[at])!r}, got {float(actual[at])!r}; "
         f"{wrong} of {relative.numel()} entries are about as wrong"

@@ -42,12 +42,22 @@ struct Program {
     check(static_cast<int64_t>(weights.size()) == groups, op, ": expected ", groups,
           " folded weights, got ", weights.size());
     const ScalarType dtype = weights[0].scalar_type();
+    check(
+        dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16,
+        op, ": weights must be float32, float64 or bfloat16, got ", toString(dtype));
     for (int64_t g = 0; g < groups; ++g) {
       const Tensor& w = weights[g];
       check(w.is_cpu() && w.scalar_type() == dtype && w.dim() == 3, op, ": weights[", g,
             "] must be a 3-dimensional CPU tensor of the dtype of weights[0]");
     }
-    for (int64_t s = 0; s < steps; ++s) check_step(op, weights, s);
+    check(buffers >= 1 && buffers <= steps && outputs >= 1 && x_width >= 1, op, kBroken);
+    std::vector<char> reached(steps, 0);  // whether a child has sent its message
+    int64_t leaves = 0;
+    for (int64_t s = 0; s < steps; ++s) {
+      check_step(op, weights, s, reached);
+      leaves += is_leaf(s);
+    }
+    check(leaves == order, op, kBroken);
   }
 
   void check_outputs(const char* op, int64_t out_features) const {
@@ -68,19 +78,33 @@ struct Program {
   bool is_leaf(int64_t s) const { return step[s].mode >= 0; }
 
  private:
-  void check_step(const char* op, const std::vector<Tensor>& weights, int64_t s) const {
+  static constexpr const char* kBroken = ": program is broken; use one made by a layout";
+
+  void check_step(const char* op, const std::vector<Tensor>& weights, int64_t s,
+                  std::vector<char>& reached) const {
     const Step& st = step[s];
-    const bool root = s == steps - 1;
-    check(root ? st.parent == -1 : st.parent > s && st.parent < steps, op, ": broken program");
-    check(st.mode < order && st.offset + st.rows <= x_width + (st.mode < 0 ? st.rows + 1 : 0) &&
-              st.buffer < buffers,
-          op, ": broken program");
-    if (root && sum_root) return;
-    check(st.group >= 0 && st.group < groups, op, ": broken program");
+    const bool leaf = is_leaf(s);
+    check(st.rows >= 1 && st.cols >= 1 && st.mode < order, op, kBroken);
+    check(leaf ? st.offset >= 0 && st.offset <= x_width - st.rows && st.group >= 0
+               : reached[s] && st.buffer >= 0 && st.buffer < buffers,
+          op, kBroken);
+    if (s == steps - 1) {
+      check(!leaf && st.parent == -1 && st.cols == outputs, op, kBroken);
+    } else {
+      check(st.parent > s && st.parent < steps && !is_leaf(st.parent) &&
+                step[st.parent].rows == st.cols && (st.first != 0) == !reached[st.parent],
+            op, kBroken);
+      reached[st.parent] = 1;
+    }
+    if (s == steps - 1 && sum_root) {
+      check(st.group == -1 && outputs == 1, op, kBroken);
+      return;
+    }
+    check(st.group >= 0 && st.group < groups && st.slot >= 0, op, kBroken);
     const Tensor& w = weights[st.group];
     check(st.slot < w.size(0) && w.size(1) == st.rows && w.size(2) == st.cols, op, ": weights[",
-          st.group, "] must be [F, ", st.rows, ", ", st.cols, "] with F > ", st.slot, ", got [",
-          w.size(0), ", ", w.size(1), ", ", w.size(2), "]");
+          st.group, "] must be [F, ", st.rows, ", ", st.cols, "] with F > ", st.slot, ", got ",
+          describe(w));
   }
 };
 

@@ -117,7 +117,7 @@ auto with_dtype(ScalarType dtype, const char* op, const F& f) {
     case ScalarType::BFloat16:
       return f(BFloat16{});
     default:
-      fail(op, ": weights must be float32, float64 or bfloat16, got ", toString(dtype));
+      fail(op, ": no kernel computes in ", toString(dtype));
   }
 }
 

@@ -55,7 +55,9 @@ def slog(layout: Layout, weights: Sequence[Tensor], x: Tensor) -> tuple[Tensor, 
         value = p.sum(-1, keepdim=True)
     else:
         value, exponent = messages[len(children) - 1], exponents[len(children) - 1]
-    logabs = value.abs().log() + exponent.to(value.dtype).unsqueeze(-1) * math.log(2.0)
+    zero = value == 0  # has no gradient, and must not spoil those of the other rows
+    log = torch.where(zero, -math.inf, torch.where(zero, 1.0, value).abs().log())
+    logabs = log + exponent.to(value.dtype).unsqueeze(-1) * math.log(2.0)
     return value.detach().sign(), logabs
 
 
