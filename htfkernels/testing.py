@@ -350,7 +350,7 @@ def assert_matches(
         found, allowed = error(a, e, s), tolerance(dtype, direction)
         if not found <= allowed:
             raise AssertionError(
-                f"result {i}: {direction} in {dtype} is off by {found:.2e} of its scale, allowed are "
+                f"result {i}: {direction} in {dtype} is off by {found:.2e} of its scale, allowed "
                 f"{allowed:.0e}\n{_worst(a, e, s)}"
             )
 
@@ -375,6 +375,6 @@ def _worst(actual: Tensor, expected: Tensor, scale: Tensor) -> str:
     at = tuple(int(i) for i in torch.unravel_index(relative.argmax(), relative.shape))
     wrong = int((relative >= relative.max() / 1000).sum())
     return (
-        f"at {list(at)}: expected {float(expected[at])!r}, got {float(actual[at])!r}; "
+        f"at {list(at)}: expected {expected[at].item()!r}, got {actual[at].item()!r}; "
         f"{wrong} of {relative.numel()} entries are about as wrong"
     )
