@@ -51,25 +51,26 @@ Function = Callable[..., Any]
 
 OPS = ("evaluate", "evaluate_at", "full_tensor")
 
-# How far a result may be off the float64 one, relative to the condition scale of `exact`: about
-# twice the largest error of all `cases`, operations and three seeds, measured on the reference and
-# on the C++ kernels (AVX-512) by `pytest tests/test_testing.py -m slow -s`:
-#              forward   backward  second
-#     float32  MEASURED
-#     bfloat16 MEASURED
-# The reference's gradients of bfloat16 weights are the worst: PyTorch sums them over the batch in
-# bfloat16. float64 is the reference itself; its rounding is float32's times 2^-29, and the C++
-# kernels stay below.
+# How far a result may be off the float64 one, relative to the condition scale of `exact`: twice the
+# largest error over all `cases`, operations and three seeds, which on an AVX-512 CPU is
+#                           forward  backward  second
+#     float32   reference   4.1e-7   2.0e-6    2.1e-6
+#               C++         4.3e-7   7.0e-7    (the reference's)
+#     bfloat16  reference   2.0e-2   9.6e-2    9.8e-2    PyTorch sums gradients of rows in bfloat16
+#               C++         3.9e-3   3.9e-3    (the reference's)
+#     float64   C++         8.3e-16  3.7e-15   (the reference's)
+# (`pytest tests/test_testing.py -m slow -s`). float64 is the reference itself: its entries are
+# float32's times 2^-29.
 TOLERANCES: dict[tuple[torch.dtype, Direction], float] = {
     (torch.float64, "forward"): 2e-15,
-    (torch.float64, "backward"): 1e-14,
-    (torch.float64, "second"): 1.5e-14,
+    (torch.float64, "backward"): 7.5e-15,
+    (torch.float64, "second"): 8.4e-15,
     (torch.float32, "forward"): 1e-6,
-    (torch.float32, "backward"): 6e-6,
-    (torch.float32, "second"): 8e-6,
+    (torch.float32, "backward"): 4e-6,
+    (torch.float32, "second"): 4.5e-6,
     (torch.bfloat16, "forward"): 0.04,
-    (torch.bfloat16, "backward"): 0.15,
-    (torch.bfloat16, "second"): 0.17,
+    (torch.bfloat16, "backward"): 0.2,
+    (torch.bfloat16, "second"): 0.2,
 }
 
 
@@ -94,7 +95,7 @@ class Case:
     def fits(self, op: str) -> bool:
         """Whether the operation is small enough to test on this case (the end tensor may be
         huge)."""
-        return op != "full_tensor" or self.layout.num_entries <= 2**13
+        return op != "full_tensor" or self.layout.num_entries <= 2500
 
     def __str__(self) -> str:
         return self.name

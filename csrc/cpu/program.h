@@ -84,7 +84,7 @@ struct Program {
                   std::vector<char>& reached) const {
     const Step& st = step[s];
     const bool leaf = is_leaf(s);
-    check(st.rows >= 1 && st.cols >= 1 && st.mode < order, op, kBroken);
+    check(st.rows >= 1 && st.cols >= 1 && st.mode >= -1 && st.mode < order, op, kBroken);
     check(leaf
               ? st.buffer == -1 && st.offset >= 0 && st.offset <= x_width - st.rows && st.group >= 0
               : reached[s] && st.buffer >= 0 && st.buffer < buffers,
