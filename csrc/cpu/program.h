@@ -87,7 +87,7 @@ struct Program {
     check(st.rows >= 1 && st.cols >= 1 && st.mode >= -1 && st.mode < order, op, kBroken);
     check(leaf
               ? st.buffer == -1 && st.offset >= 0 && st.offset <= x_width - st.rows && st.group >= 0
-              : reached[s] && st.buffer >= 0 && st.buffer < buffers,
+              : reached[s] && st.offset == -1 && st.buffer >= 0 && st.buffer < buffers,
           op, kBroken);
     if (s == steps - 1) {
       check(!leaf && st.parent == -1 && st.cols == outputs, op, kBroken);
