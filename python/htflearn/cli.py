@@ -1,0 +1,115 @@
+"""The command line ``htf``."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from htflearn.errors import UserError
+
+__all__ = ["COMMANDS", "main", "run"]
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "dynamics": (
+        "htflearn.commands.dynamics:dynamics",
+        "Watch MF, TF and HTF learn low rank, one component at a time; draw the figure.",
+    ),
+    "complete": (
+        "htflearn.commands.complete:complete",
+        "Fill in the missing entries of a tensor, a table or a picture.",
+    ),
+    "info": (
+        "htflearn.commands.info:info",
+        "Show versions, threads, and which backends run here.",
+    ),
+}
+"""Name -> (``module:function``, line of help). A command without its module is not offered."""
+
+_USER_ERROR, _INTERRUPTED = 2, 130
+
+
+def main() -> None:
+    """The entry point of ``htf``: runs a command and ends the process."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs a command.
+
+    Args:
+        arguments: as on the command line, without the program's name.
+
+    Returns:
+        the exit code: 0, 2 where the user has something to put right, 130 after an interruption.
+
+    Example:
+        >>> run(["info"])  # doctest: +SKIP
+        0
+    """
+    if find_spec("typer") is None or find_spec("rich") is None:
+        print('htf needs the learn extra: pip install "htfkernels[learn]"', file=sys.stderr)
+        return _USER_ERROR
+    app = _application(arguments)
+    try:
+        app(args=list(arguments), prog_name="htf")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def _application(arguments: Sequence[str]) -> Any:
+    """The typer application. Only the module of the command that is called is loaded: each of them
+    loads PyTorch, which ``htf --help`` need not wait for."""
+    import typer
+
+    app = typer.Typer(
+        name="htf",
+        help="Hierarchical tensor factorizations: train them, watch their ranks, complete tensors.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+    app.callback()(_no_options)
+    called = next((a for a in arguments if not a.startswith("-")), None)
+    completing = "_HTF_COMPLETE" in os.environ
+    for name, (place, summary) in COMMANDS.items():
+        module, function = place.split(":")
+        if find_spec(module) is None:
+            continue
+        command = _no_options
+        if name == called or completing:
+            command = _guarded(getattr(import_module(module), function))
+        app.command(name, short_help=summary)(command)
+    return app
+
+
+def _no_options() -> None:
+    pass
+
+
+def _guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, with errors that are the user's to fix told in a sentence."""
+
+    @functools.wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        import typer
+
+        try:
+            command(*args, **kwargs)
+        except UserError as error:
+            print(f"htf: {error}", file=sys.stderr)
+            raise typer.Exit(_USER_ERROR) from None
+        except KeyboardInterrupt:
+            print("htf: interrupted", file=sys.stderr)
+            raise typer.Exit(_INTERRUPTED) from None
+
+    return guarded
+
+
+if __name__ == "__main__":
+    main()

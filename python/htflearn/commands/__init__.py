@@ -1,0 +1,1 @@
+"""The commands of ``htf``, one module each, loaded when called."""

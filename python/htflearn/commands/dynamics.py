@@ -1,0 +1,164 @@
+"""``htf dynamics``."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from htflearn.dynamics import LEARNED, PRESETS, Setting, run
+from htflearn.errors import UserError
+
+__all__ = ["dynamics"]
+
+
+def dynamics(
+    out: Annotated[
+        Path, typer.Option(help="Directory of the figure, the numbers and the checkpoints.")
+    ] = Path("htf-dynamics"),
+    panels: Annotated[str, typer.Option(help="Which of mf, tf and htf to train.")] = "mf,tf,htf",
+    preset: Annotated[
+        str, typer.Option(help="paper: the paper's sizes; smoke: a few seconds.")
+    ] = "paper",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an earlier run was interrupted.")
+    ] = False,
+    seed: Annotated[
+        int, typer.Option(help="Of the target, the entries given and the initial weights.")
+    ] = 0,
+    optimizer: Annotated[str | None, typer.Option(help="grouprmsprop, sgd or adam.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Step size.")] = None,
+    loss: Annotated[str | None, typer.Option(help="l2, l1 or huber.")] = None,
+    init_std: Annotated[
+        float | None,
+        typer.Option(help="Standard deviation of the initial weights."),
+    ] = None,
+    order: Annotated[
+        int | None,
+        typer.Option(help="Number of modes (of TF and HTF)."),
+    ] = None,
+    dim: Annotated[int | None, typer.Option(help="Dimension of every mode.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the target.")] = None,
+    norm: Annotated[float | None, typer.Option(help="Frobenius norm of the target.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Number of entries given.")] = None,
+    noise_std: Annotated[float | None, typer.Option(help="Of noise on the entries given.")] = None,
+    width: Annotated[
+        int | None,
+        typer.Option(help="Hidden width (MF), components (TF), local ranks (HTF)."),
+    ] = None,
+    depth: Annotated[int | None, typer.Option(help="Number of matrices (of MF).")] = None,
+    iterations: Annotated[int | None, typer.Option(help="At most that many.")] = None,
+    log_every: Annotated[int | None, typer.Option(help="Iterations between two points.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or float64.")] = None,
+) -> None:
+    """Watch low rank being learned, one component at a time.
+
+    Trains a matrix (MF), a tensor (TF) and a hierarchical tensor factorization (HTF) to complete a
+    tensor of low rank, as in Razin, Maman and Cohen (ICML 2022), and writes the norms of their
+    components against iterations to dynamics.png and dynamics.json in the output directory.
+    """
+    chosen = {
+        "optimizer": optimizer,
+        "lr": lr,
+        "loss": loss,
+        "init_std": init_std,
+        "order": order,
+        "dim": dim,
+        "rank": rank,
+        "norm": norm,
+        "samples": samples,
+        "noise_std": noise_std,
+        "width": width,
+        "depth": depth,
+        "iterations": iterations,
+        "log_every": log_every,
+        "dtype": dtype,
+    }
+    given = {name: value for name, value in chosen.items() if value is not None}
+    settings = _settings(preset, panels, {"seed": seed, **given})
+    try:
+        results = run(settings, out, resume)
+    except KeyboardInterrupt:
+        typer.echo(f"the run in {out} goes on with --resume", err=True)
+        raise
+    print_table(results["panels"])
+    typer.echo(f"written: {out / 'dynamics.png'}, {out / 'dynamics.json'}")
+
+
+def _settings(preset: str, panels: str, given: dict[str, Any]) -> list[Setting]:
+    if preset not in PRESETS:
+        raise UserError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    if not 0 <= given["seed"] < 2**63:
+        raise UserError(f"--seed must be in 0..2^63-1, got {given['seed']}")
+    names = [name.strip() for name in panels.split(",")]
+    unknown = [name for name in names if name not in PRESETS[preset]]
+    if unknown or len(set(names)) < len(names):
+        raise UserError(f"--panels takes mf, tf and htf, each at most once, got {panels!r}")
+    settings = []
+    for name in names:
+        setting = dataclasses.replace(PRESETS[preset][name], **given)
+        settings.append(dataclasses.replace(setting, order=2) if name == "mf" else setting)
+    for setting in settings:
+        for field in ("order", "dim", "rank", "width", "depth", "iterations", "log_every"):
+            if getattr(setting, field) < 1:
+                option = field.replace("_", "-")
+                raise UserError(f"--{option} must be positive, got {getattr(setting, field)}")
+    return settings
+
+
+def print_table(panels: list[dict[str, Any]]) -> None:
+    """Prints what the panels learned, a column for each.
+
+    Args:
+        panels: as :func:`htflearn.dynamics.run_panel` returns them.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="What was learned", title_justify="left", show_lines=True)
+    table.add_column("")
+    for panel in panels:
+        table.add_column(panel["settings"]["panel"].upper())
+    rows: dict[str, Any] = {
+        "tensor": _shape,
+        "weights": lambda p: f"{p['parameters']:,}",
+        "iterations": lambda p: f"{p['iterations']:,} ({p['reason']})",
+        f"learned\n(> {LEARNED:.0%} of largest)": _learned,
+        "rose at": lambda p: _each(p, "rose", "{:,}"),
+        "norms": lambda p: _each(p, "norm", "{:.3g}"),
+        "train loss": lambda p: f"{p['train_loss']:.2e} ({p['settings']['loss']})",
+        "test MSE": lambda p: "-" if p["test_mse"] is None else f"{p['test_mse']:.2e}",
+        "relative error": lambda p: f"{p['reconstruction_error']:.2e}",
+        "matricization rank\neffective (> 1%)": _ranks,
+        "iterations/s": lambda p: f"{p['iterations_per_second'] or 0:,.0f}",
+        "seconds": lambda p: f"{p['seconds']:.1f}",
+        "backend": lambda p: f"{p['backend']}, {p['settings']['dtype']}, {p['threads']} threads",
+    }
+    for name, cell in rows.items():
+        table.add_row(name, *(cell(panel) for panel in panels))
+    Console().print(table)
+
+
+def _shape(panel: dict[str, Any]) -> str:
+    s = panel["settings"]
+    return f"{' x '.join([str(s['dim'])] * s['order'])}, rank {s['rank']}"
+
+
+def _learned(panel: dict[str, Any]) -> str:
+    series = panel["series"]
+    if len(series) == 1:
+        return f"{len(series[0]['components'])} {series[0]['name']}"
+    return "\n".join(f"{len(s['components'])} at {s['name']}" for s in series)
+
+
+def _each(panel: dict[str, Any], key: str, form: str) -> str:
+    return ", ".join(form.format(c[key]) for c in panel["series"][0]["components"])
+
+
+def _ranks(panel: dict[str, Any]) -> str:
+    return "\n".join(
+        f"{node}: {r['effective_rank']:.2f} ({r['numerical_rank']})"
+        for node, r in panel["ranks"].items()
+    )

@@ -1,0 +1,1 @@
+"""Completion of a user's own tensor: what ``htf complete`` does."""

@@ -1,0 +1,256 @@
+"""Tensors as array files: ``.npy``, ``.npz`` and ``.pt``."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from htflearn.complete.entries import Entries, Predict
+from htflearn.complete.files import ARRAYS, Write, existing, missing_places, reason
+from htflearn.errors import UserError
+
+__all__ = ["ArraySource", "read_array", "read_mask"]
+
+
+@dataclass
+class ArraySource:
+    """An array with missing entries. Use :meth:`open`.
+
+    Attributes:
+        array: as in the file.
+        known: the same shape, which of its entries are known.
+        key: its name among several, or None.
+        others: everything else in the file.
+    """
+
+    path: Path
+    array: np.ndarray
+    known: np.ndarray
+    key: str | None
+    others: dict[str, Any]
+    dtype: Any
+    entries: Entries
+    kind: str = "array"
+    default_smoothness: float = 0.0
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        key: str | None = None,
+        mask: Path | None = None,
+        missing: float | None = None,
+    ) -> ArraySource:
+        """Reads an array file.
+
+        Args:
+            path: ``.npy``, ``.npz`` or ``.pt``.
+            key: which array, where there are several.
+            mask: file of a boolean array of the same shape, true where an entry is known.
+            missing: the value that stands for a missing entry, besides NaN.
+
+        Raises:
+            UserError: the file cannot be read, or holds no array of numbers.
+        """
+        array, key, others, dtype = read_array(path, key)
+        known = ~np.isnan(array) if array.dtype.kind == "f" else np.ones(array.shape, bool)
+        if missing is not None:
+            known &= array != missing
+        if mask is not None:
+            known &= read_mask(mask, array.shape)
+        values = array[known].astype(np.float64)
+        whole_numbers = array.dtype.kind != "f"
+        bounded = whole_numbers and len(values) > 0
+        entries = Entries(
+            dims=tuple(array.shape),
+            indices=np.stack(np.nonzero(known), axis=1).astype(np.int64)
+            if array.ndim
+            else np.zeros((1, 0), np.int64),
+            values=values,
+            names=tuple(f"mode {n}" for n in range(array.ndim)),
+            whole=array.ndim,
+            neighbours=tuple(range(array.ndim)),
+            integer=whole_numbers,
+            low=float(values.min()) if bounded else None,
+            high=float(values.max()) if bounded else None,
+        )
+        return cls(path, array, known, key, others, dtype, entries)
+
+    @property
+    def asked(self) -> int:
+        """Number of missing entries."""
+        return int((~self.known).sum())
+
+    def notes(self, path: Path) -> tuple[str, ...]:
+        """See :class:`htflearn.complete.files.Source`."""
+        return ()
+
+    def check_format(self, path: Path) -> None:
+        """Raises a UserError where ``path`` does not end as an array file."""
+        if path.suffix.lower() not in ARRAYS:
+            raise UserError(f"expected an output ending in {', '.join(ARRAYS)}, got {path.name}")
+
+    def completed(self, predict: Predict, smooth: bool) -> np.ndarray:
+        """The array with predictions where entries are missing or hidden (everywhere if smooth)."""
+        known = self.known.copy()
+        known[tuple(self.entries.hidden_indices.T)] = False
+        if smooth:
+            known[...] = False
+        result = self.array.copy()
+        result[~known] = predict(missing_places(known)).astype(self.array.dtype)
+        return result
+
+    def writer(self, path: Path, predict: Predict, smooth: bool) -> Write:
+        """See :class:`htflearn.complete.files.Source`. A key and the other arrays of the file are
+        kept where the output's format has room for them."""
+        result = self.completed(predict, smooth)
+        suffix = path.suffix.lower()
+        if suffix == ".npy":
+            return lambda to: _save_npy(to, result)
+        named = {**self.others, self.key: result} if self.key is not None else {}
+        if suffix == ".npz":
+            arrays = named if self.path.suffix.lower() == ".npz" else {self.key or "tensor": result}
+            return lambda to: _save_npz(to, arrays)
+        return lambda to: _save_pt(
+            to, named if isinstance(self.dtype, _Torch) else {}, result, self
+        )
+
+
+class _Torch:
+    """Stands for a tensor's dtype, so that bfloat16, which NumPy lacks, comes back."""
+
+    def __init__(self, dtype: Any) -> None:
+        self.dtype = dtype
+
+
+def read_array(path: Path, key: str | None) -> tuple[np.ndarray, str | None, dict[str, Any], Any]:
+    """The array of a file, its key, the file's other content, and the dtype to write back."""
+    existing(path)
+    if path.suffix.lower() == ".pt":
+        return _read_pt(path, key)
+    try:
+        content = np.load(path, allow_pickle=False)
+        if not isinstance(content, np.ndarray):
+            with content as archive:
+                content = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, SyntaxError) as error:
+        if "pickle" in str(error) and "Object arrays" in str(error):
+            raise UserError(f"expected an array of numbers, but {path} holds objects") from error
+        raise UserError(
+            f"expected an array file, but {path} cannot be read as one ({_plain(error)})"
+        ) from error
+    if isinstance(content, np.ndarray):
+        if key is not None:
+            raise UserError(f"--key {key} was given, but {path} holds a single array without a key")
+        return _numbers(content, str(path)), None, {}, content.dtype
+    chosen = _choose(path, list(content), key)
+    array = content.pop(chosen)
+    return _numbers(array, f"{chosen} in {path}"), chosen, content, array.dtype
+
+
+def _plain(error: BaseException) -> str:
+    # NumPy takes what it does not know for a pickle, and says so at length.
+    return "it is no NumPy file" if "pickle" in str(error) else reason(error)
+
+
+def _read_pt(path: Path, key: str | None) -> tuple[np.ndarray, str | None, dict[str, Any], Any]:
+    import torch
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} cannot be read: expected tensors saved by torch.save, and nothing else"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"{path} cannot be read as a PyTorch file: {reason(error)}") from error
+    others: dict[str, Any] = {}
+    if isinstance(content, dict):
+        named = [name for name, value in content.items() if isinstance(value, torch.Tensor)]
+        others, key = dict(content), _choose(path, named, key)
+        content = others.pop(key)
+    elif key is not None:
+        raise UserError(f"--key {key} was given, but {path} holds a single tensor without a key")
+    if not isinstance(content, torch.Tensor):
+        raise UserError(f"expected a tensor, but {path} holds a {type(content).__name__}")
+    if content.layout != torch.strided or content.is_quantized or content.is_complex():
+        raise UserError(f"expected a dense tensor of real numbers, but {path} holds another kind")
+    dtype = content.dtype
+    dense = content.detach()
+    array = (dense.float() if dtype == torch.bfloat16 else dense).numpy()
+    return _numbers(array, str(path)), key, others, _Torch(dtype)
+
+
+def _choose(path: Path, names: list[str], key: str | None) -> str:
+    if not names:
+        raise UserError(f"{path} holds no array")
+    if key is None:
+        if len(names) > 1:
+            raise UserError(f"{path} holds several arrays ({_listed(names)}); choose one by --key")
+        return names[0]
+    if key not in names:
+        raise UserError(f"{path} has no array {key!r}, only {_listed(names)}")
+    return key
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(str(name) for name in names[:8])
+    return f"{shown} and {len(names) - 8} more" if len(names) > 8 else shown
+
+
+def _numbers(array: np.ndarray, what: str) -> np.ndarray:
+    if array.dtype.kind not in "fiub":
+        raise UserError(f"expected an array of real numbers, but {what} has dtype {array.dtype}")
+    return array
+
+
+def read_mask(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A boolean array of this shape, true where an entry is known.
+
+    Args:
+        path: an array file, or a picture (not black: known).
+        shape: of the tensor; a mask of its leading modes counts for all that is below them.
+
+    Raises:
+        UserError: the file cannot be read, or has another shape, or is not of true and false.
+    """
+    if path.suffix.lower() in ARRAYS:
+        mask = read_array(path, None)[0]
+    else:
+        from htflearn.complete.images import read_gray
+
+        mask = read_gray(path) > 0
+    if mask.dtype != bool:
+        if not np.isin(mask, (0, 1)).all():
+            raise UserError(f"expected a mask of true and false (or 1 and 0), got others in {path}")
+        mask = mask != 0
+    if mask.shape != shape[: mask.ndim] or (mask.ndim < len(shape) and mask.ndim != 2):
+        raise UserError(
+            f"expected a mask of shape {list(shape)}, as the tensor, but {path} has the shape "
+            f"{list(mask.shape)}"
+        )
+    return np.broadcast_to(mask.reshape(mask.shape + (1,) * (len(shape) - mask.ndim)), shape)
+
+
+def _save_npy(to: Path, array: np.ndarray) -> None:
+    with open(to, "wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def _save_npz(to: Path, arrays: dict[str, np.ndarray]) -> None:
+    with open(to, "wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+
+
+def _save_pt(to: Path, named: dict[str, Any], array: np.ndarray, source: ArraySource) -> None:
+    import torch
+
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if isinstance(source.dtype, _Torch):
+        tensor = tensor.to(source.dtype.dtype)
+    torch.save({**named, source.key: tensor} if named else tensor, to)

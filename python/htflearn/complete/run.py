@@ -1,0 +1,310 @@
+"""``htf complete`` from the file to the results."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import htfkernels as hk
+from htflearn.complete.arrays import ArraySource
+from htflearn.complete.entries import Entries
+from htflearn.complete.files import ARRAYS, TABLES, Source, check_outputs, existing, write_files
+from htflearn.complete.fit import Fitted, Settings, fit, make_cp, make_htf, prepare
+from htflearn.complete.images import ImageSource, image_suffixes
+from htflearn.complete.quantize import LONG, Split, factors_of, parse_factors
+from htflearn.complete.report import make_report, picture_writer, report_writer
+from htflearn.complete.tables import TableSource
+from htflearn.complete.trees import make_ranks, make_tree
+from htflearn.errors import UserError
+
+__all__ = ["Options", "Outputs", "complete"]
+
+_BUDGET = 250_000
+_PATCHES = "auto,8"
+_LARGEST_MODEL = 2**28
+# A CP over many short modes needs thousands of components for its number of parameters, and a
+# minute for a step.
+_LARGEST_SPLIT_CP = 256
+_OPTIMIZERS, _LOSSES = ("adam", "rmsprop", "sgd"), ("l2", "l1", "huber")
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says; the names are those of its options. Text is parsed here.
+
+    Attributes:
+        quantize: True: prime factors; False: no mode is split; None: pictures in blocks of 8 x 8.
+        factors: explicit ones, see :func:`htflearn.complete.quantize.parse_factors`.
+        every: ``--all``.
+    """
+
+    key: str | None = None
+    mask: Path | None = None
+    missing: float | None = None
+    index_columns: str | None = None
+    value_column: str | None = None
+    labels: str | None = None
+    dims: str | None = None
+    every: bool = False
+    hide: float | None = None
+    tree: str = "auto"
+    ranks: str | None = None
+    quantize: bool | None = None
+    factors: str | None = None
+    smoothness: float | None = None
+    smooth_modes: str | None = None
+    held_out: float = 0.1
+    iterations: int = 800
+    max_seconds: float = 100.0
+    lr: float = 0.03
+    optimizer: str = "adam"
+    loss: str = "l2"
+    weight_decay: float | None = None
+    init_std: float | None = None
+    batch_size: int | None = None
+    dtype: str = "float32"
+    seed: int = 0
+    out: Path | None = None
+    smooth: bool = False
+    force: bool = False
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a run made.
+
+    Attributes:
+        result: the completed tensor.
+        report: JSON.
+        picture: panels side by side, where the input is a picture.
+        numbers: what ``report`` holds.
+    """
+
+    result: Path
+    report: Path
+    picture: Path | None
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+
+def complete(file: Path, options: Options) -> Outputs:
+    """Completes the tensor of a file and writes the results.
+
+    Everything that can be wrong with the input is found before the training begins; nothing is
+    written before it has ended.
+
+    Args:
+        file: an array, a table or a picture.
+        options: the rest.
+
+    Raises:
+        UserError: whatever the user can put right, in a sentence.
+    """
+    began = time.monotonic()
+    settings = _settings(options)
+    source = _open(file, options)
+    source.entries = _entries(source, options)
+    entries = source.entries
+    split = _split(source, options)
+    tree = make_tree(options.tree, split)
+    problem = prepare(entries, options.held_out, options.seed + 1)
+    budget = min(2 * len(problem.train), max(_BUDGET, 8 * sum(split.shape)))
+    ranks = make_ranks(options.ranks, tree, split.shape, budget)
+    layout = hk.layout.Layout.make(tree, split.shape, ranks, root="sum")
+    if layout.num_parameters > _LARGEST_MODEL:
+        raise UserError(
+            f"--ranks makes a model of {layout.num_parameters:,} weights, more than "
+            f"{_LARGEST_MODEL:,}"
+        )
+    if options.smoothness is None:
+        settings = replace(settings, smoothness=source.default_smoothness)
+    paths = _outputs(source, options)
+    written = [p for p in (paths.result, paths.report, paths.picture) if p is not None]
+    check_outputs(written, source.path, options.force)
+
+    htf = ("HTF", split, lambda: make_htf(tree, split.shape, ranks, settings))
+    models = [htf, *_baselines(split, layout.num_parameters, settings)]
+    share = replace(settings, max_seconds=options.max_seconds / len(models))
+    fitted = [_fit(name, problem, shape, make, share) for name, shape, make in models]
+    numbers = make_report(source, paths.result, options, problem, fitted, began)
+    writers = {
+        paths.result: source.writer(paths.result, fitted[0].predict, options.smooth),
+        paths.report: report_writer(numbers),
+    }
+    if paths.picture is not None:
+        writers[paths.picture] = picture_writer(source, fitted[0], options.smooth)
+    write_files(writers, options.force)
+    return replace(paths, numbers=numbers)
+
+
+def _settings(options: Options) -> Settings:
+    for name, value in (
+        ("iterations", options.iterations),
+        ("max-seconds", options.max_seconds),
+        ("lr", options.lr),
+        ("batch-size", options.batch_size),
+        ("init-std", options.init_std),
+    ):
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"--{name} expects a positive number, got {value:g}")
+    for name, value in (
+        ("weight-decay", options.weight_decay),
+        ("smoothness", options.smoothness),
+    ):
+        if value is not None and not 0 <= value < float("inf"):
+            raise UserError(f"--{name} expects a number from 0 on, got {value:g}")
+    for name, word, words in (
+        ("optimizer", options.optimizer, _OPTIMIZERS),
+        ("loss", options.loss, _LOSSES),
+        ("dtype", options.dtype, tuple(_DTYPES)),
+    ):
+        if word not in words:
+            raise UserError(f"--{name} expects one of {', '.join(words)}, got {word!r}")
+    if not 0 <= options.seed < 2**32:
+        raise UserError(f"--seed expects a number from 0 to 2**32 - 1, got {options.seed}")
+    return Settings(
+        iterations=options.iterations,
+        lr=options.lr,
+        optimizer=options.optimizer,
+        loss=options.loss,
+        weight_decay=options.weight_decay,
+        init_std=options.init_std,
+        dtype=_DTYPES[options.dtype],
+        batch_size=options.batch_size,
+        seed=options.seed,
+        progress=options.progress,
+    )
+
+
+def _open(file: Path, options: Options) -> Source:
+    existing(file)
+    suffix = file.suffix.lower()
+    kind = "array" if suffix in ARRAYS else "table" if suffix in TABLES else "image"
+    if kind == "image" and suffix not in image_suffixes():
+        raise UserError(
+            f"expected a file ending in {', '.join((*ARRAYS, *TABLES))} or a picture such as .png, "
+            f"got {file.name}"
+        )
+    for name, value, kinds in (
+        ("key", options.key, ("array",)),
+        ("missing", options.missing, ("array",)),
+        ("mask", options.mask, ("array", "image")),
+        ("index-columns", options.index_columns, ("table",)),
+        ("value-column", options.value_column, ("table",)),
+        ("labels", options.labels, ("table",)),
+        ("dims", options.dims, ("table",)),
+        ("all", options.every or None, ("table",)),
+    ):
+        if value is not None and kind not in kinds:
+            raise UserError(f"--{name} is for {' and '.join(kinds)} files, and {file} is {kind}")
+    if kind == "array":
+        return ArraySource.open(file, options.key, options.mask, options.missing)
+    if kind == "image":
+        return ImageSource.open(file, options.mask)
+    return TableSource.open(
+        file,
+        _names(options.index_columns),
+        options.value_column,
+        None if options.dims is None else _numbers("dims", options.dims),
+        _names(options.labels) or (),
+        options.every,
+    )
+
+
+def _entries(source: Source, options: Options) -> Entries:
+    entries = source.entries.checked()
+    if options.hide is not None:
+        entries = entries.hide(options.hide, options.seed).checked()
+    asked = source.asked + len(entries.hidden_values)
+    if not asked and not options.smooth:
+        hint = "give --all" if source.kind == "table" else "missing entries are NaN, or by --mask"
+        hint = "missing pixels are transparent, or by --mask" if source.kind == "image" else hint
+        raise UserError(
+            f"nothing is missing in {source.path} ({hint}); --hide 0.5 hides half for a "
+            "demonstration"
+        )
+    if options.smooth_modes is None:
+        return entries
+    order = len(entries.dims)
+    modes = [part.strip() for part in options.smooth_modes.split(",")]
+    if not all(part.isdecimal() and int(part) < order for part in modes):
+        raise UserError(
+            f"--smooth-modes expects modes from 0 to {order - 1} such as 0,1, got "
+            f"{options.smooth_modes!r}"
+        )
+    return replace(entries, neighbours=tuple(sorted({int(part) for part in modes})))
+
+
+def _split(source: Source, options: Options) -> Split:
+    dims = source.entries.dims
+    whole = Split(dims, tuple((d,) for d in dims))
+    if options.quantize is False:
+        if options.factors is not None:
+            raise UserError("--factors splits modes, --no-quantize does not: give one of them")
+        return whole
+    if options.factors is not None:
+        return parse_factors(options.factors, dims)
+    if options.quantize:
+        if max(dims) < LONG:
+            raise UserError(
+                f"--quantize splits modes of length {LONG} or more, the shape is {list(dims)}"
+            )
+        return Split(dims, tuple(factors_of(d) if d >= LONG else (d,) for d in dims))
+    return parse_factors(_PATCHES, dims) if source.kind == "image" else whole
+
+
+def _baselines(
+    split: Split, parameters: int, settings: Settings
+) -> list[tuple[str, Split, Callable[[], hk.HTF]]]:
+    """CP with as many parameters, on the tensor as it is; where modes are split, on those too."""
+    whole = Split(split.dims, tuple((d,) for d in split.dims))
+    components = max(1, round(parameters / sum(whole.dims)))
+    models = []
+    if len(whole.dims) > 1:
+        models.append(("CP", whole, lambda: make_cp(whole.dims, components, settings)))
+    if not split.is_trivial:
+        of_split = max(1, round(parameters / sum(split.shape)))
+        if of_split <= _LARGEST_SPLIT_CP:
+            models.append(
+                ("CP, split modes", split, lambda: make_cp(split.shape, of_split, settings))
+            )
+    return models
+
+
+def _fit(
+    name: str, problem: Any, split: Split, make: Callable[[], hk.HTF], settings: Settings
+) -> Fitted:
+    try:
+        return fit(name, problem, split, make, settings)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        raise UserError(
+            f"not enough memory to train {name} on the shape {list(split.shape)}; try smaller --ranks"
+        ) from error
+
+
+def _outputs(source: Source, options: Options) -> Outputs:
+    path = source.path
+    result = options.out or path.with_name(f"{path.stem}-completed{path.suffix}")
+    source.check_format(result)
+    report = result.with_suffix(".json")
+    panels = result.with_name(f"{result.stem}-panels.png")
+    return Outputs(result, report, panels if source.kind == "image" else None)
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",")]
+
+
+def _numbers(option: str, text: str) -> Sequence[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise UserError(f"--{option} expects positive whole numbers such as 10,20,5, got {text!r}")
+    return [int(part) for part in parts]

@@ -1,0 +1,326 @@
+"""The paper's three settings: low rank is learned one component at a time.
+
+Matrix (MF), tensor (TF) and hierarchical tensor (HTF) factorizations are trained to complete a
+tensor of low rank, and the norms of their components are recorded. (Razin, Maman & Cohen, ICML
+2022.)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+import htfkernels as hk
+from htfkernels.dispatch import requested
+from htfkernels.plan import make_plan
+from htflearn.checkpoint import replace_file
+from htflearn.errors import UserError, writable_directory
+from htflearn.models import matrix_factorization, tensor_factorization
+from htflearn.optim import GroupRMSprop
+from htflearn.targets import make_target
+from htflearn.tasks import CompletionTask, completion
+from htflearn.trackers import (
+    ComponentNorms,
+    LocalComponentNorms,
+    SingularValues,
+    Spectra,
+    Tracker,
+    Unbalancedness,
+    node_label,
+)
+from htflearn.train import TrainConfig, Trainer, TrainResult
+
+__all__ = ["PRESETS", "Setting", "prepare", "run", "run_panel"]
+
+Panel = Literal["mf", "tf", "htf"]
+OPTIMIZERS = ("grouprmsprop", "sgd", "adam")
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+LEARNED = 0.1
+"""A component counts as learned when its norm is above this fraction of the largest."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one panel trains.
+
+    Attributes:
+        panel: ``"mf"``, ``"tf"`` or ``"htf"``.
+        order: number of modes (2 for ``"mf"``).
+        dim: ``D`` of every mode.
+        rank: of the target: matrix rank, number of outer products, or local rank.
+        norm: Frobenius norm of the target.
+        samples: number of training entries.
+        noise_std: of the noise on them.
+        width: hidden width, number of components, or local rank of the model.
+        depth: number of matrices of ``"mf"``.
+        init_std: of the model's initial weights.
+        optimizer: ``"grouprmsprop"``, ``"sgd"`` or ``"adam"``.
+        lr: its step size.
+        loss: a name of :data:`htflearn.LOSSES`.
+        iterations: at most that many.
+        log_every: iterations between two points of the figure.
+        stop_train_loss: training stops when the train loss stays below it.
+        dtype: ``"float32"`` or ``"float64"``.
+        seed: of the target, the entries and the initial weights.
+    """
+
+    panel: Panel
+    order: int
+    dim: int
+    rank: int
+    norm: float
+    samples: int
+    width: int
+    init_std: float
+    iterations: int
+    log_every: int
+    noise_std: float = 0.0
+    depth: int = 3
+    optimizer: str = "grouprmsprop"
+    lr: float = 0.01
+    loss: str = "l2"
+    stop_train_loss: float = 5e-5
+    dtype: str = "float32"
+    seed: int = 0
+
+
+PRESETS: dict[str, dict[str, Setting]] = {
+    "paper": {
+        "mf": Setting("mf", 2, 64, 5, 64.0, 2048, 64, 1e-3, 30_000, 25),
+        "tf": Setting("tf", 3, 16, 5, 64.0, 2048, 256, 1e-3, 50_000, 25),
+        "htf": Setting("htf", 4, 8, 5, 64.0, 2048, 512, 1e-2, 100_000, 100),
+    },
+    "smoke": {
+        "mf": Setting("mf", 2, 12, 2, 12.0, 100, 12, 1e-2, 2_000, 20),
+        "tf": Setting("tf", 3, 6, 2, 12.0, 150, 16, 1e-2, 2_000, 20),
+        "htf": Setting("htf", 4, 4, 2, 12.0, 200, 16, 5e-2, 3_000, 20),
+    },
+}
+
+
+def prepare(setting: Setting) -> tuple[CompletionTask, hk.HTF, torch.optim.Optimizer]:
+    """The task, the model with its initial weights, and the optimizer of a setting.
+
+    Random numbers are drawn in float64 whatever the dtype, so that a seed means the same in both.
+
+    Args:
+        setting: of one panel.
+
+    Raises:
+        UserError: the setting's values do not fit together.
+
+    Example:
+        >>> task, model, optimizer = prepare(PRESETS["smoke"]["tf"])
+        >>> model.full_tensor().shape
+        torch.Size([6, 6, 6])
+    """
+    try:
+        return _prepare(setting)
+    except ValueError as error:
+        raise UserError(f"{setting.panel}: {error}") from error
+
+
+def _prepare(setting: Setting) -> tuple[CompletionTask, hk.HTF, torch.optim.Optimizer]:
+    if setting.optimizer not in OPTIMIZERS:
+        raise ValueError(
+            f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {setting.optimizer!r}"
+        )
+    if setting.dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {setting.dtype!r}")
+    if setting.init_std <= 0 or setting.norm <= 0:
+        raise ValueError("the initial standard deviation and the target's norm must be positive")
+    dtype, dims = DTYPES[setting.dtype], (setting.dim,) * setting.order
+    if prod(dims) > 2**24:
+        raise ValueError(f"a tensor of {setting.dim}^{setting.order} entries is too large to form")
+    generator = torch.Generator().manual_seed(setting.seed)
+    kind: Any = {"mf": "matrix", "tf": "cp", "htf": "ht"}[setting.panel]
+    target = make_target(kind, dims, setting.rank, setting.norm, None, generator, torch.float64)
+    task = completion(target, setting.samples, setting.noise_std, generator, setting.loss)
+    model = _model(setting, dims)
+    model.reset_parameters(generator)
+    model = model.to(dtype)
+    make: Any = {"grouprmsprop": GroupRMSprop, "sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+    optimizer = make[setting.optimizer](model.parameters(), lr=setting.lr)
+    return task.to(dtype=dtype), model, optimizer
+
+
+def _model(setting: Setting, dims: tuple[int, ...]) -> hk.HTF:
+    std, width, double = setting.init_std, setting.width, torch.float64
+    if setting.panel == "mf":
+        return matrix_factorization(setting.dim, setting.dim, setting.depth, width, std, double)
+    if setting.panel == "tf":
+        return tensor_factorization(dims, width, std, double)
+    tree = hk.ModeTree.balanced(setting.order)
+    return hk.HTF(tree, dims, width, init_std=std, dtype=double)
+
+
+def run(
+    settings: Iterable[Setting], out: str | Path, resume: bool = False, progress: bool = True
+) -> dict[str, Any]:
+    """Trains the panels one after another, writes ``dynamics.json`` and draws ``dynamics.png``.
+
+    Args:
+        settings: one of each panel.
+        out: directory; each panel has its metrics and checkpoints in one of its own there.
+        resume: goes on where an earlier run with the same settings stopped.
+        progress: see :class:`htflearn.Trainer`.
+
+    Returns:
+        what ``dynamics.json`` holds: ``{"panels": [...]}``, see :func:`run_panel`.
+
+    Raises:
+        UserError: settings that do not fit, or differ from those of the run to resume, or an output
+            directory that cannot be written. All of this is seen before the first iteration.
+
+    Example:
+        >>> results = run([PRESETS["smoke"]["mf"]], "figures", progress=False)
+        >>> len(results["panels"][0]["series"][0]["components"])
+        2
+    """
+    from htflearn.figures import draw_dynamics
+
+    settings = list(settings)
+    for setting in settings:
+        prepare(setting)
+    directory = writable_directory(out)
+    for setting in settings:
+        _check_same_settings(setting, directory / setting.panel, resume)
+    panels = [run_panel(s, directory / s.panel, resume, progress) for s in settings]
+    results = {"htfkernels": hk.__version__, "torch": torch.__version__, "panels": panels}
+    try:
+        replace_file(directory / "dynamics.json", json.dumps(results, indent=1) + "\n")
+        draw_dynamics(panels, directory / "dynamics.png")
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"the results cannot be written into {directory}: {reason}") from error
+    return results
+
+
+def run_panel(
+    setting: Setting, out: Path, resume: bool = False, progress: bool = True
+) -> dict[str, Any]:
+    """Trains one panel.
+
+    Args:
+        setting: what to train.
+        out: directory of its metrics and checkpoints.
+        resume: goes on from the newest checkpoint.
+        progress: see :class:`htflearn.Trainer`.
+
+    Returns:
+        ``settings``; ``series``: for each node (or the singular values of ``"mf"``) the recorded
+        norms, ``iterations``, and of the ``components`` learned the final norm and when each rose
+        (reached half of it); the final errors, ``ranks`` of the matricizations, and the time taken.
+    """
+    task, model, optimizer = prepare(setting)
+    trackers: list[Tracker] = [_tracker(setting), Unbalancedness()]
+    config = TrainConfig(
+        iterations=setting.iterations,
+        log_every=setting.log_every,
+        stop_train_loss=setting.stop_train_loss,
+        stop_patience=3,
+        seed=setting.seed,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    replace_file(out / "settings.json", json.dumps(asdict(setting), indent=1) + "\n")
+    title = setting.panel.upper()
+    trainer = Trainer(model, task, optimizer, config, trackers, out, progress, title=title)
+    result = trainer.fit(resume=resume)
+    if result.reason == "not finite":
+        raise UserError(
+            f"{setting.panel}: the loss is no longer finite after {result.iterations} iterations; "
+            f"a smaller --lr than {setting.lr:g} may help"
+        )
+    plan = make_plan("full_tensor", model.layout, DTYPES[setting.dtype], "cpu", requested())
+    final = result.history[-1]
+    return {
+        "settings": asdict(setting),
+        "parameters": model.layout.num_parameters,
+        "iterations": result.iterations,
+        "reason": result.reason,
+        "series": _series(setting, result, model),
+        "train_loss": final["train_loss"],
+        "test_mse": final.get("test_mse"),
+        "reconstruction_error": final["reconstruction_error"],
+        "unbalancedness": final["unbalancedness"]["max"],
+        "ranks": _ranks(setting, model, task),
+        "seconds": result.seconds,
+        "iterations_per_second": result.iterations / result.seconds if result.seconds else None,
+        "backend": plan.backend,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _tracker(setting: Setting) -> Tracker:
+    if setting.panel == "mf":
+        return SingularValues()
+    return ComponentNorms() if setting.panel == "tf" else LocalComponentNorms()
+
+
+def _ranks(setting: Setting, model: hk.HTF, task: CompletionTask) -> dict[str, Any]:
+    """Of a matrix there is one matricization, whatever the number of nodes on the chain."""
+    nodes = model.tree.leaves[:1] if setting.panel == "mf" else None
+    return Spectra(nodes).measure(model, task)
+
+
+def _series(setting: Setting, result: TrainResult, model: hk.HTF) -> list[dict[str, Any]]:
+    """Norms against iterations; of an HTF for each interior node."""
+    lines = result.history
+    if setting.panel == "mf":
+        named = {"singular values": [line["singular_values"]["values"] for line in lines]}
+    elif setting.panel == "tf":
+        named = {"components": [line["component_norms"]["norms"] for line in lines]}
+    else:
+        labels = [node_label(node) for node in model.tree.interior]
+        named = {s: [line["local_component_norms"][s] for line in lines] for s in labels}
+    iterations = [line["iteration"] for line in lines]
+    return [
+        {
+            "name": name,
+            "iterations": iterations,
+            "norms": norms,
+            "components": _components(iterations, norms),
+        }
+        for name, norms in named.items()
+    ]
+
+
+def _components(iterations: list[int], norms: list[list[float]]) -> list[dict[str, Any]]:
+    """Of each learned component the final norm, and the first iteration with half of it."""
+    final = norms[-1]
+    learned = [i for i, norm in enumerate(final) if norm > LEARNED * final[0]]
+    return [
+        {
+            "norm": final[i],
+            "rose": next(
+                it for it, n in zip(iterations, norms, strict=True) if n[i] >= final[i] / 2
+            ),
+        }
+        for i in learned
+    ]
+
+
+def _check_same_settings(setting: Setting, out: Path, resume: bool) -> None:
+    """A run goes on with the settings it began with, but for where it ends."""
+    path = out / "settings.json"
+    if not resume or not path.exists():
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    now = asdict(setting)
+    free = {"iterations", "stop_train_loss"}
+    for name, value in now.items():
+        if name not in free and before.get(name) != value:
+            option = name.replace("_", "-")
+            raise UserError(
+                f"the {setting.panel} run in {out} has {option} {before.get(name)}, not {value}: "
+                "resume it with the same settings, or start anew in another directory"
+            )

@@ -1,0 +1,96 @@
+"""What all tests share: the backends and devices they run on, and reproducible hypothesis."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import settings
+
+from htfkernels import dispatch, testing
+
+settings.register_profile(
+    "reproducible", derandomize=True, deadline=None, database=None, max_examples=30
+)
+settings.load_profile("reproducible")
+
+# On tensors as small as these a second thread costs more than it brings, and far more where the
+# cores are shared; the tests of threads ask for theirs.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_every_time() -> None:
+    """Random weights and inputs do not depend on which tests ran before."""
+    torch.manual_seed(0)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A backend on a device, in force during the test that asks for it."""
+
+    backend: str
+    device: str
+
+    def require(self, op: str = "evaluate", dtype: torch.dtype = torch.float64) -> None:
+        """Skips the test where the backend cannot run the operation, with the backend's reason."""
+        reason = dispatch.why_not(self.backend, dispatch.Spec(op, dtype, self.device))
+        if reason is not None:
+            pytest.skip(f"{self.backend}: {reason}")
+
+
+def _target(backend: str, device: str) -> object:
+    marks = [pytest.mark.gpu] if device == "cuda" else []
+    name = backend if device == "cpu" else f"{backend}-{device}"
+    return pytest.param(Target(backend, device), marks=marks, id=name)
+
+
+CPU = [_target("reference", "cpu"), _target("cpp", "cpu")]
+GPU = [_target("reference", "cuda"), _target("cuda", "cuda"), _target("triton", "cuda")]
+
+
+def _enter(target: Target) -> Iterator[Target]:
+    if target.device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    with dispatch.use_backend(target.backend):
+        yield target
+
+
+@pytest.fixture(params=[*CPU, *GPU])
+def target(request: pytest.FixtureRequest) -> Iterator[Target]:
+    """Every backend on every device."""
+    yield from _enter(request.param)
+
+
+@pytest.fixture(params=CPU)
+def cpu_target(request: pytest.FixtureRequest) -> Iterator[Target]:
+    """Every backend that runs on the CPU."""
+    yield from _enter(request.param)
+
+
+def _names(argument: str | tuple[str, ...]) -> list[str]:
+    return [n.strip() for n in argument.split(",")] if isinstance(argument, str) else list(argument)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``op`` with ``case``: every operation on every case it fits; ``small_case``: small ones."""
+    explicit = {
+        n for m in metafunc.definition.iter_markers("parametrize") for n in _names(m.args[0])
+    }
+    names = {"op", "case", "small_case"} & set(metafunc.fixturenames)
+    if names & explicit:
+        return
+    if names == {"op"}:
+        metafunc.parametrize("op", testing.OPS)
+    elif names == {"op", "case"}:
+        calls = [(op, c) for op in testing.OPS for c in testing.cases() if c.fits(op)]
+        metafunc.parametrize(("op", "case"), calls, ids=[f"{op}-{c}" for op, c in calls])
+    elif names == {"op", "small_case"}:
+        calls = [(op, c) for op in testing.OPS for c in testing.small_cases()]
+        metafunc.parametrize(("op", "small_case"), calls, ids=[f"{op}-{c}" for op, c in calls])
+    elif names == {"case"}:
+        metafunc.parametrize("case", testing.cases(), ids=str)
+    elif names == {"small_case"}:
+        metafunc.parametrize("small_case", testing.small_cases(), ids=str)

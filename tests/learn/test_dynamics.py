@@ -1,0 +1,200 @@
+"""``htf dynamics``: the figure, the numbers, the table, and what a user can get wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from htflearn import dynamics as module
+from htflearn.cli import run
+from htflearn.dynamics import PRESETS, prepare, run_panel
+from htflearn.errors import UserError
+
+QUICK = ["dynamics", "--preset", "smoke", "--iterations", "100", "--panels", "mf"]
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    out = tmp_path_factory.mktemp("dynamics") / "made" / "on the way"
+    assert run(["dynamics", "--preset", "smoke", "--out", str(out)]) == 0
+    return out, json.loads((out / "dynamics.json").read_text())
+
+
+def test_every_panel_learns_the_rank_of_its_target(smoke: Any) -> None:
+    _, results = smoke
+    assert [p["settings"]["panel"] for p in results["panels"]] == ["mf", "tf", "htf"]
+    for panel in results["panels"]:
+        assert panel["reason"] == "train loss"
+        assert panel["train_loss"] < 5e-5
+        assert panel["test_mse"] < 2e-3
+        for series in panel["series"]:
+            assert len(series["components"]) == 2, series["name"]
+            rose = [c["rose"] for c in series["components"]]
+            assert all(0 < r < panel["iterations"] for r in rose)
+            assert len(series["iterations"]) == len(series["norms"])
+        first = panel["series"][0]
+        rose = [c["rose"] for c in first["components"]]
+        assert rose[1] > rose[0] + 100, "one component after the other"
+        assert all(r["numerical_rank"] == 2 for r in panel["ranks"].values())
+
+
+def test_the_figure_is_a_picture(smoke: Any) -> None:
+    from PIL import Image
+
+    out, _ = smoke
+    with Image.open(out / "dynamics.png") as picture:
+        picture.load()
+        assert picture.format == "PNG" and picture.width > 1500 and picture.height > 400
+        colours = {c for _, c in picture.convert("RGB").getcolors(2**24)}
+    assert (0x00, 0x72, 0xB2) in colours and (0xE6, 0x9F, 0x00) in colours
+    assert sorted(p.name for p in out.iterdir()) == [
+        "dynamics.json",
+        "dynamics.png",
+        "htf",
+        "mf",
+        "tf",
+    ]
+
+
+def test_rose_is_the_first_iteration_with_half_of_the_final_norm() -> None:
+    norms = [[0.0, 0.0, 0.0], [3.0, 0.9, 0.0], [5.0, 1.1, 0.0], [4.0, 2.0, 0.3]]
+    found = module._components([0, 10, 20, 30], norms)
+    assert found == [{"norm": 4.0, "rose": 10}, {"norm": 2.0, "rose": 20}]
+
+
+def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*QUICK, "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    for text in ("12 x 12, rank 2", "100 (iterations)", "singular values", "test MSE", "rank"):
+        assert text in printed.out
+    assert "dynamics.png" in printed.out and printed.err == ""
+
+
+def test_options_reach_the_settings(tmp_path: Path) -> None:
+    options = "--dim 5 --order 3 --rank 1 --samples 50 --width 4 --seed 3 --optimizer adam"
+    more = "--lr 0.02 --init-std 0.1 --noise-std 0.01 --norm 3 --dtype float64 --log-every 50"
+    more += " --loss huber"
+    command = ["dynamics", "--preset", "smoke", "--panels", "htf,tf", "--iterations", "100"]
+    out = ["--out", str(tmp_path)]
+    assert run([*command, *options.split(), *more.split(), *out]) == 0
+    panels = json.loads((tmp_path / "dynamics.json").read_text())["panels"]
+    assert [p["settings"]["panel"] for p in panels] == ["htf", "tf"]
+    for panel in panels:
+        expected = {"dim": 5, "order": 3, "rank": 1, "samples": 50, "width": 4, "seed": 3}
+        expected |= {"optimizer": "adam", "lr": 0.02, "init_std": 0.1, "dtype": "float64"}
+        expected |= {"loss": "huber"}
+        assert expected.items() <= panel["settings"].items()
+        assert panel["series"][0]["iterations"] == [0, 50, 100]
+
+
+def test_a_seed_means_the_same_in_both_dtypes() -> None:
+    setting = PRESETS["smoke"]["htf"]
+    single, double = (prepare(dataclasses.replace(setting, dtype=d)) for d in module.DTYPES)
+    assert torch.equal(single[0].indices, double[0].indices)
+    torch.testing.assert_close(single[0].values.double(), double[0].values, rtol=1e-6, atol=1e-6)
+    for a, b in zip(single[1].parameters(), double[1].parameters(), strict=True):
+        assert a.dtype == torch.float32 and b.dtype == torch.float64
+        torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=1e-8)
+
+
+def comparable(out: Path) -> Any:
+    """The results but for the clock."""
+    results = json.loads((out / "dynamics.json").read_text())
+    for panel in results["panels"]:
+        for key in ("seconds", "iterations_per_second"):
+            del panel[key]
+    return results
+
+
+def test_resume_gives_what_an_uninterrupted_run_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["dynamics", "--preset", "smoke", "--panels", "mf,tf", "--iterations", "300"]
+    assert run([*command, "--out", str(tmp_path / "whole")]) == 0
+
+    original = module.run_panel
+
+    def interrupted(setting: Any, *args: Any) -> Any:
+        if setting.panel == "tf":  # a third of it, then Ctrl-C
+            run_panel(dataclasses.replace(setting, iterations=100), *args)
+            raise KeyboardInterrupt
+        return original(setting, *args)
+
+    monkeypatch.setattr(module, "run_panel", interrupted)
+    assert run([*command, "--out", str(tmp_path / "parts")]) == 130
+    assert not (tmp_path / "parts" / "dynamics.json").exists()
+    monkeypatch.undo()
+    assert run([*command, "--out", str(tmp_path / "parts"), "--resume"]) == 0
+    assert comparable(tmp_path / "parts") == comparable(tmp_path / "whole")
+
+
+def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Runs, checks for exit code 2 and one line on standard error, and returns the line."""
+    assert run(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1
+    assert printed.err.startswith("htf: ") and "Traceback" not in printed.err
+    return printed.err
+
+
+def test_an_output_that_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("precious")
+    monkeypatch.setattr(module, "run_panel", lambda *args: pytest.fail("it trained"))
+    said = fails([*QUICK, "--out", str(tmp_path / "file" / "out")], capsys)
+    assert "cannot be written" in said
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--preset", "tiny"], "--preset"),
+        (["--panels", "mf,cp"], "mf,cp"),
+        (["--panels", "mf,mf"], "at most once"),
+        (["--optimizer", "lbfgs"], "optimizer"),
+        (["--dtype", "float16"], "dtype"),
+        (["--loss", "l3"], "l3"),
+        (["--samples", "0"], "1..144"),
+        (["--samples", "145"], "1..144"),
+        (["--dim", "0"], "--dim"),
+        (["--iterations", "0"], "--iterations"),
+        (["--rank", "-1"], "--rank"),
+        (["--init-std", "0"], "positive"),
+        (["--lr", "-1"], "lr"),
+        (["--depth", "1"], "depth"),
+        (["--seed", "-1"], "--seed"),
+    ],
+)
+def test_bad_options(
+    options: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert says in fails([*QUICK, *options, "--out", str(tmp_path / "out")], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tensor_too_large_to_form() -> None:
+    with pytest.raises(UserError, match="too large"):
+        prepare(dataclasses.replace(PRESETS["paper"]["htf"], order=10))
+
+
+def test_resume_with_other_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", str(tmp_path)]
+    assert run([*QUICK, *out]) == 0
+    before = (tmp_path / "dynamics.json").read_bytes()
+    capsys.readouterr()
+    assert "width 12, not 13" in fails([*QUICK, *out, "--resume", "--width", "13"], capsys)
+    assert (tmp_path / "dynamics.json").read_bytes() == before
+    assert run([*QUICK, *out, "--resume", "--iterations", "150"]) == 0
+
+
+def test_a_run_that_diverges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = fails([*QUICK, "--out", str(tmp_path), "--optimizer", "sgd", "--lr", "1e6"], capsys)
+    assert "no longer finite" in said and "--lr" in said
