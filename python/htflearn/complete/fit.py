@@ -74,7 +74,8 @@ class Problem:
     Attributes:
         entries: as in the file.
         train, held: positions in ``entries.values``.
-        mean, scale: mean and standard deviation of the training values.
+        mean, scale: mean and standard deviation of the training values; 0 where they are all equal,
+            so that every prediction is that value.
     """
 
     entries: Entries
@@ -112,7 +113,7 @@ def prepare(entries: Entries, held_out: float, seed: int) -> Problem:
     scale = float(values.std())
     # The spread of equal numbers is rounding, not a unit to measure in.
     if scale <= 1e-12 * max(abs(float(values.mean())), 1e-300):
-        scale = 1.0
+        scale = 0.0
     return Problem(entries, train, held, float(values.mean()), scale)
 
 
@@ -197,9 +198,7 @@ def make_htf(
     The root sums: weights of its own would only rescale its components, and under weight decay a
     factor more makes all of them shrink sooner.
     """
-    model = hk.HTF(
-        tree, dims, ranks, root="sum", init_std=settings.init_std, dtype=settings.dtype
-    )
+    model = hk.HTF(tree, dims, ranks, root="sum", init_std=settings.init_std, dtype=settings.dtype)
     if settings.init_std is None:
         std = _leaf_std(tree.order, model.layout.ranks[-1])
         with torch.no_grad():  # interior weights of R_v ** -0.5 keep the variance of messages
@@ -267,7 +266,7 @@ def fit(
 
 def _task(problem: Problem, split: Split, settings: Settings) -> CompletionTask:
     indices = split.split(torch.from_numpy(problem.entries.indices))
-    scaled = (problem.entries.values - problem.mean) / problem.scale
+    scaled = (problem.entries.values - problem.mean) / (problem.scale or 1.0)
     values = torch.from_numpy(scaled).to(settings.dtype)
     train, held = torch.from_numpy(problem.train), torch.from_numpy(problem.held)
     parts = (indices[train], values[train], split.shape, indices[held], values[held])
@@ -309,7 +308,7 @@ def _run(
         iterations=iterations,
         batch_size=batch,
         log_every=max(5, iterations // 60),
-        max_seconds=max(seconds, 1.0),
+        max_seconds=max(seconds, 0.01),
         seed=settings.seed,
     )
     held = problem.entries.indices[problem.held]

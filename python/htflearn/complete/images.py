@@ -182,5 +182,7 @@ def _save(to: Path, pixels: np.ndarray) -> None:
     from PIL import Image
 
     image = Image.fromarray(pixels)
-    lossy = to.suffix.lower() in _LOSSY
-    image.save(to, **({"quality": 95, "subsampling": 0} if lossy else {}))
+    if to.suffix.lower() in _LOSSY:
+        image.save(to, quality=95, subsampling=0)
+    else:
+        image.save(to)

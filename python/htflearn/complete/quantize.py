@@ -63,8 +63,8 @@ class Split:
 
     @cached_property
     def scales(self) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """The new modes, coarsest first, each as the digits ``(mode, place in its factors)`` that it
-        is made of; then the modes that stay whole."""
+        """The new modes, coarsest first, each as the digits ``(mode, place in its factors)`` that
+        it is made of; then the modes that stay whole."""
         depth = max((len(f) for f in self.factors if len(f) > 1), default=0)
         scales = [
             tuple(
@@ -74,7 +74,9 @@ class Split:
             )
             for scale in reversed(range(depth))
         ]
-        whole = [((n, 0),) for n, f in enumerate(self.factors) if len(f) == 1]
+        whole: list[tuple[tuple[int, int], ...]] = [
+            ((n, 0),) for n, f in enumerate(self.factors) if len(f) == 1
+        ]
         return tuple(scales + whole)
 
     @cached_property
@@ -115,7 +117,7 @@ class Split:
 
 
 def factors_of(length: int) -> tuple[int, ...]:
-    """Prime factors, the largest first, of the least number from ``length`` on that has none beyond 5.
+    """Prime factors, the largest first, of the least number from ``length`` on with none beyond 5.
 
     Example:
         >>> factors_of(512), factors_of(451)
@@ -137,8 +139,8 @@ def parse_factors(text: str, dims: Sequence[int]) -> Split:
     """The split that ``--factors`` asks for.
 
     Args:
-        text: factors for every mode from :data:`LONG` on, the coarsest first, such as ``8,8,8``; one
-            of them may be ``auto``: as large as it must be.
+        text: factors for every mode from :data:`LONG` on, the coarsest first, such as ``8,8,8``;
+            one of them may be ``auto``: as large as it must be.
         dims: ``D_n``.
 
     Raises:

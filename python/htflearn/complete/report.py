@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def make_report(
         "tree": htf.model.tree.to_nested(),
         "models": models,
         "ranks": _ranks(htf),
-        "notes": [*entries.notes, *source.notes(result), *_verdict(models)],
+        "notes": [*entries.notes, *source.notes(result), *_verdict(models, htf)],
         "settings": settings,
         "version": hk.__version__,
         "torch": torch.__version__,
@@ -114,7 +115,10 @@ def _psnr(squared: float, peak: float) -> float | None:
     return 10 * math.log10(peak**2 / squared) if squared > 0 else None
 
 
-def _verdict(models: list[dict[str, Any]]) -> list[str]:
+def _verdict(models: list[dict[str, Any]], htf: Fitted) -> list[str]:
+    if len(models) == 2:
+        order = htf.model.tree.order
+        return [f"on this tree of {order} modes HTF is a CP; there is no other to compare with"]
     key = "hidden_rmse" if "hidden_rmse" in models[0] else "held_out_rmse"
     best = min(models, key=lambda m: m[key])
     if best["name"] == "HTF":
@@ -145,23 +149,24 @@ def _ranks(htf: Fitted) -> list[dict[str, Any]]:
     # Float64, so that a numerical rank is one of the model, not of the arithmetic.
     weights = {node: model.node_weight(node).double() for node in tree.nodes}
     widest = max(model.layout.ranks)
-    method = "qr" if widest <= _LARGEST_QR else "gram"
+    method, tol = ("qr", None) if widest <= _LARGEST_QR else ("gram", 1e-7)  # what a Gram tells
     spectra = hk.spectra.matricization_spectra(tree, weights, nodes, method)
     total = prod(htf.split.shape)
     found = []
     for node in nodes:
-        s = spectra[node]
         rows = prod(htf.split.shape[n] for n in node.modes)
-        bound = rows if node.is_leaf else model.layout.ranks[node.index - tree.order]
+        s = spectra[node][: min(rows, total // rows)]
+        above = node.parent if node.is_leaf else node
+        assert above is not None  # a leaf is never the root
         found.append(
             {
                 "modes": list(node.modes),
                 "rows": rows,
                 "columns": total // rows,
-                "local_rank": bound,
+                "local_rank": model.layout.ranks[above.index - tree.order],
                 "effective_rank": float(hk.effective_rank(s)),
                 "rank_above_1_percent": int(hk.numerical_rank(s, float(s.max()) * 0.01)),
-                "numerical_rank": int(hk.numerical_rank(s)),
+                "numerical_rank": int(hk.numerical_rank(s, tol and float(s.max()) * tol)),
                 "singular_values": s[:32].tolist(),
             }
         )
@@ -231,21 +236,20 @@ def print_report(numbers: dict[str, Any]) -> None:
     console = Console()
     models, hidden = numbers["models"], numbers["hidden"]
     shape = " x ".join(map(str, numbers["shape"]))
-    table = Table(
-        title=f"{numbers['input']}: {shape}, {numbers['known']:,} known", title_justify="left"
-    )
+    counts = f"{numbers['known']:,} known ({numbers['held_out']:,} held out)"
+    counts += f", {hidden:,} hidden" if hidden else ""
+    console.print(f"{numbers['input']}: {shape}, {counts}", highlight=False)
+    table = Table(caption="in parentheses: of the error of the mean", caption_justify="left")
     table.add_column("")
-    columns = {
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "weights": lambda m: f"{m['parameters']:,}",
-        f"RMSE on {numbers['held_out']:,}\nheld out": lambda m: _number(m["held_out_rmse"]),
-        "of the\nmean's": lambda m: _share(m, "held_out_relative"),
+        "RMSE,\nheld out": lambda m: _error(m, "held_out"),
     }
     if hidden:
-        columns[f"RMSE on {hidden:,}\nhidden"] = lambda m: _number(m["hidden_rmse"])
-        columns["of the\nmean's "] = lambda m: _share(m, "hidden_relative")
+        columns["RMSE,\nhidden"] = lambda m: _error(m, "hidden")
         if "hidden_psnr" in models[0]:
-            columns["PSNR\nhidden"] = lambda m: _decibel(m["hidden_psnr"])
-            columns["PSNR\npicture"] = lambda m: _decibel(m["picture_psnr"])
+            columns["PSNR,\nhidden"] = lambda m: _decibel(m["hidden_psnr"])
+            columns["PSNR,\npicture"] = lambda m: _decibel(m["picture_psnr"])
     columns["seconds"] = lambda m: f"{m['seconds']:.1f}"
     for name in columns:
         table.add_column(name, justify="right")
@@ -254,7 +258,12 @@ def print_report(numbers: dict[str, Any]) -> None:
     console.print(table)
 
     modes = [f"{n}: {what}" for n, what in enumerate(numbers["modes"])]
-    ranks = Table(title="ranks found (HTF)", title_justify="left", caption="; ".join(modes))
+    ranks = Table(
+        title="ranks found (HTF)",
+        title_justify="left",
+        caption="; ".join(modes),
+        caption_justify="left",
+    )
     for name in ("matricization", "shape", "local rank", "effective", "above 1%", "numerical"):
         ranks.add_column(name, justify="left" if name == "matricization" else "right")
     for node in numbers["ranks"]:
@@ -271,13 +280,11 @@ def print_report(numbers: dict[str, Any]) -> None:
         console.print(f"note: {note}", highlight=False)
 
 
-def _number(value: float) -> str:
-    return f"{value:.4g}"
-
-
-def _share(model: dict[str, Any], key: str) -> str:
-    return f"{model[key]:.1%}" if key in model else "-"
+def _error(model: dict[str, Any], key: str) -> str:
+    share = model.get(f"{key}_relative")
+    text = f"{model[f'{key}_rmse']:.4g}"
+    return text if share is None else f"{text} ({share:.1%})"
 
 
 def _decibel(value: float | None) -> str:
-    return "inf" if value is None else f"{value:.2f} dB"
+    return "inf" if value is None else f"{value:.2f}"

@@ -113,6 +113,7 @@ def complete(file: Path, options: Options) -> Outputs:
     entries = source.entries
     split = _split(source, options)
     tree = make_tree(options.tree, split)
+    entries.check_enough(split.shape)
     problem = prepare(entries, options.held_out, options.seed + 1)
     budget = min(2 * len(problem.train), max(_BUDGET, 8 * sum(split.shape)))
     ranks = make_ranks(options.ranks, tree, split.shape, budget)
@@ -129,7 +130,7 @@ def complete(file: Path, options: Options) -> Outputs:
     check_outputs(written, source.path, options.force)
 
     htf = ("HTF", split, lambda: make_htf(tree, split.shape, ranks, settings))
-    models = [htf, *_baselines(split, layout.num_parameters, settings)]
+    models = [htf, *_baselines(tree, split, layout.num_parameters, settings)]
     share = replace(settings, max_seconds=options.max_seconds / len(models))
     fitted = [_fit(name, problem, shape, make, share) for name, shape, make in models]
     numbers = make_report(source, paths.result, options, problem, fitted, began)
@@ -137,7 +138,7 @@ def complete(file: Path, options: Options) -> Outputs:
         paths.result: source.writer(paths.result, fitted[0].predict, options.smooth),
         paths.report: report_writer(numbers),
     }
-    if paths.picture is not None:
+    if paths.picture is not None and isinstance(source, ImageSource):
         writers[paths.picture] = picture_writer(source, fitted[0], options.smooth)
     write_files(writers, options.force)
     return replace(paths, numbers=numbers)
@@ -260,17 +261,19 @@ def _split(source: Source, options: Options) -> Split:
 
 
 def _baselines(
-    split: Split, parameters: int, settings: Settings
+    tree: hk.ModeTree, split: Split, parameters: int, settings: Settings
 ) -> list[tuple[str, Split, Callable[[], hk.HTF]]]:
-    """CP with as many parameters, on the tensor as it is; where modes are split, on those too."""
+    """CP with as many parameters, on the tensor as it is; where modes are split, on those too. None
+    where the HTF is that CP: on a flat tree, such as every tree over two modes."""
     whole = Split(split.dims, tuple((d,) for d in split.dims))
     components = max(1, round(parameters / sum(whole.dims)))
     models = []
-    if len(whole.dims) > 1:
+    flat = tree == hk.ModeTree.flat(tree.order)
+    if len(whole.dims) > 1 and not (flat and split.is_trivial):
         models.append(("CP", whole, lambda: make_cp(whole.dims, components, settings)))
     if not split.is_trivial:
         of_split = max(1, round(parameters / sum(split.shape)))
-        if of_split <= _LARGEST_SPLIT_CP:
+        if of_split <= _LARGEST_SPLIT_CP and not flat:
             models.append(
                 ("CP, split modes", split, lambda: make_cp(split.shape, of_split, settings))
             )
@@ -286,7 +289,8 @@ def _fit(
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         raise UserError(
-            f"not enough memory to train {name} on the shape {list(split.shape)}; try smaller --ranks"
+            f"not enough memory to train {name} on the shape {list(split.shape)}; try smaller "
+            "--ranks"
         ) from error
 
 

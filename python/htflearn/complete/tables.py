@@ -186,17 +186,39 @@ class TableSource:
 
         def write(to: Path) -> None:
             import pyarrow as pa
-            from pyarrow import csv, parquet
+            from pyarrow import parquet
 
             try:
                 if path.suffix.lower() == ".csv":
-                    csv.write_csv(result, to, csv.WriteOptions(quoting_style="needed"))
+                    _write_csv(result, to)
                 else:
                     parquet.write_table(result, to)
             except pa.ArrowException as error:
                 raise ValueError(reason(error)) from error
 
         return write
+
+
+def _write_csv(table: Any, to: Path) -> None:
+    """With quotes where a cell needs them; pyarrow's own choice is all text or none."""
+    import csv as lines
+
+    import pyarrow as pa
+    from pyarrow import csv
+
+    with open(to, "w", newline="") as file:
+        lines.writer(file, lineterminator="\n").writerow(table.column_names)
+    for style in ("none", "needed"):
+        options = csv.WriteOptions(include_header=False, quoting_style=style)
+        with open(to, "ab") as file:
+            header = file.tell()
+            try:
+                csv.write_csv(table, file, options)
+                return
+            except pa.ArrowInvalid:
+                if style == "needed":
+                    raise
+                file.truncate(header)
 
 
 def _read(path: Path) -> Any:
@@ -263,6 +285,7 @@ def _as_numpy(column: Any) -> np.ndarray:
 def _values(table: Any, name: str, path: Path) -> tuple[np.ndarray, bool]:
     """The values, NaN where there is none, and whether they are whole numbers."""
     import pyarrow as pa
+    from pyarrow import csv
 
     column = table[name]
     kind = column.type
@@ -274,11 +297,12 @@ def _values(table: Any, name: str, path: Path) -> tuple[np.ndarray, bool]:
     if pa.types.is_decimal(kind):
         return np.asarray(column.cast(pa.float64()).to_numpy()), False
     if not _numeric(kind):
-        for row, cell in enumerate(column.to_pylist()):
-            if cell is not None and not (isinstance(cell, str) and _NUMBER.fullmatch(cell.strip())):
+        empty = {None, *csv.ConvertOptions().null_values}
+        for row, cell in enumerate(column.to_pylist() if pa.types.is_string(kind) else []):
+            if cell not in empty and not _NUMBER.fullmatch(cell.strip()):
                 raise UserError(
-                    f"expected numbers in the value column {name!r} of {path}, got {str(cell)!r} "
-                    f"in row {row + 1}"
+                    f"expected numbers in the value column {name!r} of {path}, got {cell!r} in row "
+                    f"{row + 1}"
                 )
         raise UserError(f"expected numbers in the value column {name!r} of {path}, got {kind}")
     return _as_numpy(column), bool(pa.types.is_integer(kind))

@@ -69,9 +69,9 @@ def automatic_tree(split: Split) -> hk.ModeTree:
 
     Without split modes the two smallest nodes merge, again and again (as in a Huffman code): the
     largest mode meets the others last, which makes the matricizations as square as can be. With
-    them the root joins two sides: the scales within blocks of 8 positions a side with all modes that
-    stay whole, and the coarser scales. On each side neighbouring scales merge first, those of up to
-    64 positions at once.
+    them the root joins two sides: the scales within blocks of 8 positions a side with all modes
+    that stay whole, and the coarser scales. On each side neighbouring scales merge first, those of
+    up to 64 positions at once.
     """
     shape, scales = split.shape, split.num_scales
     if scales < 2:
@@ -141,23 +141,25 @@ def make_ranks(text: str | None, tree: hk.ModeTree, dims: Sequence[int], budget:
 def automatic_ranks(tree: hk.ModeTree, dims: Sequence[int], budget: int) -> Ranks:
     """As many local components as fit into a number of parameters.
 
-    The root gets R, every other node ``2 R``, and none more than it has use for: an interior node
-    the number of positions below it, the root that number without its largest child.
+    The root gets R. Another node gets what a generic tensor needs whose matricizations all have
+    rank R (or their lesser side): the node's weights hold, as a CP factorization, a transfer tensor
+    of its children's ranks and its own, ``[k_1, ..., k_C, k]``, which takes about
+    ``k_1 ... k_C k / (k_1 + ... + k_C + k - C)`` components.
 
     Args:
         tree, dims: the modes.
         budget: number of parameters at most (where R = 1 needs more, it is R = 1).
     """
+    total = prod(dims)
     sizes = {node: prod(dims[n] for n in node.modes) for node in tree.nodes}
 
     def ranks(r: int) -> Ranks:
-        chosen = {}
-        for node in tree.interior:
-            if node.is_root:
-                children = [sizes[c] for c in node.children]
-                chosen[node] = max(1, min(r, prod(children) // max(children)))
-            else:
-                chosen[node] = min(2 * r, sizes[node])
+        bound = {node: min(size, total // size, r) for node, size in sizes.items()}
+        chosen = {
+            node: _components([bound[n] for n in (*node.children, node)]) for node in tree.interior
+        }
+        children = [sizes[c] for c in tree.root.children]
+        chosen[tree.root] = max(1, min(r, prod(children) // max(children)))
         return chosen
 
     low, high = 1, _LARGEST_RANK
@@ -166,3 +168,10 @@ def automatic_ranks(tree: hk.ModeTree, dims: Sequence[int], budget: int) -> Rank
         count = Layout.make(tree, tuple(dims), ranks(middle), root="sum").num_parameters
         low, high = (middle, high) if count <= budget else (low, middle - 1)
     return ranks(low)
+
+
+def _components(sides: list[int]) -> int:
+    """The rank of a generic tensor with these sides, about: never below that of a matricization."""
+    size = prod(sides)
+    matricizations = max(min(k, size // k) for k in sides)
+    return max(matricizations, -(-size // (sum(sides) - len(sides) + 1)))
