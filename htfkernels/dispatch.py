@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
@@ -17,6 +16,17 @@ BACKENDS = ("reference", "cpp", "cuda", "triton")
 _PREFERENCE = ("cuda", "triton", "cpp", "reference")
 _CPP_OPS = {"evaluate", "evaluate_at", "full_tensor"}
 _CPP_DTYPES = {torch.float32, torch.float64, torch.bfloat16}
+
+# Loaded here, not on first use: a compiled graph must find the operators with their fake kernels
+# and autograd formulas, and registering them while torch.compile traces is too late.
+try:
+    import htfkernels.ops.library  # noqa: F401
+except ImportError as _error:
+    _EXTENSION_MISSING: str | None = (
+        f"the compiled module htfkernels._C cannot be loaded ({_error})"
+    )
+else:
+    _EXTENSION_MISSING = None
 
 _requested: ContextVar[str | None] = ContextVar("htfkernels_backend", default=None)
 
@@ -81,7 +91,7 @@ def why_not(backend: str, spec: Spec) -> str | None:
             return f"cpp has no {spec.op}; it has {', '.join(sorted(_CPP_OPS))}"
         if spec.dtype not in _CPP_DTYPES:
             return f"cpp computes in float32, float64 and bfloat16, not in {spec.dtype}"
-        return _extension_missing()
+        return _EXTENSION_MISSING
     if backend == "cuda":
         return "this version of htfkernels has no CUDA C++ kernels"
     return "this version of htfkernels has no Triton kernels"
@@ -105,15 +115,6 @@ def choose(spec: Spec, request: str) -> tuple[str, str]:
             return name, "; ".join(reasons) or "the fastest for this device"
         reasons.append(reason)
     raise AssertionError("the reference runs everywhere")
-
-
-@lru_cache(maxsize=1)
-def _extension_missing() -> str | None:
-    try:
-        import htfkernels._C  # noqa: F401
-    except ImportError as error:
-        return f"the compiled module htfkernels._C cannot be loaded ({error})"
-    return None
 
 
 def _checked(name: str, where: str) -> str:

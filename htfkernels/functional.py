@@ -131,7 +131,7 @@ def run_evaluate_at(layout: Layout, weights: Sequence[Tensor], indices: Tensor) 
 def run_full_tensor(layout: Layout, weights: Sequence[Tensor]) -> Tensor:
     if layout.num_entries >= 2**40:
         raise ValueError(
-            f"full_tensor: the tensor has about 2^{layout.num_entries.bit_length()} entries, "
+            f"full_tensor: the tensor has about 2^{layout.num_entries.bit_length() - 1} entries, "
             "more than fit; use evaluate_at for entries of it"
         )
     plan, weights, _ = _prepare("full_tensor", layout, weights, None)

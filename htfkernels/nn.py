@@ -152,6 +152,12 @@ class HTF(nn.Module):
         weights = {node: self.node_weight(node) for node in self.tree.nodes}
         return spectra.matricization_spectra(self.tree, weights, nodes, method)
 
+    def matricization_spectrum(self, modes: Iterable[int]) -> Tensor:
+        """Singular values of the matricization with any set of modes as rows, see
+        :func:`htfkernels.spectra.matricization_spectrum`."""
+        weights = {node: self.node_weight(node) for node in self.tree.nodes}
+        return spectra.matricization_spectrum(self.tree, weights, modes)
+
     def extra_repr(self) -> str:
         layout = self.layout
         dims, ranks = sorted(set(layout.mode_dims)), sorted(set(layout.ranks))

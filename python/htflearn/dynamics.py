@@ -90,11 +90,16 @@ class Setting:
     seed: int = 0
 
 
+# Three of four random targets of local rank 5 are nearly of a lower one: the fifth singular value
+# at the pairs is below 1% of the first. This seed's is 10%, the most of the seeds 0 to 199: there
+# are five components to be learned.
+_SEED = 107
+
 PRESETS: dict[str, dict[str, Setting]] = {
     "paper": {
-        "mf": Setting("mf", 2, 64, 5, 64.0, 2048, 64, 1e-3, 30_000, 25),
-        "tf": Setting("tf", 3, 16, 5, 64.0, 2048, 256, 1e-3, 50_000, 25),
-        "htf": Setting("htf", 4, 8, 5, 64.0, 2048, 512, 1e-2, 100_000, 100),
+        "mf": Setting("mf", 2, 64, 5, 64.0, 2048, 64, 1e-3, 30_000, 25, seed=_SEED),
+        "tf": Setting("tf", 3, 16, 5, 64.0, 2048, 256, 1e-3, 50_000, 25, seed=_SEED),
+        "htf": Setting("htf", 4, 8, 5, 64.0, 2048, 512, 1e-2, 100_000, 100, seed=_SEED),
     },
     "smoke": {
         "mf": Setting("mf", 2, 12, 2, 12.0, 100, 12, 1e-2, 2_000, 20),

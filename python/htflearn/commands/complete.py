@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -205,6 +206,10 @@ def complete(
     ranks, and for a picture panels (-panels.png) of what was given, what was made of it, and the
     truth where pixels were hidden.
     """
+    # Read when PyTorch loads its OpenMP. By default threads wait by spinning, and where another process
+    # wants a core they spin away the time that the thread they wait for needs: up to 20 times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
     from htflearn.complete.report import print_report
     from htflearn.complete.run import Options
     from htflearn.complete.run import complete as run

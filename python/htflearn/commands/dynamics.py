@@ -26,8 +26,8 @@ def dynamics(
         bool, typer.Option("--resume", help="Go on where an earlier run was interrupted.")
     ] = False,
     seed: Annotated[
-        int, typer.Option(help="Of the target, the entries given and the initial weights.")
-    ] = 0,
+        int | None, typer.Option(help="Of the target, the entries given and the initial weights.")
+    ] = None,
     optimizer: Annotated[str | None, typer.Option(help="grouprmsprop, sgd or adam.")] = None,
     lr: Annotated[float | None, typer.Option(help="Step size.")] = None,
     loss: Annotated[str | None, typer.Option(help="l2, l1 or huber.")] = None,
@@ -60,6 +60,7 @@ def dynamics(
     components against iterations to dynamics.png and dynamics.json in the output directory.
     """
     chosen = {
+        "seed": seed,
         "optimizer": optimizer,
         "lr": lr,
         "loss": loss,
@@ -77,7 +78,7 @@ def dynamics(
         "dtype": dtype,
     }
     given = {name: value for name, value in chosen.items() if value is not None}
-    settings = _settings(preset, panels, {"seed": seed, **given})
+    settings = _settings(preset, panels, given)
     try:
         results = run(settings, out, resume)
     except KeyboardInterrupt:
@@ -90,7 +91,7 @@ def dynamics(
 def _settings(preset: str, panels: str, given: dict[str, Any]) -> list[Setting]:
     if preset not in PRESETS:
         raise UserError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-    if not 0 <= given["seed"] < 2**63:
+    if not 0 <= given.get("seed", 0) < 2**63:
         raise UserError(f"--seed must be in 0..2^63-1, got {given['seed']}")
     names = [name.strip() for name in panels.split(",")]
     unknown = [name for name in names if name not in PRESETS[preset]]

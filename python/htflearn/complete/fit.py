@@ -29,7 +29,7 @@ LARGEST_FULL = 2**24
 _BATCH = 16_384
 _OUTPUT_STD = 0.3
 _BEND = 1e-3
-_PENALTIES = (0.0, 0.5, 2.0, 8.0)  # in units of one training entry's squared error
+_PENALTIES = (2.0, 0.5, 8.0, 0.0)  # in units of one training entry's squared error
 _PROBE = 0.25
 
 
@@ -230,8 +230,9 @@ def fit(
 ) -> Fitted:
     """Trains a model; the weights that do best on the entries held out are kept.
 
-    Weight decay, where it is not given, is found by runs of a quarter of the iterations; a full run
-    with what did best follows. The best of all runs is the result.
+    Weight decay, where it is not given, is found by runs of a quarter of the iterations, as many as
+    leave time for a full one; a full run with what did best follows. The best of all runs is the
+    result.
 
     Args:
         name: for the report and the progress.
@@ -246,19 +247,25 @@ def fit(
     began = time.monotonic()
     task = _task(problem, split, settings)
     decays = [p / len(problem.train) for p in _PENALTIES]
-    runs: list[tuple[float | None, float]] = [(decay, _PROBE) for decay in decays]
-    if settings.weight_decay is not None:
-        runs = []
-    runs.append((settings.weight_decay, 1.0))
+    probes = decays if settings.weight_decay is None else []
     best: Fitted | None = None
-    for number, (decay, share) in enumerate(runs):
-        if decay is None:
-            decay = 0.0 if best is None else best.weight_decay
-        left = settings.max_seconds - (time.monotonic() - began)
-        seconds = left * share / sum(s for _, s in runs[number:])
+
+    def attempt(decay: float, share: float, seconds: float) -> None:
+        nonlocal best
         run = _run(name, problem, split, task, make, settings, decay, share, seconds)
         if math.isfinite(run.error) and (best is None or run.error < best.error):
             best = run
+
+    for number, decay in enumerate(probes):
+        spent = time.monotonic() - began
+        full = spent / (number * _PROBE) if number else 0.0
+        if spent + (1 + _PROBE) * full > settings.max_seconds:
+            break
+        attempt(decay, _PROBE, settings.max_seconds * _PROBE)
+    chosen = settings.weight_decay
+    if chosen is None:
+        chosen = decays[0] if best is None else best.weight_decay
+    attempt(chosen, 1.0, settings.max_seconds - (time.monotonic() - began))
     if best is None:
         raise UserError(f"training of {name} came to no finite result; try a smaller --lr")
     return replace(best, seconds=time.monotonic() - began)
