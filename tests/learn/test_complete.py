@@ -148,6 +148,15 @@ def test_a_vector_is_split(tmp_path: Path) -> None:
     assert np.isfinite(np.load(tmp_path / "t-completed.npy")).all()
 
 
+def test_two_modes_have_no_other_cp(tmp_path: Path) -> None:
+    np.save(tmp_path / "t.npy", with_gaps(low_rank(9, 8), 0.3))
+    assert htf(tmp_path / "t.npy") == 0
+    report = json.loads((tmp_path / "t-completed.json").read_text())
+    assert [m["name"] for m in report["models"]] == ["mean", "HTF"]
+    assert "HTF is a CP" in report["notes"][-1]
+    assert [r["modes"] for r in report["ranks"]] == [[0], [1]]
+
+
 def test_equal_entries(tmp_path: Path) -> None:
     np.save(tmp_path / "t.npy", with_gaps(np.full((5, 6), 7.0), 0.3))
     assert htf(tmp_path / "t.npy") == 0

@@ -181,6 +181,19 @@ def test_labels_come_back(tmp_path: Path, suffix: str) -> None:
     assert report(tmp_path / f"t{suffix}")["names"] == ["item", "user"]
 
 
+def test_csv_is_quoted_where_it_must_be(tmp_path: Path) -> None:
+    columns = rows()
+    save(pa.table(columns), tmp_path / "t.csv")
+    assert htf(tmp_path / "t.csv") == 0
+    assert '"' not in (tmp_path / "t-completed.csv").read_text()
+    columns["user"] = [f'Doe, "J" {u}' for u in columns["user"]]
+    columns["big, score"] = columns.pop("score")
+    save(pa.table(columns), tmp_path / "q.csv")
+    assert htf(tmp_path / "q.csv") == 0
+    after = load(tmp_path / "q-completed.csv").to_pydict()
+    assert after["user"] == columns["user"] and list(after) == list(columns)
+
+
 def test_categories_and_dates(tmp_path: Path) -> None:
     import datetime
 

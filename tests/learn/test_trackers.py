@@ -69,7 +69,7 @@ def test_local_component_norms() -> None:
     assert list(measured) == [node_label(node) for node in model.tree.interior]
     for node in model.tree.interior:
         exact = [
-            float(torch.stack([v.norm() for v in component(model, node, r)]).prod())
+            torch.stack([v.norm() for v in component(model, node, r)]).prod().item()
             for r in range(4)
         ]
         assert measured[node_label(node)] == pytest.approx(sorted(exact, reverse=True))
@@ -94,14 +94,14 @@ def test_spectra_and_ranks() -> None:
 def test_reconstruction_error() -> None:
     model = htf()
     target = torch.randn(3, 4, 2, 3, 2, dtype=torch.float64)
-    exact = float((model.full_tensor() - target).norm() / target.norm())
+    exact = ((model.full_tensor() - target).norm() / target.norm()).item()
     assert ReconstructionError(target).measure(model, None)["relative"] == pytest.approx(exact)
 
 
 def test_unbalancedness() -> None:
     model = htf()
     exact = max(
-        abs(float(a.square().sum() - b.square().sum()))
+        abs((a.square().sum() - b.square().sum()).item())
         for node in model.tree.interior
         for r in range(4)
         for a in component(model, node, r)
@@ -115,13 +115,13 @@ def test_unbalancedness_of_a_fixed_root_is_of_the_columns() -> None:
     with torch.no_grad():
         for leaf, value in zip(model.tree.leaves, (2.0, 2.0, 3.0), strict=True):
             model.node_weight(leaf).fill_(value)
-    assert float(unbalancedness(model)) == pytest.approx(18 - 8)
+    assert unbalancedness(model).item() == pytest.approx(18 - 8)
 
 
 def test_gradient_flow_keeps_the_unbalancedness() -> None:
     """A step of gradient descent changes the conserved differences in second order only."""
     model, changes = htf(), []
-    before = float(unbalancedness(model))
+    before = unbalancedness(model).item()
     state = {k: v.clone() for k, v in model.state_dict().items()}
     for lr in (1e-3, 5e-4):
         model.load_state_dict(state)
@@ -129,7 +129,7 @@ def test_gradient_flow_keeps_the_unbalancedness() -> None:
         with torch.no_grad():
             for p, g in zip(model.parameters(), grads, strict=True):
                 p -= lr * g
-        changes.append(abs(float(unbalancedness(model)) - before))
+        changes.append(abs(unbalancedness(model).item() - before))
     assert changes[0] / changes[1] == pytest.approx(4.0, rel=0.05)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -128,7 +127,7 @@ def complete(
     max_seconds: Annotated[
         float,
         typer.Option(help="For training, all models together.", rich_help_panel=_TRAINING),
-    ] = 100.0,
+    ] = 110.0,
     lr: Annotated[float, typer.Option(help="First step size.", rich_help_panel=_TRAINING)] = 0.03,
     optimizer: Annotated[
         str,
@@ -206,10 +205,6 @@ def complete(
     ranks, and for a picture panels (-panels.png) of what was given, what was made of it, and the
     truth where pixels were hidden.
     """
-    # Read when PyTorch loads its OpenMP. By default threads wait by spinning, and where another process
-    # wants a core they spin away the time that the thread they wait for needs: up to 20 times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
     from htflearn.complete.report import print_report
     from htflearn.complete.run import Options
     from htflearn.complete.run import complete as run

@@ -61,7 +61,7 @@ class Options:
     smooth_modes: str | None = None
     held_out: float = 0.1
     iterations: int = 800
-    max_seconds: float = 100.0
+    max_seconds: float = 110.0
     lr: float = 0.03
     optimizer: str = "adam"
     loss: str = "l2"
@@ -131,8 +131,11 @@ def complete(file: Path, options: Options) -> Outputs:
 
     htf = ("HTF", split, lambda: make_htf(tree, split.shape, ranks, settings))
     models = [htf, *_baselines(tree, split, layout.num_parameters, settings)]
-    share = replace(settings, max_seconds=options.max_seconds / len(models))
-    fitted = [_fit(name, problem, shape, make, share) for name, shape, make in models]
+    training, fitted = time.monotonic(), list[Fitted]()
+    for number, (name, shape, make) in enumerate(models):
+        left = options.max_seconds - (time.monotonic() - training)
+        share = replace(settings, max_seconds=left / (len(models) - number))
+        fitted.append(_fit(name, problem, shape, make, share))
     numbers = make_report(source, paths.result, options, problem, fitted, began)
     writers = {
         paths.result: source.writer(paths.result, fitted[0].predict, options.smooth),
