@@ -8,7 +8,8 @@ tensor of low rank, and the norms of their components are recorded. (Razin, Mama
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -68,6 +69,8 @@ class Setting:
         stop_train_loss: training stops when the train loss stays below it.
         dtype: ``"float32"`` or ``"float64"``.
         seed: of the target, the entries and the initial weights.
+        threads: of PyTorch. At these sizes a second one brings little (1.1 times on an idle
+            machine) and costs much where another program has its core (up to 10 times).
     """
 
     panel: Panel
@@ -88,6 +91,7 @@ class Setting:
     stop_train_loss: float = 5e-5
     dtype: str = "float32"
     seed: int = 0
+    threads: int = 1
 
 
 # Three of four random targets of local rank 5 are nearly of a lower one: the fifth singular value
@@ -223,6 +227,11 @@ def run_panel(
         norms, ``iterations``, and of the ``components`` learned the final norm and when each rose
         (reached half of it); the final errors, ``ranks`` of the matricizations, and the time taken.
     """
+    with _threads(setting.threads):
+        return _run_panel(setting, out, resume, progress)
+
+
+def _run_panel(setting: Setting, out: Path, resume: bool, progress: bool) -> dict[str, Any]:
     task, model, optimizer = prepare(setting)
     trackers: list[Tracker] = [_tracker(setting), Unbalancedness()]
     config = TrainConfig(
@@ -258,8 +267,17 @@ def run_panel(
         "seconds": result.seconds,
         "iterations_per_second": result.iterations / result.seconds if result.seconds else None,
         "backend": plan.backend,
-        "threads": torch.get_num_threads(),
     }
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _tracker(setting: Setting) -> Tracker:
@@ -269,9 +287,10 @@ def _tracker(setting: Setting) -> Tracker:
 
 
 def _ranks(setting: Setting, model: hk.HTF, task: CompletionTask) -> dict[str, Any]:
-    """Of a matrix there is one matricization, whatever the number of nodes on the chain."""
-    nodes = model.tree.leaves[:1] if setting.panel == "mf" else None
-    return Spectra(nodes).measure(model, task)
+    if setting.panel == "mf":  # one matricization, whatever the number of nodes on the chain
+        measured = Spectra(model.tree.leaves[:1]).measure(model, task)
+        return {"matrix": next(iter(measured.values()))}
+    return Spectra().measure(model, task)
 
 
 def _series(setting: Setting, result: TrainResult, model: hk.HTF) -> list[dict[str, Any]]:

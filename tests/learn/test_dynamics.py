@@ -78,16 +78,18 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_options_reach_the_settings(tmp_path: Path) -> None:
     options = "--dim 5 --order 3 --rank 1 --samples 50 --width 4 --seed 3 --optimizer adam"
     more = "--lr 0.02 --init-std 0.1 --noise-std 0.01 --norm 3 --dtype float64 --log-every 50"
-    more += " --loss huber"
+    more += " --loss huber --threads 2"
+    before = torch.get_num_threads()
     command = ["dynamics", "--preset", "smoke", "--panels", "htf,tf", "--iterations", "100"]
     out = ["--out", str(tmp_path)]
     assert run([*command, *options.split(), *more.split(), *out]) == 0
+    assert torch.get_num_threads() == before
     panels = json.loads((tmp_path / "dynamics.json").read_text())["panels"]
     assert [p["settings"]["panel"] for p in panels] == ["htf", "tf"]
     for panel in panels:
         expected = {"dim": 5, "order": 3, "rank": 1, "samples": 50, "width": 4, "seed": 3}
         expected |= {"optimizer": "adam", "lr": 0.02, "init_std": 0.1, "dtype": "float64"}
-        expected |= {"loss": "huber"}
+        expected |= {"loss": "huber", "threads": 2}
         assert expected.items() <= panel["settings"].items()
         assert panel["series"][0]["iterations"] == [0, 50, 100]
 
@@ -167,6 +169,7 @@ def test_an_output_that_cannot_be_written(
         (["--dim", "0"], "--dim"),
         (["--iterations", "0"], "--iterations"),
         (["--rank", "-1"], "--rank"),
+        (["--threads", "0"], "--threads"),
         (["--init-std", "0"], "positive"),
         (["--lr", "-1"], "lr"),
         (["--depth", "1"], "depth"),

@@ -52,6 +52,7 @@ def dynamics(
     iterations: Annotated[int | None, typer.Option(help="At most that many.")] = None,
     log_every: Annotated[int | None, typer.Option(help="Iterations between two points.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or float64.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of PyTorch.")] = None,
 ) -> None:
     """Watch low rank being learned, one component at a time.
 
@@ -76,6 +77,7 @@ def dynamics(
         "iterations": iterations,
         "log_every": log_every,
         "dtype": dtype,
+        "threads": threads,
     }
     given = {name: value for name, value in chosen.items() if value is not None}
     settings = _settings(preset, panels, given)
@@ -102,7 +104,9 @@ def _settings(preset: str, panels: str, given: dict[str, Any]) -> list[Setting]:
         setting = dataclasses.replace(PRESETS[preset][name], **given)
         settings.append(dataclasses.replace(setting, order=2) if name == "mf" else setting)
     for setting in settings:
-        for field in ("order", "dim", "rank", "width", "depth", "iterations", "log_every"):
+        for field in (
+            "order", "dim", "rank", "width", "depth", "iterations", "log_every", "threads"
+        ):  # fmt: skip
             if getattr(setting, field) < 1:
                 option = field.replace("_", "-")
                 raise UserError(f"--{option} must be positive, got {getattr(setting, field)}")
@@ -135,7 +139,7 @@ def print_table(panels: list[dict[str, Any]]) -> None:
         "matricization rank\neffective (> 1%)": _ranks,
         "iterations/s": lambda p: f"{p['iterations_per_second'] or 0:,.0f}",
         "seconds": lambda p: f"{p['seconds']:.1f}",
-        "backend": lambda p: f"{p['backend']}, {p['settings']['dtype']}, {p['threads']} threads",
+        "backend": _backend,
     }
     for name, cell in rows.items():
         table.add_row(name, *(cell(panel) for panel in panels))
@@ -152,6 +156,11 @@ def _learned(panel: dict[str, Any]) -> str:
     if len(series) == 1:
         return f"{len(series[0]['components'])} {series[0]['name']}"
     return "\n".join(f"{len(s['components'])} at {s['name']}" for s in series)
+
+
+def _backend(panel: dict[str, Any]) -> str:
+    threads = panel["settings"]["threads"]
+    return f"{panel['backend']}, {panel['settings']['dtype']}, threads: {threads}"
 
 
 def _each(panel: dict[str, Any], key: str, form: str) -> str:
