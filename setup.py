@@ -1,13 +1,23 @@
-"""The C++ module `htfkernels._C`; everything else about the package is in pyproject.toml."""
+"""The C++ modules `htfkernels._C` and `htfkernels._plan`; everything else about the package is in
+pyproject.toml."""
 
 import os
 from glob import glob
 
+import pybind11
 from setuptools import Extension, setup
 
+plan = Extension(
+    name="htfkernels._plan",
+    sources=sorted(glob("csrc/plan/*.cpp")),
+    include_dirs=[pybind11.get_include()],
+    extra_compile_args=["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra"],
+    extra_link_args=["-pthread"],
+    language="c++",
+)
 extension = {
     "name": "htfkernels._C",
-    "sources": sorted(glob("csrc/**/*.cpp", recursive=True)),
+    "sources": sorted(set(glob("csrc/**/*.cpp", recursive=True)) - set(plan.sources)),
     "depends": sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.inl", recursive=True)),
     "include_dirs": [os.path.abspath("csrc")],  # ninja compiles in another folder
     "py_limited_api": True,
@@ -17,7 +27,7 @@ try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 except ModuleNotFoundError:
     # Metadata and source archives need no PyTorch; _build_backend refuses to build a wheel without.
-    ext_modules, cmdclass = [Extension(**extension)], {}
+    ext_modules, cmdclass = [Extension(**extension), plan], {}
 else:
     compile_args = [
         "-O3",
@@ -33,11 +43,7 @@ else:
         # As system headers, PyTorch's own do not take part in the warnings.
         *(f"-isystem{path}" for path in include_paths()),
     ]
-    ext_modules = [CppExtension(**extension, extra_compile_args=compile_args)]
+    ext_modules = [CppExtension(**extension, extra_compile_args=compile_args), plan]
     cmdclass = {"build_ext": BuildExtension}
 
-setup(
-    ext_modules=ext_modules,
-    cmdclass=cmdclass,
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+setup(ext_modules=ext_modules, cmdclass=cmdclass)

@@ -25,6 +25,7 @@ def main() -> None:
     flat = torch.randperm(4096)[:2048]
     indices = torch.stack(torch.unravel_index(flat, (8,) * 4), 1)
     target, number = torch.randn(2048), torch.arange(4)
+    plan = model.index_plan(indices)
 
     def batch_major() -> Tensor:
         h = model.weights[0][number[:, None], indices.T].transpose(0, 1)
@@ -42,6 +43,7 @@ def main() -> None:
         "batch-major einsum, as the paper's code": batch_major,
         "folded bmm": folded,
         "htfkernels, at": lambda: model.at(indices),
+        "htfkernels, at an index plan": lambda: model.at(plan),
         "htfkernels, full_tensor": lambda: model.full_tensor().reshape(-1)[flat],
     }
     exact = hk.HTF(model.tree, 8, [512, 512], dtype=torch.float64)

@@ -4,7 +4,7 @@
 #include <Python.h>
 #include <torch/headeronly/version.h>
 
-// setup.py tags the wheel cp310-abi3.
+// setup.py builds this module for the stable ABI of Python 3.10.
 static_assert(Py_LIMITED_API == 0x030A0000);
 
 namespace {

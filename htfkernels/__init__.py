@@ -10,6 +10,7 @@ if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) <
 
 from htfkernels.dispatch import backends, use_backend
 from htfkernels.functional import evaluate, evaluate_at, full_tensor, slog_evaluate
+from htfkernels.index_plan import IndexPlan
 from htfkernels.layout import Layout
 from htfkernels.nn import HTF
 from htfkernels.plan import Plan
@@ -23,6 +24,7 @@ except PackageNotFoundError:  # imported from a source tree that was never insta
 
 __all__ = [
     "HTF",
+    "IndexPlan",
     "Layout",
     "ModeTree",
     "Node",

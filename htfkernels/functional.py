@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from htfkernels.index_plan import IndexPlan
 from htfkernels.layout import Layout
 from htfkernels.ops.evaluate import evaluate as _evaluate
 from htfkernels.ops.evaluate_at import evaluate_at as _evaluate_at
+from htfkernels.ops.evaluate_at import evaluate_at_planned as _evaluate_at_planned
 from htfkernels.ops.full_tensor import full_tensor as _full_tensor
 from htfkernels.ops.slog import slog as _slog
 from htfkernels.plan import Plan, plan_for
@@ -54,13 +56,18 @@ def evaluate(
 
 
 def evaluate_at(
-    tree: ModeTree, weights: Weights, indices: Tensor, *, layout: Layout | None = None
+    tree: ModeTree,
+    weights: Weights,
+    indices: Tensor | IndexPlan,
+    *,
+    layout: Layout | None = None,
 ) -> Tensor:
     """Entries of the end tensor, without forming it.
 
     Args:
         tree, weights, layout: as in :func:`evaluate`.
-        indices: ``[B, N]``, int64, ``0 <= indices[:, n] < D_n``.
+        indices: ``[B, N]``, int64, ``0 <= indices[:, n] < D_n``; or an :class:`IndexPlan` of
+            them, which evaluates each node once per distinct sub-tuple of its modes.
 
     Returns:
         ``[B]`` or ``[B, out_features]``.
@@ -118,7 +125,11 @@ def run_evaluate(layout: Layout, weights: Sequence[Tensor], vectors: Vectors) ->
     return _squeeze(layout, _evaluate(plan, weights, x))
 
 
-def run_evaluate_at(layout: Layout, weights: Sequence[Tensor], indices: Tensor) -> Tensor:
+def run_evaluate_at(
+    layout: Layout, weights: Sequence[Tensor], indices: Tensor | IndexPlan
+) -> Tensor:
+    if isinstance(indices, IndexPlan):
+        return _run_planned(layout, weights, indices)
     _check_indices(layout, indices)
     plan, weights, _ = _prepare("evaluate_at", layout, weights, None)
     if indices.device != weights[0].device:
@@ -126,6 +137,21 @@ def run_evaluate_at(layout: Layout, weights: Sequence[Tensor], indices: Tensor) 
             f"evaluate_at: indices are on {indices.device}, the weights on {weights[0].device}"
         )
     return _squeeze(layout, _evaluate_at(plan, weights, indices))
+
+
+def _run_planned(layout: Layout, weights: Sequence[Tensor], indices: IndexPlan) -> Tensor:
+    if indices.layout is not layout and indices.layout != layout:
+        raise ValueError(
+            "evaluate_at: the index plan is of another tree or other dimensions; make it with "
+            "model.index_plan(indices)"
+        )
+    plan, weights, first = _prepare("evaluate_at", layout, weights, None)
+    if indices.lists.device != first.device:
+        raise ValueError(
+            f"evaluate_at: the index plan is on {indices.lists.device}, the weights on "
+            f"{first.device}; move it with plan.to"
+        )
+    return _squeeze(layout, _evaluate_at_planned(plan, weights, indices))
 
 
 def run_full_tensor(layout: Layout, weights: Sequence[Tensor]) -> Tensor:

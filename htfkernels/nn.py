@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from htfkernels import functional, spectra
+from htfkernels.index_plan import IndexPlan, index_plan
 from htfkernels.layout import Layout, Ranks, RootKind
 from htfkernels.tree import ModeTree, Node
 
@@ -104,9 +105,24 @@ class HTF(nn.Module):
         """
         return functional.run_evaluate(self.layout, self._folded(), vectors)
 
-    def at(self, indices: Tensor) -> Tensor:
-        """Entries of the end tensor: ``[B, N]`` int64 ``-> [B]`` or ``[B, out_features]``."""
+    def at(self, indices: Tensor | IndexPlan) -> Tensor:
+        """Entries of the end tensor: ``[B, N]`` int64 ``-> [B]`` or ``[B, out_features]``.
+
+        For indices that are used again and again, :meth:`index_plan` makes this cheaper.
+        """
         return functional.run_evaluate_at(self.layout, self._folded(), indices)
+
+    def index_plan(self, indices: Tensor) -> IndexPlan:
+        """A plan that :meth:`at` takes in place of the indices: each node is evaluated once per
+        distinct sub-tuple of its modes. Cached as long as ``indices`` lives.
+
+        Example:
+            >>> model = HTF(ModeTree.balanced(4), mode_dims=8, ranks=16)
+            >>> plan = model.index_plan(torch.randint(8, (2048, 4)))
+            >>> model.at(plan).shape
+            torch.Size([2048])
+        """
+        return index_plan(self.layout, indices)
 
     def full_tensor(self) -> Tensor:
         """The end tensor ``[D_0, ..., D_{N-1}]`` (``out_features`` behind, where there are

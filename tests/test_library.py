@@ -40,6 +40,9 @@ def arguments_of(name, case, dtype=torch.float64, requires_grad=False):
     if name.endswith("_backward"):
         count = len(inputs.weights) + (name == "evaluate_backward")
         grad = torch.rand(rows, layout.out_features, dtype=dtype)
+        if not name.startswith("full_tensor"):
+            program = out.pop("program")
+            out |= {"kept": grad.new_empty(0), "program": program}
         return {"grad": grad, **out, "needs": [1] * count}
     if name == "full_tensor":
         out["entries"] = entries

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 namespace htf {
 
@@ -34,6 +35,26 @@ struct Kernels {
   // row.
   void (*product)(int64_t m, int64_t n, const T* x, int64_t ldx, const T* y, int64_t ldy, T* out,
                   int64_t ldo, Store store);
+
+  // out[i] (=, *=) x[at[i]], rows of n elements; n is padded.
+  void (*gather)(int64_t m, int64_t n, const int64_t* at, const T* x, int64_t ldx, T* out,
+                 int64_t ldo, Store store);
+
+  // out[at[i]] += x[i], in the order of i; n is padded.
+  void (*scatter)(int64_t m, int64_t n, const int64_t* at, const T* x, int64_t ldx, T* out,
+                  int64_t ldo);
+
+  // out = sum over q = 0 .. count-1 of x[r] * y[at[r]], r = order[q] (q itself without an order),
+  // elementwise over rows of n elements; n is padded.
+  void (*sum_products)(int64_t n, int64_t count, const int32_t* order, const T* x, int64_t ldx,
+                       const int32_t* at, const T* y, int64_t ldy, T* out);
+
+  // The same with numbers x[r] instead of rows.
+  void (*sum_rows)(int64_t n, int64_t count, const int32_t* order, const T* x, const int32_t* at,
+                   const T* y, int64_t ldy, T* out);
+
+  // sum of x[j] * y[j]; n is padded.
+  T (*dot)(int64_t n, const T* x, const T* y);
 
   // out[cols x ldo] = the transpose of x[rows x cols], columns rows .. ldo-1 set to zero.
   void (*transpose)(int64_t rows, int64_t cols, const T* x, int64_t ldx, T* out, int64_t ldo);

@@ -128,23 +128,143 @@ void product(int64_t m, int64_t n, const T* x, int64_t ldx, const T* y, int64_t 
 }
 
 template <class T>
-void transpose(int64_t rows, int64_t cols, const T* x, int64_t ldx, T* out, int64_t ldo) {
-  constexpr int64_t S = 16;
-  for (int64_t j0 = 0; j0 < cols; j0 += S) {
-    const int64_t j1 = j0 + S < cols ? j0 + S : cols;
-    for (int64_t i0 = 0; i0 < rows; i0 += S) {
-      const int64_t i1 = i0 + S < rows ? i0 + S : rows;
-      for (int64_t j = j0; j < j1; ++j)
-        for (int64_t i = i0; i < i1; ++i) out[j * ldo + i] = x[i * ldx + j];
+void gather(int64_t m, int64_t n, const int64_t* at, const T* x, int64_t ldx, T* out, int64_t ldo,
+            Store store) {
+  constexpr int64_t W = HTF_VECTOR_BYTES / sizeof(T);
+  const bool multiply = store == Store::multiply;
+  for (int64_t i = 0; i < m; ++i, out += ldo) {
+    const T* from = x + at[i] * ldx;
+    for (int64_t j = 0; j < n; j += W) {
+      auto v = load<T>(from + j);
+      if (multiply) v *= load<T>(out + j);
+      put<T>(out + j, v);
     }
-    for (int64_t j = j0; j < j1; ++j)
-      for (int64_t i = rows; i < ldo; ++i) out[j * ldo + i] = T(0);
+  }
+}
+
+template <class T>
+void scatter(int64_t m, int64_t n, const int64_t* at, const T* x, int64_t ldx, T* out,
+             int64_t ldo) {
+  constexpr int64_t W = HTF_VECTOR_BYTES / sizeof(T);
+  for (int64_t i = 0; i < m; ++i, x += ldx) {
+    T* to = out + at[i] * ldo;
+    for (int64_t j = 0; j < n; j += W) put<T>(to + j, load<T>(to + j) + load<T>(x + j));
+  }
+}
+
+// Columns in blocks of VECS vectors, whose sums stay in registers. ROWS: x has rows, not numbers.
+template <class T, int VECS, bool ROWS>
+void sum_block(int64_t count, const int32_t* order, const T* x, int64_t ldx, const int32_t* at,
+               const T* y, int64_t ldy, T* out) {
+  using Reg = typename VectorOf<T>::Reg;
+  constexpr int64_t W = HTF_VECTOR_BYTES / sizeof(T);
+  Reg sum[VECS];
+#pragma GCC unroll 8
+  for (int v = 0; v < VECS; ++v) sum[v] = Reg{};
+  for (int64_t q = 0; q < count; ++q) {
+    const int64_t r = order != nullptr ? order[q] : q;
+    const T* row = y + at[r] * ldy;
+    if constexpr (ROWS) {
+      const T* other = x + r * ldx;
+#pragma GCC unroll 8
+      for (int v = 0; v < VECS; ++v) sum[v] += load<T>(other + v * W) * load<T>(row + v * W);
+    } else {
+      const T s = x[r];
+#pragma GCC unroll 8
+      for (int v = 0; v < VECS; ++v) sum[v] += s * load<T>(row + v * W);
+    }
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < VECS; ++v) put<T>(out + v * W, sum[v]);
+}
+
+template <class T, bool ROWS>
+HTF_INLINE void sum_columns(int64_t n, int64_t count, const int32_t* order, const T* x, int64_t ldx,
+                            const int32_t* at, const T* y, int64_t ldy, T* out) {
+  constexpr int64_t W = HTF_VECTOR_BYTES / sizeof(T);
+  int64_t j = 0;
+  for (; j + 8 * W <= n; j += 8 * W)
+    sum_block<T, 8, ROWS>(count, order, ROWS ? x + j : x, ldx, at, y + j, ldy, out + j);
+  for (; j + 2 * W <= n; j += 2 * W)
+    sum_block<T, 2, ROWS>(count, order, ROWS ? x + j : x, ldx, at, y + j, ldy, out + j);
+  for (; j < n; j += W)
+    sum_block<T, 1, ROWS>(count, order, ROWS ? x + j : x, ldx, at, y + j, ldy, out + j);
+}
+
+template <class T>
+void sum_products(int64_t n, int64_t count, const int32_t* order, const T* x, int64_t ldx,
+                  const int32_t* at, const T* y, int64_t ldy, T* out) {
+  sum_columns<T, true>(n, count, order, x, ldx, at, y, ldy, out);
+}
+
+template <class T>
+void sum_rows(int64_t n, int64_t count, const int32_t* order, const T* x, const int32_t* at,
+              const T* y, int64_t ldy, T* out) {
+  sum_columns<T, false>(n, count, order, x, 0, at, y, ldy, out);
+}
+
+template <class T>
+T dot(int64_t n, const T* x, const T* y) {
+  using Reg = typename VectorOf<T>::Reg;
+  constexpr int64_t W = HTF_VECTOR_BYTES / sizeof(T);
+  Reg sum[4] = {};
+  int64_t j = 0;
+  for (; j + 4 * W <= n; j += 4 * W)
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) sum[v] += load<T>(x + j + v * W) * load<T>(y + j + v * W);
+  for (; j < n; j += W) sum[0] += load<T>(x + j) * load<T>(y + j);
+  const Reg all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  T total = 0;
+#pragma GCC unroll 16
+  for (int64_t q = 0; q < W; ++q) total += all[q];
+  return total;
+}
+
+// Element j of row i (and i + S) after rows i and i + S have exchanged their blocks of S columns.
+template <int W, int S, bool UPPER, class Reg, int... J>
+HTF_INLINE Reg exchange(Reg a, Reg b, std::integer_sequence<int, J...>) {
+  return __builtin_shufflevector(a, b,
+                                 (UPPER ? (J & S ? W + J : J + S) : (J & S ? W + J - S : J))...);
+}
+
+template <int W, int S, class Reg>
+HTF_INLINE void exchange_all(Reg* r) {
+  if constexpr (S < W) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i)
+      if (!(i & S)) {
+        const Reg a = r[i], b = r[i + S];
+        r[i] = exchange<W, S, false>(a, b, std::make_integer_sequence<int, W>{});
+        r[i + S] = exchange<W, S, true>(a, b, std::make_integer_sequence<int, W>{});
+      }
+    exchange_all<W, S * 2>(r);
+  }
+}
+
+template <class T>
+void transpose(int64_t rows, int64_t cols, const T* x, int64_t ldx, T* out, int64_t ldo) {
+  constexpr int64_t W = HTF_VECTOR_BYTES / sizeof(T);
+  const int64_t full_rows = rows / W * W, full_cols = cols / W * W;
+  for (int64_t j = 0; j < full_cols; j += W)
+    for (int64_t i = 0; i < full_rows; i += W) {
+      typename VectorOf<T>::Reg r[W];
+#pragma GCC unroll 16
+      for (int q = 0; q < W; ++q) r[q] = load<T>(x + (i + q) * ldx + j);
+      exchange_all<W, 1>(r);
+#pragma GCC unroll 16
+      for (int q = 0; q < W; ++q) put<T>(out + (j + q) * ldo + i, r[q]);
+    }
+  for (int64_t j = 0; j < cols; ++j) {
+    for (int64_t i = j < full_cols ? full_rows : 0; i < rows; ++i)
+      out[j * ldo + i] = x[i * ldx + j];
+    for (int64_t i = rows; i < ldo; ++i) out[j * ldo + i] = T(0);
   }
 }
 
 template <class T>
 constexpr Kernels<T> table(const char* name) {
-  return {name, &gemm<T>, &product<T>, &transpose<T>};
+  return {name,         &gemm<T>, &product<T>,  &gather<T>, &scatter<T>, &sum_products<T>,
+          &sum_rows<T>, &dot<T>,  &transpose<T>};
 }
 
 }  // namespace

@@ -109,4 +109,58 @@ struct Program {
   }
 };
 
+// What a walk goes through: the steps of a program, or of its upper part where the lower one has
+// been evaluated beforehand; children before parents, a node's subtree in one piece before it.
+struct Tree {
+  std::vector<Step> step;
+  int64_t steps = 0, buffers = 0, outputs = 1;
+  std::vector<int64_t> first;  // of a step's subtree
+  std::vector<int64_t> child;  // of all steps, ascending; those of s: begin(s) .. end(s)-1
+  std::vector<int64_t> begin_;
+
+  explicit Tree(const Program& p) : Tree(std::vector<Step>(p.step, p.step + p.steps), p.outputs) {}
+
+  Tree(std::vector<Step> in, int64_t outs)
+      : step(std::move(in)), steps(static_cast<int64_t>(step.size())), outputs(outs) {
+    first.assign(steps, 0);
+    begin_.assign(steps + 1, 0);
+    for (int64_t s = 0; s < steps; ++s) {
+      first[s] = s;
+      if (step[s].parent >= 0) ++begin_[step[s].parent + 1];
+    }
+    for (int64_t s = 0; s < steps; ++s) begin_[s + 1] += begin_[s];
+    child.resize(begin_[steps]);
+    std::vector<int64_t> at(begin_.begin(), begin_.end() - 1);
+    for (int64_t s = 0; s + 1 < steps; ++s) {
+      const int64_t up = step[s].parent;
+      child[at[up]++] = s;
+      first[up] = std::min(first[up], first[s]);
+    }
+    set_buffers();
+  }
+
+  bool is_leaf(int64_t s) const { return step[s].mode >= 0; }
+  int64_t count(int64_t s) const { return begin_[s + 1] - begin_[s]; }
+  const int64_t* begin(int64_t s) const { return child.data() + begin_[s]; }
+  const int64_t* end(int64_t s) const { return child.data() + begin_[s + 1]; }
+
+ private:
+  // A product's buffer is taken by the first child to send and given back by the node.
+  void set_buffers() {
+    std::vector<int64_t> unused;
+    for (int64_t s = 0; s < steps; ++s) {
+      Step& st = step[s];
+      if (st.parent >= 0) {
+        st.first = s == *begin(st.parent);
+        if (st.first) {
+          if (unused.empty()) unused.push_back(buffers++);
+          step[st.parent].buffer = unused.back();
+          unused.pop_back();
+        }
+      }
+      if (!is_leaf(s)) unused.push_back(st.buffer);
+    }
+  }
+};
+
 }  // namespace htf

@@ -19,6 +19,8 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/memory.h"
+
 namespace htf {
 
 using torch::headeronly::BFloat16;
@@ -46,29 +48,6 @@ inline std::string describe(const Tensor& t) {
   text << "]";
   return text.str();
 }
-
-// Uninitialised memory on a cache line's boundary.
-template <class T>
-class Buffer {
- public:
-  Buffer() = default;
-  explicit Buffer(int64_t size) {
-    if (size <= 0) return;
-    const std::size_t bytes = (static_cast<std::size_t>(size) * sizeof(T) + 63) / 64 * 64;
-    data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
-    if (data_ == nullptr) throw std::bad_alloc();
-  }
-  Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
-  Buffer& operator=(Buffer&& other) noexcept {
-    std::swap(data_, other.data_);
-    return *this;
-  }
-  ~Buffer() { std::free(data_); }
-  T* get() const { return data_; }
-
- private:
-  T* data_ = nullptr;
-};
 
 // Work below this many multiply-adds (or elements moved) is not worth waking other threads for.
 constexpr int64_t kWorthThreads = 1 << 16;

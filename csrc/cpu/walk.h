@@ -2,7 +2,8 @@
 //
 // A tile of rows goes depth first from the leaves to the root. Each node's message is one small
 // GEMM whose epilogue multiplies it into the parent's product, so the Hadamard product costs no
-// pass, and about log2(order) buffers of a tile stay in the core's cache.
+// pass, and about log2(order) buffers of a tile stay in the core's cache. Where a backward pass
+// follows, the interior nodes' messages are kept; a leaf's is cheap to compute again.
 #pragma once
 
 #include <utility>
@@ -12,7 +13,26 @@
 
 namespace htf {
 
-constexpr int64_t kTile = 64;  // rows that walk together
+constexpr int64_t kTile = 64;                      // rows that walk together
+constexpr int64_t kMostKept = int64_t{512} << 20;  // bytes; beyond, a backward pass computes again
+
+// What a forward pass keeps for the backward pass: a flat tensor, empty where it would be too
+// large.
+template <class T>
+Tensor kept_tensor(const Tensor& like, int64_t elements) {
+  if (elements * static_cast<int64_t>(sizeof(T)) > kMostKept) elements = 0;
+  return new_tensor(like, {elements},
+                    sizeof(T) == sizeof(double) ? ScalarType::Double : ScalarType::Float);
+}
+template <class T>
+const T* kept_pointer(const char* op, const Tensor& kept, int64_t elements) {
+  if (kept.numel() == 0) return nullptr;
+  const ScalarType dtype = sizeof(T) == sizeof(double) ? ScalarType::Double : ScalarType::Float;
+  check(kept.is_cpu() && kept.scalar_type() == dtype && kept.is_contiguous() &&
+            kept.numel() == elements,
+        op, ": kept must be what the forward operation returned, got ", describe(kept));
+  return kept.const_data_ptr<T>();
+}
 
 // Where leaves get their rows from: vectors, as a packed [B, x_width] matrix.
 template <class S>
@@ -35,14 +55,18 @@ struct DenseRows {
   }
 };
 
-// Indices [B, order]: a leaf's message is a row of its weight.
-template <class S>
+// Indices: a leaf's message is a row of its matrix. Index (b, mode) lies at b * down + mode *
+// across.
+template <class Index>
 struct IndexRows {
-  using T = typename ComputeOf<S>::type;
   static constexpr bool kDense = false;
-  const int64_t* indices;
-  int64_t stride;
-  int64_t row(const Step& leaf, int64_t b) const { return indices[b * stride + leaf.mode]; }
+  const Index* indices;
+  int64_t down, across;
+
+  void rows(const Step& leaf, int64_t b, int64_t n, int64_t* to) const {
+    const Index* from = indices + b * down + leaf.mode * across;
+    for (int64_t i = 0; i < n; ++i) to[i] = from[i * down];
+  }
 };
 
 template <class S, class Rows>
@@ -50,86 +74,146 @@ class Walk {
  public:
   using T = typename ComputeOf<S>::type;
 
-  Walk(const Program& program, const std::vector<Tensor>& weights, const Rows& rows)
-      : p_(program), rows_(rows), w_(pack<S>(weights)), k_(kernels<T>()) {
-    for (int64_t s = 0; s < p_.steps; ++s) {
+  // weight[s]: the matrix of step s, [rows, padded(cols)]; null for the root of a sum.
+  Walk(const Tree& tree, std::vector<const T*> weight, const Rows& rows)
+      : tree_(tree),
+        rows_(rows),
+        weight_(std::move(weight)),
+        k_(kernels<T>()),
+        column_(tree.steps) {
+    for (int64_t s = 0; s < tree_.steps; ++s) {
       widest_ = std::max({widest_, ld_rows(s), ld_cols(s)});
       macs_ += macs(s);
+      if (kept(s)) {
+        column_[s] = kept_columns_;
+        kept_columns_ += ld_cols(s);
+      }
     }
   }
 
-  void forward(int64_t batch, S* out) const {
-    const int64_t tile = std::min(kTile, std::max<int64_t>(batch, 1)), size = tile * widest_;
-    for_each_item<T>((batch + tile - 1) / tile, batch * macs_, (p_.buffers + 2) * size,
-                     [&](int64_t item, T* buffers) {
-                       const int64_t b = item * tile, n = std::min(tile, batch - b);
-                       T *result = buffers + p_.buffers * size, *widened = result + size;
-                       for (int64_t s = 0; s < p_.steps; ++s) {
-                         const Step& st = p_.step[s];
-                         const T* product = buffers + std::max<int64_t>(st.buffer, 0) * size;
-                         if (st.parent < 0)
-                           message(s, b, n, product, ld_rows(s), result, Store::assign, widened);
-                         else
-                           message(s, b, n, product, ld_rows(s),
-                                   buffers + p_.step[st.parent].buffer * size,
-                                   st.first ? Store::assign : Store::multiply, widened);
-                       }
-                       unpack_rows(n, p_.outputs, result, ld_cols(p_.steps - 1),
-                                   out + b * p_.outputs, p_.outputs);
-                     });
+  // Elements of all interior messages of a row.
+  int64_t kept_columns() const { return kept_columns_; }
+
+  // messages: where to keep the interior messages [column][batch][...], or null.
+  void forward(int64_t batch, S* out, T* messages) const {
+    walk_tiles(0, batch, batch, messages, [&](int64_t b, int64_t n, const T* result) {
+      unpack_rows(n, tree_.outputs, result, ld_cols(tree_.steps - 1), out + b * tree_.outputs,
+                  tree_.outputs);
+    });
   }
 
  protected:
-  int64_t ld_rows(int64_t s) const { return padded<T>(p_.step[s].rows); }
-  int64_t ld_cols(int64_t s) const { return padded<T>(p_.step[s].cols); }
-  int64_t macs(int64_t s) const { return p_.step[s].rows * ld_cols(s); }
-  const T* weight(int64_t s) const { return w_[p_.step[s].group].at(p_.step[s].slot); }
+  int64_t ld_rows(int64_t s) const { return padded<T>(tree_.step[s].rows); }
+  int64_t ld_cols(int64_t s) const { return padded<T>(tree_.step[s].cols); }
+  // Multiply-adds of a row's message; of a gathered one, the elements that are moved.
+  int64_t macs(int64_t s) const {
+    const bool gathers = !Rows::kDense && tree_.is_leaf(s);
+    return (gathers ? 1 : tree_.step[s].rows) * ld_cols(s);
+  }
+  bool kept(int64_t s) const { return !tree_.is_leaf(s) && s + 1 < tree_.steps; }
 
-  // The message of step s for rows b .. b+n-1, from its product (interior) or from the rows (leaf).
-  void message(int64_t s, int64_t b, int64_t n, const T* product, int64_t ld_product, T* to,
-               Store store, T* widened) const {
-    const Step& st = p_.step[s];
+  // Rows of the kept message of step s, where there are `batch` of them.
+  template <class P>
+  P* kept_message(P* messages, int64_t batch, int64_t s, int64_t b) const {
+    return messages + column_[s] * batch + b * ld_cols(s);
+  }
+
+  // The messages of rows b0 .. b0+count-1; finish(b, n, root's message) for each tile.
+  template <class F>
+  void walk_tiles(int64_t b0, int64_t count, int64_t batch, T* messages, const F& finish) const {
+    const int64_t threads = torch::stable::get_num_threads();
+    int64_t tile = kTile;
+    while (tile > 16 && count <= tile / 2 * threads) tile /= 2;
+    tile = std::max<int64_t>(std::min(tile, count), 1);
+    const int64_t size = tile * widest_;
+    for_each_item<T>((count + tile - 1) / tile, count * macs_, (tree_.buffers + 2) * size,
+                     [&](int64_t item, T* buffers) {
+                       const int64_t i = item * tile, n = std::min(tile, count - i);
+                       T *result = buffers + tree_.buffers * size, *widened = result + size;
+                       if (messages == nullptr) {
+                         for (int64_t s = 0; s < tree_.steps; ++s)
+                           step_forward(s, b0 + i, n, buffers, size, result, widened);
+                       } else {
+                         for (int64_t s = 0; s < tree_.steps; ++s)
+                           step_keeping(
+                               s, b0 + i, n, buffers, size, result, widened,
+                               [&](int64_t c) { return kept_message(messages, batch, c, i); });
+                       }
+                       finish(b0 + i, n, result);
+                     });
+  }
+
+  void leaf_message(int64_t s, int64_t b, int64_t n, T* to, Store store, T* widened) const {
+    const Step& st = tree_.step[s];
     const int64_t ld = ld_cols(s);
-    if (p_.is_leaf(s)) {
-      if constexpr (Rows::kDense) {
-        const auto [x, stride] = rows_.operand(st, b, n, widened);
-        k_.gemm(n, ld, st.rows, x, stride, 1, weight(s), ld, to, ld, store);
-      } else {
-        gather(s, b, n, to, store);
-      }
-    } else if (st.group < 0) {
-      sum_rows(n, st.rows, product, ld_product, to, ld);
+    if constexpr (Rows::kDense) {
+      const auto [x, stride] = rows_.operand(st, b, n, widened);
+      k_.gemm(n, ld, st.rows, x, stride, 1, weight_[s], ld, to, ld, store);
     } else {
-      k_.gemm(n, ld, st.rows, product, ld_product, 1, weight(s), ld, to, ld, store);
+      int64_t at[kTile];
+      rows_.rows(st, b, n, at);
+      k_.gather(n, ld, at, weight_[s], ld, to, ld, store);
     }
   }
 
-  const Program& p_;
+  void interior_message(int64_t s, int64_t n, const T* product, T* to, Store store) const {
+    const Step& st = tree_.step[s];
+    const int64_t ld = ld_cols(s), ldp = ld_rows(s);
+    if (weight_[s] != nullptr) {
+      k_.gemm(n, ld, st.rows, product, ldp, 1, weight_[s], ld, to, ld, store);
+      return;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      T sum = 0;
+      for (int64_t j = 0; j < st.rows; ++j) sum += product[i * ldp + j];
+      std::fill_n(to + i * ld, ld, T(0));
+      to[i * ld] = sum;
+    }
+  }
+
+  const Tree& tree_;
   const Rows rows_;
-  const std::vector<PackedGroup<S>> w_;
+  const std::vector<const T*> weight_;
   const Kernels<T>& k_;
+  std::vector<int64_t> column_;  // of a kept message
+  int64_t kept_columns_ = 0;
   int64_t widest_ = 0;
   int64_t macs_ = 0;  // multiply-adds of a row's forward walk
 
  private:
-  void gather(int64_t s, int64_t b, int64_t n, T* to, Store store) const {
-    const int64_t ld = ld_cols(s);
-    for (int64_t i = 0; i < n; ++i) {
-      const T* row = weight(s) + rows_.row(p_.step[s], b + i) * ld;
-      if (store == Store::assign)
-        std::copy_n(row, ld, to + i * ld);
-      else
-        k_.product(1, ld, to + i * ld, ld, row, ld, to + i * ld, ld, Store::assign);
-    }
+  void step_forward(int64_t s, int64_t b, int64_t n, T* buffers, int64_t size, T* result,
+                    T* widened) const {
+    const Step& st = tree_.step[s];
+    T* to = st.parent < 0 ? result : buffers + tree_.step[st.parent].buffer * size;
+    const Store store = st.parent < 0 || st.first ? Store::assign : Store::multiply;
+    if (tree_.is_leaf(s))
+      leaf_message(s, b, n, to, store, widened);
+    else
+      interior_message(s, n, buffers + st.buffer * size, to, store);
   }
 
-  static void sum_rows(int64_t n, int64_t cols, const T* x, int64_t ldx, T* out, int64_t ldo) {
-    for (int64_t i = 0; i < n; ++i) {
-      T sum = 0;
-      for (int64_t j = 0; j < cols; ++j) sum += x[i * ldx + j];
-      std::fill_n(out + i * ldo, ldo, T(0));
-      out[i * ldo] = sum;
+  // A message goes to where it is kept; its parent forms the product when its own turn comes, in
+  // the same order as without keeping, for the same bits.
+  template <class F>
+  void step_keeping(int64_t s, int64_t b, int64_t n, T* buffers, int64_t size, T* result,
+                    T* widened, const F& kept_at) const {
+    if (tree_.is_leaf(s)) return;
+    const Step& st = tree_.step[s];
+    T* own = buffers + st.buffer * size;
+    const int64_t ld = ld_rows(s);
+    const T* product = nullptr;
+    for (const int64_t* c = tree_.begin(s); c < tree_.end(s); ++c) {
+      if (tree_.is_leaf(*c)) {
+        if (product != nullptr && product != own) std::copy_n(product, n * ld, own);
+        leaf_message(*c, b, n, own, product == nullptr ? Store::assign : Store::multiply, widened);
+        product = own;
+      } else {
+        const T* m = kept_at(*c);
+        if (product != nullptr) k_.product(n, ld, product, ld, m, ld, own, ld, Store::assign);
+        product = product == nullptr ? m : own;
+      }
     }
+    interior_message(s, n, product, st.parent < 0 ? result : kept_at(s), Store::assign);
   }
 };
 

@@ -1,27 +1,28 @@
 // The backward pass of the tree walk.
 //
-// The batch goes in chunks of rows, the tree in blocks (blocks.h). For a chunk, first the blocks'
-// root messages are computed bottom up; then, blocks top down and a few at a time:
-//   (a) tiles of rows recompute the block's messages m_v and descend: dp_v = dm_v W_v^T,
-//       dm_c = dp_v * (product of the siblings' messages), dx_n = dm_n W_n^T;
-//   (b) each weight adds p_v^T dm_v over the chunk.
-// A weight's gradient has one owner in (b) and adds its tiles in order: no copy per thread, and the
-// same bits whatever the number of threads. Messages live in cache between (a) and (b), weights and
-// their gradients are streamed once per chunk, and nothing of the size batch x order is ever kept.
+// The interior messages m_v are there: kept by the forward pass, or computed again for a chunk of
+// rows at a time. Going down, a node forms
+//     dp_v = dm_v W_v^T,   dm_c = dp_v * (product of the siblings' messages),
+//     dW_v = p_v^T dm_v,   dx_n = dm_n W_n^T
+// for the whole chunk, so that its weight and its gradient are streamed once. The nodes next to the
+// root ("top") are too few to keep all threads busy: there a thread takes a tile of rows through
+// all of them, then the gradients of their weights are items of their own, beside the subtrees
+// below, each of which one thread walks alone, depth first.
+// A weight's gradient has one owner and one order of summation: no copy per thread, and the same
+// bits whatever the number of threads.
 #pragma once
 
-#include <tuple>
 #include <vector>
 
-#include "cpu/blocks.h"
 #include "cpu/walk.h"
 
 namespace htf {
 
-constexpr int64_t kChunkRows = 512;
-constexpr int64_t kGradientRows = 96;                  // of a weight's gradient in one work item
-constexpr int64_t kWorkspaceBytes = int64_t{8} << 20;  // messages and gradients of blocks in work
-constexpr int64_t kBoundaryBytes = int64_t{64} << 20;  // of the blocks' roots
+constexpr int64_t kChunkBytes = int64_t{256} << 10;      // of one matrix of a chunk
+constexpr int64_t kRecomputedBytes = int64_t{16} << 20;  // of a chunk's messages
+constexpr int64_t kGradientRows = 64;                    // of a weight's gradient in one work item
+constexpr int64_t kGradientDepth = 256;                  // rows summed over in one GEMM
+constexpr int64_t kScatterColumns = 32;
 
 template <class S, class Rows>
 class BackwardWalk : public Walk<S, Rows> {
@@ -30,331 +31,390 @@ class BackwardWalk : public Walk<S, Rows> {
  public:
   using T = typename Base::T;
 
-  // grad [batch, outputs] contiguous; dx [batch, x_width] or null.
-  BackwardWalk(const Program& program, const std::vector<Tensor>& weights, const Rows& rows,
-               int64_t batch, const S* grad, WeightGradients<S>& dw, S* dx)
-      : Base(program, weights, rows),
+  // dw[s]: where the gradient of weight[s] goes, or null; no two steps may share one. It is
+  // overwritten. grad [batch, outputs] contiguous; dx [batch, x_width] or null.
+  BackwardWalk(const Tree& tree, std::vector<const T*> weight, const Rows& rows, std::vector<T*> dw,
+               int64_t batch, const S* grad, S* dx, int64_t x_width)
+      : Base(tree, std::move(weight), rows),
+        dw_(std::move(dw)),
         batch_(batch),
         grad_(grad),
-        dw_(dw),
         dx_(dx),
-        children_(p_.steps),
-        column_(p_.steps),
-        wanted_(p_.steps, 0) {
-    for (int64_t s = 0; s + 1 < p_.steps; ++s) children_[p_.step[s].parent].push_back(s);
-    for (int64_t s = 0; s < p_.steps; ++s) {
-      if (dw.needed(p_.step[s].group) || (p_.is_leaf(s) && dx != nullptr)) wanted_[s] = 1;
-      if (wanted_[s] && p_.step[s].parent >= 0) wanted_[p_.step[s].parent] = 1;
+        x_width_(x_width),
+        wanted_(tree.steps, 0),
+        slot_(tree.steps, 0) {
+    for (int64_t s = 0; s < tree.steps; ++s) {
+      if (dw_[s] != nullptr || (tree.is_leaf(s) && dx != nullptr)) wanted_[s] = 1;
+      if (wanted_[s] && tree.step[s].parent >= 0) wanted_[tree.step[s].parent] = 1;
+      if (tree.is_leaf(s)) continue;
+      int64_t leaves = 0;
+      for (const int64_t* c = tree.begin(s); c < tree.end(s); ++c) leaves += tree.is_leaf(*c);
+      most_leaves_ = std::max(most_leaves_, leaves);
     }
-    make_parts();
   }
 
-  void run() {
-    for (int64_t b0 = 0; b0 < batch_; b0 += chunk_) {
-      b0_ = b0;
-      rows_now_ = std::min(chunk_, batch_ - b0);
-      tiles_ = (rows_now_ + tile_ - 1) / tile_;
-      for (std::size_t end = blocks_.size();
-           end > 1;) {  // bottom up, the blocks of one depth together
-        std::size_t begin = end - 1;
-        while (begin > 1 && blocks_[begin - 1].depth == blocks_[begin].depth) --begin;
-        root_messages(begin, end);
-        end = begin;
+  // messages: what forward kept, or null.
+  void run(const T* messages) {
+    messages_ = messages;
+    for (int64_t s = 0; s < tree_.steps; ++s)
+      if (dw_[s] != nullptr && (batch_ == 0 || scatters(s)))
+        std::fill_n(dw_[s], tree_.step[s].rows * ld_cols(s), T(0));
+    if (batch_ == 0 || !wanted_[tree_.steps - 1]) return;
+    choose_chunk();
+    choose_top();
+    choose_slots();
+    transpose_top();
+    Buffer<T> recomputed(messages_ == nullptr ? chunk_ * this->kept_columns_ : 0);
+    for (b0_ = 0; b0_ < batch_; b0_ += chunk_) {
+      count_ = std::min(chunk_, batch_ - b0_);
+      if (messages_ == nullptr) {
+        Base::walk_tiles(b0_, count_, chunk_, recomputed.get(), [](int64_t, int64_t, const T*) {});
+        kept_ = recomputed.get(), kept_rows_ = chunk_, kept_first_ = 0;
+      } else {
+        kept_ = messages_, kept_rows_ = batch_, kept_first_ = b0_;
       }
-      for (const Part& part : parts_) backward_part(part);
+      run_chunk();
     }
   }
 
  private:
-  using Base::k_, Base::p_, Base::rows_, Base::w_, Base::widest_;
-  using Base::ld_cols, Base::ld_rows, Base::macs, Base::message, Base::weight;
+  using Base::k_, Base::tree_, Base::weight_, Base::widest_;
+  using Base::ld_cols, Base::ld_rows, Base::macs;
 
-  // Rows row .. row+rows-1 of the gradient of one weight, from all steps of a part that use it.
-  struct Item {
-    int64_t group, slot, row, rows;
-    std::vector<int64_t> users;
-  };
-  struct Transposed {
-    int64_t step, offset;
-  };
-  // Blocks of one depth that are worked on together.
-  struct Part {
-    std::size_t begin, end;
-    int64_t macs;
-    std::vector<Item> items;
-    std::vector<Transposed> transposed;
-    int64_t transposed_size;
-  };
+  bool scatters(int64_t s) const { return !Rows::kDense && tree_.is_leaf(s); }
 
-  void make_parts() {
-    std::vector<int64_t> width(p_.steps);
-    for (int64_t s = 0; s < p_.steps; ++s) width[s] = ld_cols(s);
-    const int64_t pair = 2 * static_cast<int64_t>(sizeof(T));
-    chunk_ = std::min(kChunkRows, (std::max<int64_t>(batch_, 1) + kTile - 1) / kTile * kTile);
-    blocks_ = make_blocks(p_, children_, width, kWorkspaceBytes / (pair * chunk_));
-    for (const Block& b : blocks_) boundary_ += width[b.root];
-    int64_t widest_block = 1;
-    for (const Block& b : blocks_) widest_block = std::max(widest_block, b.width);
-    // A wide tree works on fewer rows at a time, and in the end on smaller tiles.
-    const int64_t most =
-        std::min(kBoundaryBytes / (pair * boundary_), kBoundaryBytes / (pair * widest_block));
-    tile_ = std::clamp<int64_t>(most / 8 * 8, 8, kTile);
-    chunk_ = std::min(chunk_, std::max(tile_, most / tile_ * tile_));
-    const int64_t limit = std::max(widest_block, kWorkspaceBytes / (pair * chunk_));
-    int64_t at = 0;
-    for (const Block& b : blocks_) {
-      column_[b.root] = at;
-      at += width[b.root];
+  void choose_chunk() {
+    chunk_ = kChunkBytes / (static_cast<int64_t>(sizeof(T)) * widest_);
+    if (messages_ == nullptr)
+      chunk_ = std::min(chunk_, kRecomputedBytes / (static_cast<int64_t>(sizeof(T)) *
+                                                    std::max<int64_t>(this->kept_columns_, 1)));
+    chunk_ = std::max(chunk_ / kTile * kTile, kTile);
+    chunk_ = std::min(chunk_, batch_);
+    // Few but equal chunks.
+    const int64_t chunks = (batch_ + chunk_ - 1) / chunk_;
+    chunk_ = std::min(batch_, ((batch_ + chunks - 1) / chunks + 7) / 8 * 8);
+    tile_ = std::min(kTile, chunk_);
+    const int64_t threads = torch::stable::get_num_threads();
+    while (tile_ > 16 && chunk_ <= tile_ / 2 * threads) tile_ = (tile_ / 2 + 7) / 8 * 8;
+  }
+
+  // Opens the heaviest piece until there are enough of them for all threads.
+  void choose_top() {
+    const int64_t threads = torch::stable::get_num_threads(), root = tree_.steps - 1;
+    std::vector<int64_t> cost(tree_.steps, 0);
+    for (int64_t s = 0; s < tree_.steps; ++s) {
+      cost[s] += wanted_[s] ? macs(s) : 0;
+      if (tree_.step[s].parent >= 0) cost[tree_.step[s].parent] += cost[s];
     }
-    root_messages_ = Buffer<T>(chunk_ * boundary_);
-    root_gradients_ = Buffer<T>(chunk_ * boundary_);
-    std::size_t begin = 0;
-    int64_t sum = 0;
-    for (std::size_t i = 0; i < blocks_.size(); ++i) {
-      if (i > begin &&
-          (sum + blocks_[i].width > limit || blocks_[i].depth != blocks_[begin].depth)) {
-        add_part(begin, i);
-        begin = i, sum = 0;
+    pieces_ = {root};
+    if (threads == 1 || cost[root] * chunk_ < kWorthThreads) return;
+    const auto lighter = [&](int64_t a, int64_t b) {
+      return cost[a] < cost[b] || (cost[a] == cost[b] && a < b);
+    };
+    while (!pieces_.empty() && cost[pieces_.front()] * 4 * threads > cost[root]) {
+      std::pop_heap(pieces_.begin(), pieces_.end(), lighter);
+      const int64_t s = pieces_.back();
+      pieces_.pop_back();
+      top_.push_back(s);
+      for (const int64_t* c = tree_.begin(s); c < tree_.end(s); ++c)
+        if (wanted_[*c] && !tree_.is_leaf(*c)) {
+          pieces_.push_back(*c);
+          std::push_heap(pieces_.begin(), pieces_.end(), lighter);
+        }
+    }
+    std::sort(pieces_.begin(), pieces_.end(), [&](int64_t a, int64_t b) { return lighter(b, a); });
+    std::sort(top_.begin(), top_.end(), [](int64_t a, int64_t b) { return a > b; });
+  }
+
+  // Where dm of a step lies: a matrix of the chunk of its own next to the top, else one of the
+  // thread's few, given back when the step is done.
+  void choose_slots() {
+    const auto own = [&](int64_t s) {
+      slot_[s] = top_elements_;
+      top_elements_ += chunk_ * ld_cols(s);
+    };
+    for (const int64_t s : top_) {
+      if (tree_.step[s].parent < 0) own(s);
+      for (const int64_t* c = tree_.begin(s); c < tree_.end(s); ++c)
+        if (wanted_[*c]) own(*c);
+    }
+    if (top_.empty()) own(tree_.steps - 1);
+    for (const int64_t s : top_) {
+      product_at_.push_back(top_elements_);
+      top_elements_ += dw_[s] != nullptr ? chunk_ * ld_rows(s) : 0;
+    }
+    top_matrices_ = Buffer<T>(top_elements_);
+    for (const int64_t piece : pieces_) {
+      std::vector<int64_t> unused;
+      int64_t used = 0;
+      for (int64_t s = piece; s >= tree_.first[piece]; --s) {
+        if (!wanted_[s]) continue;
+        for (const int64_t* c = tree_.begin(s); c < tree_.end(s); ++c) {
+          if (!wanted_[*c]) continue;
+          if (unused.empty()) unused.push_back(used++);
+          slot_[*c] = unused.back();
+          unused.pop_back();
+        }
+        if (s != piece) unused.push_back(slot_[s]);
       }
-      for (const int64_t s : blocks_[i].steps)
-        if (s != blocks_[i].root) {
-          column_[s] = sum;
-          sum += width[s];
-        }
-      part_width_ = std::max(part_width_, sum);
+      slots_ = std::max(slots_, used);
     }
-    add_part(begin, blocks_.size());
-    messages_ = Buffer<T>(chunk_ * part_width_);
-    gradients_ = Buffer<T>(chunk_ * part_width_);
-    int64_t most_transposed = 0;
-    for (const Part& part : parts_)
-      most_transposed = std::max(most_transposed, part.transposed_size);
-    transposed_ = Buffer<T>(most_transposed);
-    transposed_at_.assign(p_.steps, nullptr);
-    is_root_.assign(p_.steps, 0);
-    for (const Block& b : blocks_) is_root_[b.root] = 1;
   }
 
-  void add_part(std::size_t begin, std::size_t end) {
-    Part part{begin, end, 0, {}, {}, 0};
-    std::vector<Item> whole;
-    for (std::size_t i = begin; i < end; ++i)
-      for (const int64_t s : blocks_[i].steps) {
-        const Step& st = p_.step[s];
-        part.macs += macs(s);
-        if (st.group < 0 || !wanted_[s]) continue;
-        if (!p_.is_leaf(s) || dx_ != nullptr) {
-          part.transposed.push_back({s, part.transposed_size});
-          part.transposed_size += st.cols * ld_rows(s);
-        }
-        if (!dw_.needed(st.group)) continue;
-        int64_t at = -1;
-        if (w_[st.group].count == 1)  // the only weight that may have several users
-          for (std::size_t k = 0; k < whole.size(); ++k)
-            if (whole[k].group == st.group) at = static_cast<int64_t>(k);
-        if (at < 0) {
-          at = static_cast<int64_t>(whole.size());
-          whole.push_back({st.group, st.slot, 0, st.rows, {}});
-        }
-        whole[at].users.push_back(s);
+  void transpose_top() {
+    int64_t size = 0, work = 0;
+    std::vector<int64_t> at;
+    for (const int64_t s : top_) {
+      at.push_back(size);
+      if (weight_[s] != nullptr) size += tree_.step[s].cols * ld_rows(s);
+      for (const int64_t* c = tree_.begin(s); c < tree_.end(s); ++c) {
+        if (!tree_.is_leaf(*c) || dx_ == nullptr) continue;
+        size += tree_.step[*c].cols * ld_rows(*c);
       }
-    for (const Item& w : whole)
-      for (int64_t row = 0; row < w.rows; row += kGradientRows)
-        part.items.push_back(
-            {w.group, w.slot, row, std::min(kGradientRows, w.rows - row), w.users});
-    parts_.push_back(std::move(part));
-  }
-
-  int64_t tile_rows(int64_t t) const { return std::min(tile_, rows_now_ - t * tile_); }
-  // The rows of tile t of a step's message or gradient lie together: [tile][step][row][column].
-  T* message_of(int64_t s, int64_t t) const {
-    return is_root_[s] ? root_messages_.get() + (t * boundary_ + column_[s]) * tile_
-                       : messages_.get() + (t * part_width_ + column_[s]) * tile_;
-  }
-  T* gradient_of(int64_t s, int64_t t) const {
-    return is_root_[s] ? root_gradients_.get() + (t * boundary_ + column_[s]) * tile_
-                       : gradients_.get() + (t * part_width_ + column_[s]) * tile_;
-  }
-
-  // p_v for a tile, columns from .. from+cols-1: the only child's message itself, or the product in
-  // scratch.
-  const T* product(int64_t s, int64_t t, int64_t from, int64_t cols, T* scratch,
-                   int64_t& ld) const {
-    const auto& children = children_[s];
-    ld = ld_cols(children[0]);
-    const T* p = message_of(children[0], t) + from;
-    for (std::size_t i = 1; i < children.size(); ++i) {
-      k_.product(tile_rows(t), cols, p, ld, message_of(children[i], t) + from, ld_cols(children[i]),
-                 scratch, cols, Store::assign);
-      p = scratch;
-      ld = cols;
     }
-    return p;
-  }
-
-  // Messages of the roots of blocks begin .. end-1, by a forward walk through each.
-  void root_messages(std::size_t begin, std::size_t end) {
-    int64_t work = 0;
-    for (std::size_t i = begin; i < end; ++i)
-      for (const int64_t s : blocks_[i].steps) work += rows_now_ * macs(s);
-    const int64_t size = tile_ * widest_;
-    for_blocks(begin, end, work, (p_.buffers + 1) * size,
-               [&](const Block& block, int64_t t, T* buffers) {
-                 const int64_t n = tile_rows(t), b = b0_ + t * tile_;
-                 T* widened = buffers + p_.buffers * size;
-                 std::size_t below = 0;
-                 for (const int64_t s : block.steps) {
-                   for (; below < block.below.size() && block.below[below] < s; ++below)
-                     send(block.below[below], n, t, buffers, size);
-                   const Step& st = p_.step[s];
-                   const T* from = buffers + std::max<int64_t>(st.buffer, 0) * size;
-                   if (s == block.root)
-                     message(s, b, n, from, ld_rows(s), message_of(s, t), Store::assign, widened);
-                   else
-                     message(s, b, n, from, ld_rows(s), buffers + p_.step[st.parent].buffer * size,
-                             st.first ? Store::assign : Store::multiply, widened);
-                 }
-               });
-  }
-  void send(int64_t s, int64_t n, int64_t t, T* buffers, int64_t size) const {
-    const int64_t ld = ld_cols(s);
-    T* to = buffers + p_.step[p_.step[s].parent].buffer * size;
-    if (p_.step[s].first)
-      std::copy_n(message_of(s, t), n * ld, to);
-    else
-      k_.product(n, ld, to, ld, message_of(s, t), ld, to, ld, Store::assign);
-  }
-
-  template <class F>
-  void for_blocks(std::size_t begin, std::size_t end, int64_t work, int64_t scratch_size,
-                  const F& f) {
-    for_each_item<T>(static_cast<int64_t>(end - begin) * tiles_, work, scratch_size,
-                     [&](int64_t item, T* scratch) {
-                       f(blocks_[begin + static_cast<std::size_t>(item / tiles_)], item % tiles_,
-                         scratch);
-                     });
-  }
-
-  void backward_part(const Part& part) {
-    const int64_t count = static_cast<int64_t>(part.transposed.size());
-    for_each_item<T>(count, part.transposed_size, 0, [&](int64_t i, T*) {
-      const auto [s, offset] = part.transposed[i];
-      T* to = transposed_.get() + offset;
-      k_.transpose(p_.step[s].rows, p_.step[s].cols, weight(s), ld_cols(s), to, ld_rows(s));
-      transposed_at_[s] = to;
+    work = size;
+    transposed_ = Buffer<T>(size);
+    transposed_at_.assign(tree_.steps, nullptr);
+    for_each_item<T>(static_cast<int64_t>(top_.size()), work, 0, [&](int64_t i, T*) {
+      const int64_t s = top_[i];
+      T* to = transposed_.get() + at[i];
+      const auto put = [&](int64_t v) {
+        transposed_at_[v] = to;
+        transpose_weight(v, to);
+        to += tree_.step[v].cols * ld_rows(v);
+      };
+      if (weight_[s] != nullptr) put(s);
+      for (const int64_t* c = tree_.begin(s); c < tree_.end(s); ++c)
+        if (tree_.is_leaf(*c) && dx_ != nullptr) put(*c);
     });
-    for_blocks(part.begin, part.end, 2 * rows_now_ * part.macs, 3 * tile_ * widest_,
-               [&](const Block& block, int64_t t, T* scratch) {
-                 if (!wanted_[block.root]) return;
-                 recompute(block, t, scratch);
-                 descend(block, t, scratch);
-               });
-    for_each_item<T>(static_cast<int64_t>(part.items.size()), rows_now_ * part.macs,
-                     tile_ * widest_, [&](int64_t i, T* scratch) {
-                       const Item& item = part.items[i];
-                       for (const int64_t s : item.users)
-                         for (int64_t t = 0; t < tiles_; ++t) accumulate(item, s, t, scratch);
+  }
+  void transpose_weight(int64_t s, T* to) const {
+    const Step& st = tree_.step[s];
+    k_.transpose(st.rows, st.cols, weight_[s], ld_cols(s), to, ld_rows(s));
+  }
+
+  // Scratch of a thread: what a tile needs, a product and a transposed weight, the slots.
+  int64_t tile_elements() const { return (2 + most_leaves_ + 1) * tile_ * widest_; }
+  int64_t piece_elements() const {
+    return tile_elements() + chunk_ * widest_ + widest_ * widest_ + slots_ * chunk_ * widest_;
+  }
+
+  struct Item {  // of the gradient of a top weight
+    int64_t step, first, count, product_at;
+  };
+
+  void run_chunk() {
+    const int64_t root = tree_.steps - 1;
+    pack_rows(count_, tree_.outputs, grad_ + b0_ * tree_.outputs, tree_.outputs,
+              top_matrices_.get() + slot_[root], ld_cols(root));
+    const auto top_d = [&](int64_t s) { return top_matrices_.get() + slot_[s]; };
+    int64_t work = 0;
+    std::vector<Item> items;
+    for (std::size_t i = 0; i < top_.size(); ++i) {
+      work += count_ * macs(top_[i]);
+      const auto add = [&](int64_t s, int64_t product_at) {
+        if (dw_[s] == nullptr) return;
+        const int64_t all = scatters(s) ? ld_cols(s) : tree_.step[s].rows;
+        const int64_t part = scatters(s) ? kScatterColumns : kGradientRows;
+        for (int64_t at = 0; at < all; at += part)
+          items.push_back({s, at, std::min(part, all - at), product_at});
+      };
+      add(top_[i], product_at_[i]);
+      for (const int64_t* c = tree_.begin(top_[i]); c < tree_.end(top_[i]); ++c)
+        if (tree_.is_leaf(*c)) add(*c, -1);
+    }
+    for_each_item<T>(top_.empty() ? 0 : (count_ + tile_ - 1) / tile_, work, tile_elements(),
+                     [&](int64_t item, T* scratch) {
+                       const int64_t i = item * tile_, n = std::min(tile_, count_ - i);
+                       for (std::size_t t = 0; t < top_.size(); ++t) {
+                         const int64_t s = top_[t];
+                         T* p = dw_[s] == nullptr ? nullptr : top_matrices_.get() + product_at_[t];
+                         descend(s, i, n, transposed_at_[s], top_d, p, scratch);
+                         if (dx_ == nullptr) continue;
+                         for (const int64_t* c = tree_.begin(s); c < tree_.end(s); ++c)
+                           if (tree_.is_leaf(*c))
+                             input_gradient(*c, i, n, transposed_at_[*c], top_d(*c), scratch);
+                       }
+                     });
+    const int64_t whole = static_cast<int64_t>(pieces_.size());
+    int64_t most = whole > 0 ? piece_elements() : 0;
+    if (!items.empty()) most = std::max(most, kGradientDepth * widest_);
+    for_each_item<T>(whole + static_cast<int64_t>(items.size()), count_ * this->macs_, most,
+                     [&](int64_t item, T* scratch) {
+                       if (item < whole) {
+                         descend_piece(pieces_[item], scratch);
+                         return;
+                       }
+                       const Item& it = items[item - whole];
+                       const T* p =
+                           it.product_at < 0 ? nullptr : top_matrices_.get() + it.product_at;
+                       weight_gradient(it.step, it.first, it.count, p, top_d(it.step), scratch);
                      });
   }
 
-  void recompute(const Block& block, int64_t t, T* scratch) const {
-    const int64_t n = tile_rows(t), b = b0_ + t * tile_;
-    for (const int64_t s : block.steps) {
-      if (s == block.root) continue;
-      int64_t ld = 0;
-      const T* p = p_.is_leaf(s) ? nullptr : product(s, t, 0, ld_rows(s), scratch, ld);
-      message(s, b, n, p, ld, message_of(s, t), Store::assign, scratch);
+  void descend_piece(int64_t piece, T* scratch) const {
+    T* product = scratch + tile_elements();
+    T* transposed = product + chunk_ * widest_;
+    T* slots = transposed + widest_ * widest_;
+    const auto d_of = [&](int64_t s) {
+      return s == piece ? top_matrices_.get() + slot_[s] : slots + slot_[s] * chunk_ * widest_;
+    };
+    for (int64_t s = piece; s >= tree_.first[piece]; --s) {
+      if (!wanted_[s]) continue;
+      const bool leaf = tree_.is_leaf(s);
+      const bool below = !leaf || dx_ != nullptr;
+      if (below && weight_[s] != nullptr) transpose_weight(s, transposed);
+      for (int64_t i = 0; i < count_ && below; i += tile_) {
+        const int64_t n = std::min(tile_, count_ - i);
+        if (leaf)
+          input_gradient(s, i, n, transposed, d_of(s), scratch);
+        else
+          descend(s, i, n, transposed, d_of, dw_[s] == nullptr ? nullptr : product, scratch);
+      }
+      if (dw_[s] != nullptr)
+        weight_gradient(s, 0, scatters(s) ? ld_cols(s) : tree_.step[s].rows, product, d_of(s),
+                        product);
     }
   }
 
-  void descend(const Block& block, int64_t t, T* scratch) const {
-    const int64_t n = tile_rows(t), b = b0_ + t * tile_;
-    T *dp = scratch, *other = scratch + tile_ * widest_;
-    if (p_.step[block.root].parent < 0)
-      pack_rows(n, p_.outputs, grad_ + b * p_.outputs, p_.outputs, gradient_of(block.root, t),
-                ld_cols(block.root));
-    for (auto it = block.steps.rbegin(); it != block.steps.rend(); ++it) {
-      const int64_t s = *it, ld = ld_rows(s);
-      const Step& st = p_.step[s];
-      if (!wanted_[s] || (p_.is_leaf(s) && dx_ == nullptr)) continue;
-      const T* dm = gradient_of(s, t);
-      if (st.group < 0) {
-        for (int64_t i = 0; i < n; ++i) std::fill_n(dp + i * ld, ld, dm[i * ld_cols(s)]);
-      } else {
-        k_.gemm(n, ld, st.cols, dm, ld_cols(s), 1, transposed_at_[s], ld, dp, ld, Store::assign);
-      }
-      if (p_.is_leaf(s))
-        unpack_rows(n, st.rows, dp, ld, dx_ + b * p_.x_width + st.offset, p_.x_width);
+  const T* kept(int64_t s, int64_t i) const {
+    return this->kept_message(kept_, kept_rows_, s, kept_first_ + i);
+  }
+
+  // Rows i .. i+n-1 of the chunk: from dm of an interior step to dm of its children, and its
+  // product.
+  template <class F>
+  void descend(int64_t s, int64_t i, int64_t n, const T* transposed, const F& d_of, T* product,
+               T* scratch) const {
+    const Step& st = tree_.step[s];
+    const int64_t ld = ld_rows(s), count = tree_.count(s);
+    const int64_t* child = tree_.begin(s);
+    bool below = false;
+    for (int64_t c = 0; c < count; ++c) below |= wanted_[child[c]] != 0;
+    if (!below && product == nullptr) return;
+    T *dp = scratch, *other = dp + tile_ * widest_, *free = other + tile_ * widest_;
+    const T* dm = d_of(s) + i * ld_cols(s);
+    if (below) {
+      if (weight_[s] != nullptr)
+        k_.gemm(n, ld, st.cols, dm, ld_cols(s), 1, transposed, ld, dp, ld, Store::assign);
       else
-        split(children_[s], t, n, ld, dp, other);
+        for (int64_t r = 0; r < n; ++r) std::fill_n(dp + r * ld, ld, dm[r * ld_cols(s)]);
+    }
+    const auto message = [&](int64_t c) -> const T* {
+      if (!tree_.is_leaf(child[c])) return kept(child[c], i);
+      T* to = free;
+      free += tile_ * widest_;
+      this->leaf_message(child[c], b0_ + i, n, to, Store::assign, other);
+      return to;
+    };
+    const auto times = [&](const T* x, const T* y, T* out) {
+      k_.product(n, ld, x, ld, y, ld, out, ld, Store::assign);
+    };
+    const auto gradient = [&](int64_t c) -> T* {
+      return wanted_[child[c]] ? d_of(child[c]) + i * ld : nullptr;
+    };
+    if (product != nullptr) product += i * ld;
+    if (count == 1) {
+      if (T* to = gradient(0)) std::copy_n(dp, n * ld, to);
+      if (product != nullptr) std::copy_n(message(0), n * ld, product);
+    } else if (count == 2) {
+      const T *m0 = message(0), *m1 = message(1);
+      if (T* to = gradient(0)) times(dp, m1, to);
+      if (T* to = gradient(1)) times(dp, m0, to);
+      if (product != nullptr) times(m0, m1, product);
+    } else {
+      split(count, n, ld, dp, other, message, gradient, product);
     }
   }
 
   // dm_c = dp * (product of the siblings' messages), by running products from both ends.
-  void split(const std::vector<int64_t>& children, int64_t t, int64_t n, int64_t ld, T* dp,
-             T* other) const {
-    const std::size_t count = children.size();
-    auto m = [&](std::size_t i) { return message_of(children[i], t); };
-    auto dm = [&](std::size_t i) { return gradient_of(children[i], t); };
-    auto times = [&](const T* x, const T* y, T* out) {
+  template <class M, class G>
+  void split(int64_t count, int64_t n, int64_t ld, const T* dp, T* other, const M& message,
+             const G& gradient, T* product) const {
+    std::vector<const T*> m(count);
+    for (int64_t c = 0; c < count; ++c) m[c] = message(c);
+    const auto times = [&](const T* x, const T* y, T* out) {
       k_.product(n, ld, x, ld, y, ld, out, ld, Store::assign);
     };
-    if (count == 1) {
-      std::copy_n(dp, n * ld, dm(0));
-    } else if (count == 2) {
-      times(dp, m(1), dm(0));
-      times(dp, m(0), dm(1));
-    } else {
-      for (std::size_t i = 0; i < count; ++i) {
-        std::copy_n(dp, n * ld, dm(i));
-        if (i + 1 < count) times(dp, m(i), dp);
+    for (int64_t c = 0; c < count; ++c) {
+      if (T* to = gradient(c)) {
+        if (c == 0)
+          std::copy_n(dp, n * ld, to);
+        else
+          times(dp, c == 1 ? m[0] : other, to);
       }
-      std::copy_n(m(count - 1), n * ld, other);
-      for (std::size_t i = count - 1; i-- > 0;) {
-        times(dm(i), other, dm(i));
-        if (i > 0) times(other, m(i), other);
-      }
+      if (c == 1)
+        times(m[0], m[1], other);
+      else if (c > 1 && (c + 1 < count || product != nullptr))
+        times(other, m[c], other);
+    }
+    if (product != nullptr) std::copy_n(other, n * ld, product);
+    const T* after = m[count - 1];
+    for (int64_t c = count - 1; c-- > 0;) {
+      if (T* to = gradient(c)) times(to, after, to);
+      if (c == 0) break;
+      times(after, m[c], other);
+      after = other;
     }
   }
 
-  // Rows of dW_v += p_v^T dm_v for one tile.
-  void accumulate(const Item& item, int64_t s, int64_t t, T* scratch) const {
-    const Step& st = p_.step[s];
-    const int64_t n = tile_rows(t), b = b0_ + t * tile_, ld_out = dw_.ld(item.group);
-    T* out = dw_.at(item.group, item.slot) + item.row * ld_out;
-    const T* dm = gradient_of(s, t);
-    const T* p;
-    int64_t ld;
-    if (!p_.is_leaf(s)) {
-      p = product(s, t, item.row, padded<T>(item.rows), scratch, ld);
-    } else if constexpr (Rows::kDense) {
-      std::tie(p, ld) = rows_.operand(st, b, n, scratch);
-      p += item.row;
-    } else {
-      for (int64_t i = 0; i < n; ++i) {
-        const int64_t r = rows_.row(st, b + i) - item.row;
-        if (r < 0 || r >= item.rows) continue;
-        for (int64_t j = 0; j < ld_out; ++j) out[r * ld_out + j] += dm[i * ld_out + j];
-      }
-      return;
-    }
-    k_.gemm(item.rows, ld_out, n, p, 1, ld, dm, ld_out, out, ld_out, Store::add);
+  void input_gradient(int64_t s, int64_t i, int64_t n, const T* transposed, const T* d,
+                      T* scratch) const {
+    const Step& st = tree_.step[s];
+    const int64_t ld = ld_rows(s);
+    k_.gemm(n, ld, st.cols, d + i * ld_cols(s), ld_cols(s), 1, transposed, ld, scratch, ld,
+            Store::assign);
+    unpack_rows(n, st.rows, scratch, ld, dx_ + (b0_ + i) * x_width_ + st.offset, x_width_);
   }
 
+  // Rows first .. first+count-1 of dW (columns, where rows are scattered), over the whole chunk.
+  void weight_gradient(int64_t s, int64_t first, int64_t count, const T* product, const T* d,
+                       T* scratch) const {
+    const Step& st = tree_.step[s];
+    const int64_t ld = ld_cols(s);
+    if constexpr (!Rows::kDense) {
+      if (tree_.is_leaf(s)) {
+        int64_t at[kTile];
+        for (int64_t i = 0; i < count_; i += kTile) {
+          const int64_t n = std::min(kTile, count_ - i);
+          this->rows_.rows(st, b0_ + i, n, at);
+          k_.scatter(n, count, at, d + i * ld + first, ld, dw_[s] + first, ld);
+        }
+        return;
+      }
+    }
+    T* to = dw_[s] + first * ld;
+    for (int64_t i = 0; i < count_; i += kGradientDepth) {
+      const int64_t n = std::min(kGradientDepth, count_ - i);
+      const Store store = b0_ + i == 0 ? Store::assign : Store::add;
+      const T* a = product + i * ld_rows(s);
+      int64_t lda = ld_rows(s);
+      if constexpr (Rows::kDense) {
+        if (tree_.is_leaf(s)) std::tie(a, lda) = leaf_rows(s, i, n, scratch);
+      }
+      k_.gemm(count, ld, n, a + first, 1, lda, d + i * ld, ld, to, ld, store);
+    }
+  }
+  std::pair<const T*, int64_t> leaf_rows(int64_t s, int64_t i, int64_t n, T* scratch) const {
+    return this->rows_.operand(tree_.step[s], b0_ + i, n, scratch);
+  }
+
+  const std::vector<T*> dw_;
   const int64_t batch_;
-  const S* grad_;
-  WeightGradients<S>& dw_;
-  S* dx_;
-  std::vector<std::vector<int64_t>> children_;
-  std::vector<int64_t> column_;  // of a step's message in its tile's row
-  std::vector<char> wanted_;     // whether a gradient at or below a step is asked for
-  std::vector<char> is_root_;    // of a block
-  std::vector<Block> blocks_;
-  std::vector<Part> parts_;
+  const S* const grad_;
+  const T* messages_ = nullptr;
+  S* const dx_;
+  const int64_t x_width_;
+  std::vector<char> wanted_;  // whether a gradient at or below a step is asked for
+  std::vector<int64_t> slot_;
+  std::vector<int64_t> top_, pieces_, product_at_;
   std::vector<const T*> transposed_at_;
-  int64_t chunk_ = 0, tile_ = 0, boundary_ = 0, part_width_ = 0;
-  int64_t b0_ = 0, rows_now_ = 0, tiles_ = 0;
-  Buffer<T> root_messages_, root_gradients_, messages_, gradients_, transposed_;
+  int64_t most_leaves_ = 0, top_elements_ = 0, slots_ = 0;
+  int64_t chunk_ = 0, tile_ = 0;
+  int64_t b0_ = 0, count_ = 0;  // the chunk
+  const T* kept_ = nullptr;
+  int64_t kept_rows_ = 0, kept_first_ = 0;
+  Buffer<T> top_matrices_, transposed_;
 };
 
 }  // namespace htf

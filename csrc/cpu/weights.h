@@ -55,27 +55,6 @@ struct PackedGroup {
   const T* at(int64_t slot) const { return data + slot * rows * ld; }
 };
 
-// The transposes [F, cols, padded(rows)] of a packed group.
-template <class T>
-struct TransposedGroup {
-  int64_t ld = 0, cols = 0;
-  Buffer<T> data;
-
-  template <class S>
-  explicit TransposedGroup(const PackedGroup<S>& w)
-      : ld(padded<T>(w.rows)), cols(w.cols), data(w.count * w.cols * padded<T>(w.rows)) {
-    // Blocks of columns: with few large weights the threads share one.
-    constexpr int64_t kBlock = 64;
-    const int64_t blocks = (cols + kBlock - 1) / kBlock;
-    for_each_item<T>(w.count * blocks, w.count * cols * ld, 0, [&](int64_t item, T*) {
-      const int64_t f = item / blocks, j = item % blocks * kBlock;
-      kernels<T>().transpose(w.rows, std::min(kBlock, cols - j), w.at(f) + j, w.ld,
-                             data.get() + (f * cols + j) * ld, ld);
-    });
-  }
-  const T* at(int64_t slot) const { return data.get() + slot * cols * ld; }
-};
-
 template <class S>
 std::vector<PackedGroup<S>> pack(const std::vector<Tensor>& weights) {
   std::vector<PackedGroup<S>> groups;
@@ -84,22 +63,25 @@ std::vector<PackedGroup<S>> pack(const std::vector<Tensor>& weights) {
   return groups;
 }
 
+// The matrix of every step, rows padded; null where a step has none.
 template <class S>
-auto transpose(const std::vector<PackedGroup<S>>& groups) {
-  std::vector<TransposedGroup<typename ComputeOf<S>::type>> out;
-  out.reserve(groups.size());
-  for (const auto& g : groups) out.emplace_back(g);
-  return out;
+auto weights_of(const Program& p, const std::vector<PackedGroup<S>>& groups) {
+  std::vector<const typename ComputeOf<S>::type*> all(p.steps, nullptr);
+  for (int64_t s = 0; s < p.steps; ++s)
+    if (p.step[s].group >= 0) all[s] = groups[p.step[s].group].at(p.step[s].slot);
+  return all;
 }
 
-// Gradients of the groups' weights, accumulated in padded rows, copied into tensors at the end.
+// Gradients of the groups' weights, computed in padded rows, one matrix for every step; those of
+// steps that share a weight are summed at the end.
 template <class S>
 class WeightGradients {
  public:
   using T = typename ComputeOf<S>::type;
 
-  WeightGradients(const std::vector<Tensor>& weights, const std::vector<int64_t>& needs)
-      : entries_(weights.size()) {
+  WeightGradients(const Program& p, const std::vector<Tensor>& weights,
+                  const std::vector<int64_t>& needs)
+      : entries_(weights.size()), step_(p.steps, nullptr) {
     for (std::size_t g = 0; g < weights.size(); ++g) {
       Entry& e = entries_[g];
       const Tensor& w = weights[g];
@@ -108,7 +90,7 @@ class WeightGradients {
         continue;
       }
       e.count = w.size(0), e.rows = w.size(1), e.cols = w.size(2), e.ld = padded<T>(e.cols);
-      e.tensor = torch::stable::new_empty(w, {e.count, e.rows, e.cols});
+      e.tensor = new_tensor(w, {e.count, e.rows, e.cols}, w.scalar_type());
       if constexpr (std::is_same_v<S, T>) {
         if (e.ld == e.cols) e.data = e.tensor.template mutable_data_ptr<T>();
       }
@@ -116,19 +98,38 @@ class WeightGradients {
         e.own = Buffer<T>(e.count * e.rows * e.ld);
         e.data = e.own.get();
       }
-      std::fill_n(e.data, e.count * e.rows * e.ld, T(0));
+      e.users.resize(e.count);
     }
+    for (int64_t s = 0; s < p.steps; ++s) {
+      if (p.step[s].group < 0) continue;
+      Entry& e = entries_[p.step[s].group];
+      if (e.data == nullptr) continue;
+      auto& users = e.users[p.step[s].slot];
+      const int64_t size = e.rows * e.ld;
+      if (users.empty()) {
+        step_[s] = e.data + p.step[s].slot * size;
+      } else {
+        e.others.emplace_back(size);
+        step_[s] = e.others.back().get();
+      }
+      users.push_back(step_[s]);
+    }
+    // A weight that no step uses: a group of one shape may have spare slots in a foreign program.
+    for (Entry& e : entries_)
+      for (std::size_t f = 0; f < e.users.size(); ++f)
+        if (e.users[f].empty())
+          std::fill_n(e.data + static_cast<int64_t>(f) * e.rows * e.ld, e.rows * e.ld, T(0));
   }
-  bool needed(int64_t group) const { return group >= 0 && entries_[group].data != nullptr; }
-  T* at(int64_t group, int64_t slot) const {
-    const Entry& e = entries_[group];
-    return e.data + slot * e.rows * e.ld;
-  }
-  int64_t ld(int64_t group) const { return entries_[group].ld; }
+  // Where the gradient of a step's weight goes, or null where it is not needed.
+  T* step(int64_t s) const { return step_[s]; }
+  const std::vector<T*>& steps() const { return step_; }
 
   std::vector<Tensor> finish() {
     std::vector<Tensor> out;
     for (Entry& e : entries_) {
+      for (auto& users : e.users)
+        for (std::size_t u = 1; u < users.size(); ++u)
+          for (int64_t i = 0; i < e.rows * e.ld; ++i) users[0][i] += users[u][i];
       if (e.own.get() != nullptr)
         unpack_rows(e.count * e.rows, e.cols, e.data, e.ld, e.tensor.template mutable_data_ptr<S>(),
                     e.cols);
@@ -143,8 +144,11 @@ class WeightGradients {
     int64_t count = 0, rows = 0, cols = 0, ld = 0;
     T* data = nullptr;
     Buffer<T> own;
+    std::vector<Buffer<T>> others;
+    std::vector<std::vector<T*>> users;  // of each slot
   };
   std::vector<Entry> entries_;
+  std::vector<T*> step_;
 };
 
 }  // namespace htf

@@ -17,9 +17,11 @@
 
 namespace htf {
 
-Tensor evaluate_cpu(const Program& program, const std::vector<Tensor>& weights, const Tensor& x);
+// With keep: the result, and what the backward pass can use again (flat, possibly empty).
+std::vector<Tensor> evaluate_cpu(const Program& program, const std::vector<Tensor>& weights,
+                                 const Tensor& x, bool keep);
 std::vector<Tensor> evaluate_backward_cpu(const Program& program, const Tensor& grad,
                                           const std::vector<Tensor>& weights, const Tensor& x,
-                                          const std::vector<int64_t>& needs);
+                                          const Tensor& kept, const std::vector<int64_t>& needs);
 
 }  // namespace htf

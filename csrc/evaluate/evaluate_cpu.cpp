@@ -11,32 +11,44 @@ Tensor with_dense_rows(const Tensor& x) {
 
 }  // namespace
 
-Tensor evaluate_cpu(const Program& program, const std::vector<Tensor>& weights, const Tensor& x) {
+std::vector<Tensor> evaluate_cpu(const Program& program, const std::vector<Tensor>& weights,
+                                 const Tensor& x, bool keep) {
   const Tensor rows = with_dense_rows(x);
-  Tensor out = torch::stable::new_empty(x, {x.size(0), program.outputs});
-  with_dtype(x.scalar_type(), "evaluate", [&](auto s) {
+  const int64_t batch = x.size(0);
+  Tensor out = new_tensor(x, {batch, program.outputs}, x.scalar_type());
+  return with_dtype(x.scalar_type(), "evaluate", [&](auto s) {
     using S = decltype(s);
+    using T = typename ComputeOf<S>::type;
+    const auto packed = pack<S>(weights);
+    const Tree tree(program);
     const DenseRows<S> source{rows.const_data_ptr<S>(), rows.stride(0)};
-    Walk<S, DenseRows<S>>(program, weights, source).forward(x.size(0), out.mutable_data_ptr<S>());
+    const Walk<S, DenseRows<S>> walk(tree, weights_of(program, packed), source);
+    Tensor kept = keep ? kept_tensor<T>(x, batch * walk.kept_columns()) : out;
+    T* messages = keep && kept.numel() > 0 ? kept.mutable_data_ptr<T>() : nullptr;
+    walk.forward(batch, out.mutable_data_ptr<S>(), messages);
+    return keep ? std::vector<Tensor>{out, kept} : std::vector<Tensor>{out};
   });
-  return out;
 }
 
 std::vector<Tensor> evaluate_backward_cpu(const Program& program, const Tensor& grad,
                                           const std::vector<Tensor>& weights, const Tensor& x,
-                                          const std::vector<int64_t>& needs) {
+                                          const Tensor& kept, const std::vector<int64_t>& needs) {
   const Tensor rows = with_dense_rows(x), g = torch::stable::contiguous(grad);
+  const int64_t batch = x.size(0);
   const bool needs_x = needs.back() != 0;
-  Tensor dx = needs_x ? torch::stable::new_empty(x, {x.size(0), program.x_width})
+  Tensor dx = needs_x ? new_tensor(x, {batch, program.x_width}, x.scalar_type())
                       : torch::stable::new_empty(x, {0});
   return with_dtype(x.scalar_type(), "evaluate_backward", [&](auto s) {
     using S = decltype(s);
+    using T = typename ComputeOf<S>::type;
+    const auto packed = pack<S>(weights);
+    const Tree tree(program);
     const DenseRows<S> source{rows.const_data_ptr<S>(), rows.stride(0)};
-    WeightGradients<S> dw(weights, needs);
-    S* to = needs_x ? dx.mutable_data_ptr<S>() : nullptr;
-    BackwardWalk<S, DenseRows<S>>(program, weights, source, x.size(0), g.const_data_ptr<S>(), dw,
-                                  to)
-        .run();
+    WeightGradients<S> dw(program, weights, needs);
+    BackwardWalk<S, DenseRows<S>> walk(
+        tree, weights_of(program, packed), source, dw.steps(), batch, g.const_data_ptr<S>(),
+        needs_x ? dx.mutable_data_ptr<S>() : nullptr, program.x_width);
+    walk.run(kept_pointer<T>("evaluate_backward", kept, batch * walk.kept_columns()));
     std::vector<Tensor> grads = dw.finish();
     grads.push_back(dx);
     return grads;

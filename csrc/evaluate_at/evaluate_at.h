@@ -11,11 +11,12 @@
 
 namespace htf {
 
-Tensor evaluate_at_cpu(const Program& program, const std::vector<Tensor>& weights,
-                       const Tensor& indices);
+// With keep: the result, and what the backward pass can use again (flat, possibly empty).
+std::vector<Tensor> evaluate_at_cpu(const Program& program, const std::vector<Tensor>& weights,
+                                    const Tensor& indices, bool keep);
 std::vector<Tensor> evaluate_at_backward_cpu(const Program& program, const Tensor& grad,
                                              const std::vector<Tensor>& weights,
-                                             const Tensor& indices,
+                                             const Tensor& indices, const Tensor& kept,
                                              const std::vector<int64_t>& needs);
 
 }  // namespace htf

@@ -2,31 +2,48 @@
 #include "evaluate_at/evaluate_at.h"
 
 namespace htf {
+namespace {
 
-Tensor evaluate_at_cpu(const Program& program, const std::vector<Tensor>& weights,
-                       const Tensor& indices) {
-  const Tensor at = torch::stable::contiguous(indices);
-  Tensor out = torch::stable::new_empty(weights[0], {at.size(0), program.outputs});
-  with_dtype(weights[0].scalar_type(), "evaluate_at", [&](auto s) {
+using Source = IndexRows<int64_t>;
+
+Source source_of(const Tensor& indices) {
+  return {indices.const_data_ptr<int64_t>(), indices.stride(0), indices.stride(1)};
+}
+
+}  // namespace
+
+std::vector<Tensor> evaluate_at_cpu(const Program& program, const std::vector<Tensor>& weights,
+                                    const Tensor& indices, bool keep) {
+  const int64_t batch = indices.size(0);
+  Tensor out = new_tensor(weights[0], {batch, program.outputs}, weights[0].scalar_type());
+  return with_dtype(weights[0].scalar_type(), "evaluate_at", [&](auto s) {
     using S = decltype(s);
-    const IndexRows<S> source{at.const_data_ptr<int64_t>(), program.order};
-    Walk<S, IndexRows<S>>(program, weights, source).forward(at.size(0), out.mutable_data_ptr<S>());
+    using T = typename ComputeOf<S>::type;
+    const auto packed = pack<S>(weights);
+    const Tree tree(program);
+    const Walk<S, Source> walk(tree, weights_of(program, packed), source_of(indices));
+    Tensor kept = keep ? kept_tensor<T>(out, batch * walk.kept_columns()) : out;
+    T* messages = keep && kept.numel() > 0 ? kept.mutable_data_ptr<T>() : nullptr;
+    walk.forward(batch, out.mutable_data_ptr<S>(), messages);
+    return keep ? std::vector<Tensor>{out, kept} : std::vector<Tensor>{out};
   });
-  return out;
 }
 
 std::vector<Tensor> evaluate_at_backward_cpu(const Program& program, const Tensor& grad,
                                              const std::vector<Tensor>& weights,
-                                             const Tensor& indices,
+                                             const Tensor& indices, const Tensor& kept,
                                              const std::vector<int64_t>& needs) {
-  const Tensor at = torch::stable::contiguous(indices), g = torch::stable::contiguous(grad);
+  const Tensor g = torch::stable::contiguous(grad);
+  const int64_t batch = indices.size(0);
   return with_dtype(weights[0].scalar_type(), "evaluate_at_backward", [&](auto s) {
     using S = decltype(s);
-    const IndexRows<S> source{at.const_data_ptr<int64_t>(), program.order};
-    WeightGradients<S> dw(weights, needs);
-    BackwardWalk<S, IndexRows<S>>(program, weights, source, at.size(0), g.const_data_ptr<S>(), dw,
-                                  nullptr)
-        .run();
+    using T = typename ComputeOf<S>::type;
+    const auto packed = pack<S>(weights);
+    const Tree tree(program);
+    WeightGradients<S> dw(program, weights, needs);
+    BackwardWalk<S, Source> walk(tree, weights_of(program, packed), source_of(indices), dw.steps(),
+                                 batch, g.const_data_ptr<S>(), nullptr, 0);
+    walk.run(kept_pointer<T>("evaluate_at_backward", kept, batch * walk.kept_columns()));
     return dw.finish();
   });
 }

@@ -83,10 +83,12 @@ class FullTensor {
 
   void backward(const T* grad, WeightGradients<S>& dw) {
     const int64_t root = p_.steps - 1;
-    wt_ = transpose(w_);
     wanted_.assign(p_.steps, false);
     for (int64_t s = 0; s < p_.steps; ++s) {
-      if (dw.needed(p_.step[s].group)) wanted_[s] = true;
+      if (dw.step(s) != nullptr) {
+        wanted_[s] = true;
+        std::fill_n(dw.step(s), p_.step[s].rows * padded<T>(p_.step[s].cols), T(0));
+      }
       if (wanted_[s] && p_.step[s].parent >= 0) wanted_[p_.step[s].parent] = true;
     }
     gradients_.resize(p_.steps);
@@ -226,7 +228,7 @@ class FullTensor {
   void root_backward(const T* grad, WeightGradients<S>& dw) {
     const int64_t root = p_.steps - 1, rank = p_.step[root].rows, outs = p_.outputs;
     const int64_t nl = left_.rows, nr = right_.rows, ld = left_.ld;
-    const bool own = dw.needed(p_.step[root].group);
+    const bool own = dw.step(root) != nullptr;
     const bool go_left = any_wanted(left_children_), go_right = any_wanted(right_children_);
     Matrix<T> d_left(nl, ld), d_right(nr, ld), z(nl, ld), scaled(nl, ld);
     std::fill_n(d_left.write(0), nl * ld, T(0));
@@ -251,8 +253,8 @@ class FullTensor {
             }
           });
       if (!own) continue;
-      T* to = dw.at(p_.step[root].group, p_.step[root].slot) + o;  // dw_o = column sums of L * Z
-      const int64_t stride = dw.ld(p_.step[root].group), blocks = ld / kPad<T>;
+      T* to = dw.step(root) + o;  // dw_o = column sums of L * Z
+      const int64_t stride = padded<T>(outs), blocks = ld / kPad<T>;
       for_each_item<T>(blocks, nl * ld, kPad<T>, [&](int64_t item, T* sums) {
         const int64_t j = item * kPad<T>;
         std::fill_n(sums, kPad<T>, T(0));
@@ -299,21 +301,23 @@ class FullTensor {
     const Step& st = p_.step[s];
     const Matrix<T> d = std::move(gradients_[s]);
     const int64_t ld_in = padded<T>(st.rows), rows = d.rows;
-    const bool own = dw.needed(st.group);
+    const bool own = dw.step(s) != nullptr;
     if (p_.is_leaf(s)) {
-      T* to = dw.at(st.group, st.slot);
+      T* to = dw.step(s);
       for (int64_t i = 0; i < rows * d.ld; ++i) to[i] += d.data[i];
       return;
     }
     const Group group = frames_of(children_[s]);
     const bool below = any_wanted(children_[s]);
     Matrix<T> dp(below ? rows : 0, ld_in);
+    const Matrix<T> wt =
+        below ? transposed(Matrix<T>(st.rows, d.ld, weight(s)), st.cols) : Matrix<T>();
     const int64_t blocks = own ? tiles_of(st.rows) : 0, down = below ? tiles_of(rows) : 0;
     for_each_item<T>(
         blocks + down, 2 * rows * st.rows * d.ld, kTile * kTile, [&](int64_t item, T* scratch) {
           if (item < blocks) {  // rows of dW = P^T dU
             const int64_t from = item * kTile, n = std::min(kTile, st.rows - from);
-            T* to = dw.at(st.group, st.slot) + from * d.ld;
+            T* to = dw.step(s) + from * d.ld;
             for (int64_t i = 0; i < rows; i += kTile) {
               const int64_t depth = std::min(kTile, rows - i);
               int64_t lda;
@@ -322,8 +326,7 @@ class FullTensor {
             }
           } else {  // dP = dU W^T
             const int64_t i = (item - blocks) * kTile, n = std::min(kTile, rows - i);
-            const auto& wt = wt_[st.group];
-            k_.gemm(n, ld_in, st.cols, d.row(i), d.ld, 1, wt.at(st.slot), wt.ld, dp.write(i), ld_in,
+            k_.gemm(n, ld_in, st.cols, d.row(i), d.ld, 1, wt.row(0), wt.ld, dp.write(i), ld_in,
                     Store::assign);
           }
         });
@@ -333,7 +336,6 @@ class FullTensor {
   const Program& p_;
   const Kernels<T>& k_;
   const std::vector<PackedGroup<S>> w_;
-  std::vector<TransposedGroup<T>> wt_;
   std::vector<std::vector<int64_t>> children_;
   std::vector<Matrix<T>> frames_;
   std::vector<int64_t> left_children_, right_children_;
@@ -346,7 +348,7 @@ class FullTensor {
 
 Tensor full_tensor_cpu(const Program& program, const std::vector<Tensor>& weights,
                        int64_t entries) {
-  Tensor out = torch::stable::new_empty(weights[0], {entries, program.outputs});
+  Tensor out = new_tensor(weights[0], {entries, program.outputs}, weights[0].scalar_type());
   with_dtype(weights[0].scalar_type(), "full_tensor", [&](auto s) {
     using S = decltype(s);
     FullTensor<S>(program, weights).forward(out.mutable_data_ptr<S>());
@@ -361,7 +363,7 @@ std::vector<Tensor> full_tensor_backward_cpu(const Program& program, const Tenso
   return with_dtype(weights[0].scalar_type(), "full_tensor_backward", [&](auto s) {
     using S = decltype(s);
     using T = typename ComputeOf<S>::type;
-    WeightGradients<S> dw(weights, needs);
+    WeightGradients<S> dw(program, weights, needs);
     FullTensor<S> tree(program, weights);
     if constexpr (std::is_same_v<S, T>) {
       tree.backward(g.const_data_ptr<T>(), dw);

@@ -38,8 +38,15 @@ class Kernel:
         """The result of the operation."""
         raise NotImplementedError
 
-    def backward(self, grad: Tensor, tensors: Tensors, needs: Sequence[bool]) -> list[Tensor]:
-        """Gradients of the arguments; an empty tensor where one is not needed."""
+    def forward_keeping(self, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The result, and what the backward pass need not compute again."""
+        return self.forward(*tensors), None
+
+    def backward(
+        self, grad: Tensor, tensors: Tensors, needs: Sequence[bool], kept: Tensor | None = None
+    ) -> list[Tensor]:
+        """Gradients of the arguments; an empty tensor where one is not needed. ``kept`` is what
+        :meth:`forward_keeping` returned, or None."""
         raise NotImplementedError
 
     def reference(self, *tensors: Tensor) -> Tensor:
@@ -81,18 +88,17 @@ class _Forward(Function):
     @staticmethod
     def forward(ctx: Any, kernel: Kernel, *tensors: Tensor) -> Tensor:
         ctx.kernel = kernel
-        ctx.save_for_backward(*tensors)
-        return kernel.forward(*tensors)
+        result, kept = kernel.forward_keeping(*tensors)
+        ctx.save_for_backward(*tensors, kept)
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[1:]
+        *tensors, kept = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return (
-                None,
-                *_optional(_Backward.apply(ctx.kernel, needs, grad, *ctx.saved_tensors), needs),
-            )
-        return (None, *_optional(ctx.kernel.backward(grad, ctx.saved_tensors, needs), needs))
+            return (None, *_optional(_Backward.apply(ctx.kernel, needs, grad, *tensors), needs))
+        return (None, *_optional(ctx.kernel.backward(grad, tuple(tensors), needs, kept), needs))
 
 
 class _Backward(Function):

@@ -52,9 +52,25 @@ def _(weights: list[Tensor], x: Tensor, program: Tensor, out_features: int) -> T
     return x.new_empty(x.shape[0], out_features)
 
 
+def _kept(like: Tensor, elements: Any) -> Tensor:
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return like.new_empty(elements, dtype=dtype)
+
+
+@torch.library.register_fake("htfkernels::evaluate_keeping")
+def _(weights: list[Tensor], x: Tensor, program: Tensor, out_features: int) -> list[Tensor]:
+    size = torch.library.get_ctx().new_dynamic_size()
+    return [x.new_empty(x.shape[0], out_features), _kept(x, size)]
+
+
 @torch.library.register_fake("htfkernels::evaluate_backward")
 def _(
-    grad: Tensor, weights: list[Tensor], x: Tensor, program: Tensor, needs: list[int]
+    grad: Tensor,
+    weights: list[Tensor],
+    x: Tensor,
+    kept: Tensor,
+    program: Tensor,
+    needs: list[int],
 ) -> list[Tensor]:
     return _fake_gradients([*weights, x], needs)
 
@@ -68,7 +84,8 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
 def _evaluate_backward(ctx: Any, grad: Tensor) -> Any:
     *weights, x, program = ctx.saved_tensors
     needs = [*ctx.needs_input_grad[0], ctx.needs_input_grad[1]]
-    grads = ops.evaluate_backward(grad, weights, x, program, [int(n) for n in needs])
+    kept = grad.new_empty(0)
+    grads = ops.evaluate_backward(grad, weights, x, kept, program, [int(n) for n in needs])
     *by_weight, by_x = (g if n else None for g, n in zip(grads, needs, strict=True))
     return by_weight, by_x, None, None
 
@@ -85,9 +102,20 @@ def _(weights: list[Tensor], indices: Tensor, program: Tensor, out_features: int
     return weights[0].new_empty(indices.shape[0], out_features)
 
 
+@torch.library.register_fake("htfkernels::evaluate_at_keeping")
+def _(weights: list[Tensor], indices: Tensor, program: Tensor, out_features: int) -> list[Tensor]:
+    size = torch.library.get_ctx().new_dynamic_size()
+    return [weights[0].new_empty(indices.shape[0], out_features), _kept(weights[0], size)]
+
+
 @torch.library.register_fake("htfkernels::evaluate_at_backward")
 def _(
-    grad: Tensor, weights: list[Tensor], indices: Tensor, program: Tensor, needs: list[int]
+    grad: Tensor,
+    weights: list[Tensor],
+    indices: Tensor,
+    kept: Tensor,
+    program: Tensor,
+    needs: list[int],
 ) -> list[Tensor]:
     return _fake_gradients(weights, needs)
 
@@ -95,7 +123,9 @@ def _(
 def _evaluate_at_backward(ctx: Any, grad: Tensor) -> Any:
     *weights, indices, program = ctx.saved_tensors
     needs = ctx.needs_input_grad[0]
-    grads = ops.evaluate_at_backward(grad, weights, indices, program, [int(n) for n in needs])
+    kept = grad.new_empty(0)
+    mask = [int(n) for n in needs]
+    grads = ops.evaluate_at_backward(grad, weights, indices, kept, program, mask)
     return [g if n else None for g, n in zip(grads, needs, strict=True)], None, None, None
 
 
@@ -104,6 +134,64 @@ torch.library.register_autograd(
 )
 torch.library.register_autograd(
     "htfkernels::evaluate_at_backward", _no_second, setup_context=_ignore
+)
+
+
+# -- evaluate_at_planned --------------------------------------------------------------------------
+
+
+@torch.library.register_fake("htfkernels::evaluate_at_planned")
+def _(
+    weights: list[Tensor],
+    program: Tensor,
+    table: Tensor,
+    lists: Tensor,
+    batch: int,
+    out_features: int,
+) -> Tensor:
+    return weights[0].new_empty(batch, out_features)
+
+
+@torch.library.register_fake("htfkernels::evaluate_at_planned_keeping")
+def _(
+    weights: list[Tensor],
+    program: Tensor,
+    table: Tensor,
+    lists: Tensor,
+    batch: int,
+    out_features: int,
+) -> list[Tensor]:
+    size = torch.library.get_ctx().new_dynamic_size()
+    return [weights[0].new_empty(batch, out_features), _kept(weights[0], size)]
+
+
+@torch.library.register_fake("htfkernels::evaluate_at_planned_backward")
+def _(
+    grad: Tensor,
+    weights: list[Tensor],
+    kept: Tensor,
+    program: Tensor,
+    table: Tensor,
+    lists: Tensor,
+    needs: list[int],
+) -> list[Tensor]:
+    return _fake_gradients(weights, needs)
+
+
+def _evaluate_at_planned_backward(ctx: Any, grad: Tensor) -> Any:
+    *weights, program, table, lists = ctx.saved_tensors
+    needs = ctx.needs_input_grad[0]
+    mask, kept = [int(n) for n in needs], grad.new_empty(0)
+    grads = ops.evaluate_at_planned_backward(grad, weights, kept, program, table, lists, mask)
+    by_weight = [g if n else None for g, n in zip(grads, needs, strict=True)]
+    return by_weight, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "htfkernels::evaluate_at_planned", _evaluate_at_planned_backward, setup_context=_save
+)
+torch.library.register_autograd(
+    "htfkernels::evaluate_at_planned_backward", _no_second, setup_context=_ignore
 )
 
 

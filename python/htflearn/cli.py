@@ -23,6 +23,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "htflearn.commands.complete:complete",
         "Fill in the missing entries of a tensor, a table or a picture.",
     ),
+    "bench": (
+        "htflearn.commands.bench:bench",
+        "Time the kernels against PyTorch and other libraries; compare two runs.",
+    ),
     "info": (
         "htflearn.commands.info:info",
         "Show versions, threads, and which backends run here.",

@@ -94,22 +94,27 @@ class CompletionTask:
     def predict(self, model: hk.HTF, rows: Tensor | None = None) -> Tensor:
         """The model's training entries ``[M]``, or those of ``rows [B]``.
 
-        Where the tensor has few entries for the samples asked, all of it is formed and the entries
-        are picked: each node is evaluated once per distinct sub-index, where the walk per sample
-        evaluates it once per sample.
+        All of them are evaluated by an index plan, each node once per distinct sub-tuple of its
+        modes. Of a batch, all of the tensor is formed and the entries are picked where it has few
+        entries for that; else it gets a plan of its own where that pays.
         """
-        count = self.num_samples if rows is None else len(rows)
-        if _full_is_cheaper(self.dims, count):
-            linear = self._linear if rows is None else self._linear[rows]
-            return self._full(model).reshape(-1).index_select(0, linear)
-        return model.at(self.indices if rows is None else self.indices[rows])
+        self._check_dims(model.layout.mode_dims)
+        if rows is None:
+            return model.at(model.index_plan(self.indices))
+        if _full_is_cheaper(self.dims, len(rows)):
+            return self._full(model).reshape(-1).index_select(0, self._linear[rows])
+        indices = self.indices[rows]
+        pays = hk.IndexPlan.pays(model.layout, len(rows))
+        return model.at(hk.IndexPlan.make(model.layout, indices) if pays else indices)
+
+    def _check_dims(self, dims: Sequence[int]) -> None:
+        if tuple(dims) != self.dims:
+            shapes = f"the model's tensor is {list(dims)}, the task's {list(self.dims)}"
+            raise ValueError(f"CompletionTask: {shapes}")
 
     def _full(self, model: hk.HTF) -> Tensor:
-        full = model.full_tensor()
-        if tuple(full.shape) != self.dims:
-            shapes = f"the model's tensor is {list(full.shape)}, the task's {list(self.dims)}"
-            raise ValueError(f"CompletionTask: {shapes}")
-        return full
+        self._check_dims(model.layout.mode_dims)
+        return model.full_tensor()
 
     def loss(self, model: hk.HTF, rows: Tensor | None = None) -> Tensor:
         """Scalar loss on the training entries: all, or those of ``rows [B]``."""
@@ -128,7 +133,8 @@ class CompletionTask:
             train = full.reshape(-1).index_select(0, self._linear)
             test = full.reshape(-1).index_select(0, self._test_linear)
         else:
-            train, test = model.at(self.indices), model.at(self.test_indices)
+            train = model.at(model.index_plan(self.indices))
+            test = model.at(model.index_plan(self.test_indices))
         scores = {"train_loss": self.loss_function(train, self.values)}
         if len(self.test_values):
             scores |= _test_scores(self.loss_function, test, self.test_values)

@@ -44,20 +44,23 @@ class Spy:
 
     def __init__(self, inner: hk.HTF) -> None:
         self.inner, self.routes = inner, []  # type: ignore[var-annotated]
+        self.layout, self.index_plan = inner.layout, inner.index_plan
 
     def full_tensor(self) -> Tensor:
         self.routes.append("full")
         return self.inner.full_tensor()
 
-    def at(self, indices: Tensor) -> Tensor:
-        self.routes.append("at")
+    def at(self, indices: Tensor | hk.IndexPlan) -> Tensor:
+        self.routes.append("plan" if isinstance(indices, hk.IndexPlan) else "at")
         return self.inner.at(indices)
 
 
-def test_both_routes_give_the_same_entries_and_gradients() -> None:
+def test_all_routes_give_the_same_entries_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     task, htf = completion(target(), 60, generator=generator()), model()
-    rows = torch.tensor([5, 0, 59, 5])
-    for chosen, route in ((None, "full"), (rows, "at")):
+    rows, many = torch.tensor([5, 0, 59, 5]), torch.arange(60).repeat(2)
+    for chosen, route in ((None, "plan"), (rows, "at"), (many, "full"), (rows, "plan")):
+        if (chosen is rows) and route == "plan":
+            monkeypatch.setattr(hk.IndexPlan, "pays", staticmethod(lambda layout, batch: True))
         spy = Spy(htf)
         predicted = task.predict(spy, chosen)  # type: ignore[arg-type]
         assert spy.routes == [route]
@@ -77,7 +80,7 @@ def test_a_tensor_too_large_to_form_is_never_formed() -> None:
     spy = Spy(hk.HTF(hk.ModeTree.balanced(3), dims, 2))
     task.loss(spy)  # type: ignore[arg-type]
     assert set(task.evaluate(spy)) == {"train_loss", "test_loss", "test_mse"}  # type: ignore[arg-type]
-    assert set(spy.routes) == {"at"}
+    assert set(spy.routes) == {"plan"}
 
 
 def test_a_tree_whose_modes_are_not_in_order() -> None:

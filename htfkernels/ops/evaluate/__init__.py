@@ -27,8 +27,22 @@ class _Evaluate(autograd.Kernel):
             layout.out_features,
         )
 
+    def forward_keeping(self, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
+        from htfkernels.ops.library import call, ops
+
+        *weights, x = tensors
+        layout = self.layout
+        result, kept = call(
+            ops.evaluate_keeping.default, weights, x, layout.program, layout.out_features
+        )
+        return result, kept
+
     def backward(
-        self, grad: Tensor, tensors: Sequence[Tensor], needs: Sequence[bool]
+        self,
+        grad: Tensor,
+        tensors: Sequence[Tensor],
+        needs: Sequence[bool],
+        kept: Tensor | None = None,
     ) -> list[Tensor]:
         from htfkernels.ops.library import call, ops
 
@@ -38,6 +52,7 @@ class _Evaluate(autograd.Kernel):
             grad,
             list(tensors[:-1]),
             tensors[-1],
+            grad.new_empty(0) if kept is None else kept,
             self.layout.program,
             mask,
         )

@@ -25,7 +25,11 @@ class _FullTensor(autograd.Kernel):
         )
 
     def backward(
-        self, grad: Tensor, tensors: Sequence[Tensor], needs: Sequence[bool]
+        self,
+        grad: Tensor,
+        tensors: Sequence[Tensor],
+        needs: Sequence[bool],
+        kept: Tensor | None = None,
     ) -> list[Tensor]:
         from htfkernels.ops.library import call, ops
 

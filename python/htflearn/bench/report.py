@@ -1,0 +1,250 @@
+"""What was measured: a file with its provenance, tables, and two files compared."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import htfkernels as hk
+from htflearn.bench.implementations import OURS
+from htflearn.errors import UserError
+from htflearn.metrics import plain
+
+__all__ = ["load", "print_change", "print_summary", "print_workload", "provenance", "save"]
+
+Row = dict[str, Any]
+
+_VISIBLE = 0.05  # changes up to this are noise
+_WIDTH = 120
+_ENVIRONMENT = ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "HTF_BACKEND", "HTF_CPU")
+
+
+def provenance(gemm: float, dtype: str, scale: str) -> dict[str, Any]:
+    """Where, when, with what and by which command the numbers were made."""
+    return {
+        "processor": _processor(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "dtype": dtype,
+        "scale": scale,
+        "gemm_gflops": gemm,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "htfkernels": hk.__version__,
+        "numpy": _version("numpy"),
+        "opt_einsum": _version("opt_einsum"),
+        "cirkit": _version("libcirkit"),
+        "commit": _commit(Path(hk.__file__).parent),
+        "command": shlex.join(["htf", *sys.argv[1:]]),
+        "environment": {k: os.environ[k] for k in _ENVIRONMENT if k in os.environ},
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _processor() -> str:
+    found: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            found.setdefault(key.strip(), value.strip())
+    except OSError:
+        pass
+    name = found.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" not in found:
+        return name
+    return f"{name} (family {found['cpu family']}, model {found.get('model', '?')})"
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit(folder: Path) -> str | None:
+    """The commit of a checkout, "+changes" behind it where files differ from it."""
+
+    def git(*arguments: str) -> str:
+        # Without locks: another git command may be at work in the checkout.
+        command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def save(path: Path, made: dict[str, Any], rows: Sequence[Row]) -> None:
+    """Writes ``{"provenance": ..., "rows": [...]}``, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    text = json.dumps(plain({"provenance": made, "rows": list(rows)}), indent=1)
+    draft = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=f".{path.stem}-", delete=False
+        ) as file:
+            draft = Path(file.name)
+            file.write(text + "\n")
+        draft.chmod(0o644)
+        os.replace(draft, path)
+    except OSError as error:
+        if draft is not None:
+            draft.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What :func:`save` wrote.
+
+    Raises:
+        UserError: there is no such file, or it is none of these.
+    """
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is no file of htf bench: {error}") from error
+    keys = {"workload", "implementation", "pass", "median_ms", "sizes"}
+    good = isinstance(data, dict) and isinstance(data.get("provenance"), dict)
+    rows = data.get("rows") if good else None
+    if not isinstance(rows, list) or not all(isinstance(r, dict) and keys <= set(r) for r in rows):
+        raise UserError(f"{path} is no file of htf bench: it has no provenance and rows")
+    return data
+
+
+def print_workload(rows: Sequence[Row], summary: str) -> None:
+    """A table of one workload's rows; under it, who is missing and why."""
+    sizes = ", ".join(
+        f"{k}={f'{v[0]}..{v[1]}' if isinstance(v, list) else v}"
+        for k, v in rows[0]["sizes"].items()
+    )
+    table = Table(title=f"{rows[0]['workload']}: {summary} ({sizes})", title_justify="left")
+    for name in ("pass", "implementation"):
+        table.add_column(name, no_wrap=True)
+    for name in ("ms", "min", "x ours", "GFLOP/s", "% of GEMM", "peak MB"):
+        table.add_column(name, justify="right")
+    ours = {row["pass"]: row["median_ms"] for row in rows if row["implementation"] == OURS}
+    shown = ""
+    for row in (row for row in rows if row["median_ms"]):
+        if shown and shown != row["pass"]:
+            table.add_section()
+        base = ours.get(row["pass"])
+        fraction = row["fraction_of_gemm"]
+        table.add_row(
+            row["pass"] if shown != row["pass"] else "",
+            row["implementation"],
+            _number(row["median_ms"]),
+            _number(row["min_ms"]),
+            _number(row["median_ms"] / base if base else None),
+            _number(row["gflops"]),
+            _number(None if fraction is None else 100 * fraction),
+            _number(row["peak_mb"]),
+        )
+        shown = row["pass"]
+    console = _console()
+    console.print(table)
+    missing: dict[str, list[str]] = {}
+    for row in (row for row in rows if row["error"]):
+        missing.setdefault(f"{row['implementation']}: {row['error']}", []).append(row["pass"])
+    for sentence, passes in missing.items():
+        where = "" if len(passes) == len({r["pass"] for r in rows}) else f" [{'; '.join(passes)}]"
+        console.print(f"  {sentence}{where}", markup=False, highlight=False)
+
+
+def print_summary(rows: Sequence[Row]) -> None:
+    """For each workload and pass: ours, the best of the others, and how much slower that is."""
+    table = Table(title="Ours and the best of the others", title_justify="left")
+    for name in ("workload", "pass"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("ours, ms", justify="right")
+    table.add_column("best other", no_wrap=True)
+    table.add_column("ms", justify="right")
+    table.add_column("x ours", justify="right")
+    cases = dict.fromkeys((row["workload"], row["pass"]) for row in rows)
+    for workload, name in cases:
+        timed = {
+            row["implementation"]: row["median_ms"]
+            for row in rows
+            if (row["workload"], row["pass"]) == (workload, name) and row["median_ms"]
+        }
+        ours = timed.get(OURS)
+        others = {k: v for k, v in timed.items() if not k.startswith(OURS)}
+        best = min(others, key=lambda k: others[k], default=None)
+        time = others[best] if best else None
+        ratio = time / ours if time and ours else None
+        table.add_row(
+            workload, name, _number(ours), best or "-", _number(time), _number(ratio, "x")
+        )
+    _console().print(table)
+
+
+def print_change(first: Path, second: Path) -> None:
+    """The change of each row from one file to another: the ratio of the medians.
+
+    Raises:
+        UserError: a file cannot be read, or they have no row in common.
+    """
+    a, b = load(first), load(second)
+
+    def key(row: Row) -> tuple[str, str, str, str]:
+        sizes = json.dumps(row["sizes"], sort_keys=True)
+        return row["workload"], row["implementation"], row["pass"], sizes
+
+    before = {key(row): row["median_ms"] for row in a["rows"]}
+    common = [row for row in b["rows"] if row["median_ms"] and before.get(key(row))]
+    if not common:
+        raise UserError(f"{first} and {second} have no timed row in common")
+    table = Table(title=f"{first.name} -> {second.name}", title_justify="left")
+    for name in ("workload", "implementation", "pass"):
+        table.add_column(name, no_wrap=True)
+    for name in ("before, ms", "after, ms", "after/before"):
+        table.add_column(name, justify="right")
+    for row in common:
+        ratio = row["median_ms"] / before[key(row)]
+        style = "green" if ratio < 1 - _VISIBLE else "red" if ratio > 1 + _VISIBLE else None
+        names = (row["workload"], row["implementation"], row["pass"])
+        times = (_number(before[key(row)]), _number(row["median_ms"]))
+        table.add_row(*names, *times, f"{ratio:.3f}", style=style)
+    console = _console()
+    console.print(table)
+    for field in ("processor", "capability", "threads", "dtype", "torch", "environment"):
+        old, new = a["provenance"].get(field), b["provenance"].get(field)
+        if old != new:
+            line = f"  not the same {field}: {old} and {new}"
+            console.print(line, markup=False, highlight=False)
+
+
+def _console() -> Console:
+    """Standard output; wide enough for the tables where it is no terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, _WIDTH))
+
+
+def _number(value: float | None, unit: str = "") -> str:
+    if value is None:
+        return "-"
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
+    return f"{value:,.{digits}f}{unit}"

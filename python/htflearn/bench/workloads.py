@@ -1,0 +1,231 @@
+"""What is timed: models, their sizes and their data."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import htfkernels as hk
+from htfkernels.testing import random_tree
+
+__all__ = ["PASSES", "SCALES", "Kind", "Problem", "Workload", "workloads"]
+
+Kind = Literal["vectors", "indices", "tensor"]
+
+PASSES = {
+    "forward": "forward",
+    "backward": "forward+backward",
+    "inputs": "forward+backward, inputs",
+}
+"""Name on the command line -> name in tables and files. ``backward`` differentiates by the weights,
+``inputs`` by weights and vectors."""
+
+SCALES = ("full", "tiny")
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model and what is asked of it.
+
+    Attributes:
+        name, summary: for tables.
+        kind: evaluated on vectors, at indices, or as the full tensor.
+        layout: tree and shapes.
+        batch: number of vectors or indices; of entries for the full tensor.
+        init_std: of the weights, as :class:`htfkernels.HTF` takes it.
+        distinct: whether the indices are different from each other.
+    """
+
+    name: str
+    summary: str
+    kind: Kind
+    layout: hk.Layout
+    batch: int
+    init_std: float | None = None
+    distinct: bool = False
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """Those of :data:`PASSES` that make sense: only vectors have gradients."""
+        return tuple(PASSES) if self.kind == "vectors" else ("forward", "backward")
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """N, D, R and B; a pair is the range of sizes that differ."""
+        dims, ranks = self.layout.mode_dims, self.layout.ranks
+        span = {"D": (min(dims), max(dims)), "R": (min(ranks), max(ranks))}
+        either = {k: low if low == high else [low, high] for k, (low, high) in span.items()}
+        return {"N": self.layout.tree.order, **either, "B": self.batch}
+
+    def build(self, dtype: torch.dtype) -> Problem:
+        """The model and its data, the same numbers in every run."""
+        layout = self.layout
+        ranks = dict(zip(layout.tree.interior, layout.ranks, strict=True))
+        model = hk.HTF(layout.tree, layout.mode_dims, ranks, init_std=self.init_std)
+        generator = torch.Generator().manual_seed(_SEED)
+        model.reset_parameters(generator)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(dtype)
+
+        vectors: Tensor | list[Tensor] | None = None
+        indices = None
+        dims, batch = layout.mode_dims, self.batch
+        shape: tuple[int, ...] = (batch,)
+        if self.kind == "vectors":
+            same = len(set(dims)) == 1
+            vectors = draw(batch, len(dims), dims[0]) if same else [draw(batch, d) for d in dims]
+        elif self.kind == "tensor":
+            shape = dims
+        elif self.distinct:
+            flat = torch.randperm(prod(dims), generator=generator)[:batch]
+            indices = torch.stack(torch.unravel_index(flat, dims), 1)
+        else:
+            columns = [torch.randint(d, (batch,), generator=generator) for d in dims]
+            indices = torch.stack(columns, 1)
+        return Problem(self, model.to(dtype), vectors, indices, draw(*shape))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A workload with its numbers.
+
+    Attributes:
+        workload: what it is.
+        model: holds the weights that all implementations use.
+        vectors: ``[B, N, D]``, or ``N`` tensors ``[B, D_n]`` where the dimensions differ.
+        indices: ``[B, N]``.
+        cotangent: shaped as the result; the loss is ``<cotangent, result>``.
+    """
+
+    workload: Workload
+    model: hk.HTF
+    vectors: Tensor | list[Tensor] | None
+    indices: Tensor | None
+    cotangent: Tensor
+
+    @property
+    def columns(self) -> list[Tensor]:
+        """The vectors of each mode, ``[B, D_n]``."""
+        if self.vectors is None:
+            return []
+        return list(self.vectors.unbind(1) if isinstance(self.vectors, Tensor) else self.vectors)
+
+    def flops(self, which: str) -> int | None:
+        """Multiply-adds times two of the matrix products that a pass needs.
+
+        On vectors: one row of the batch at a time through every node. At indices and for the full
+        tensor: every node once for each different index tuple of its own modes, leaves being rows
+        that are looked up; an implementation that does not share this work does more than it is
+        credited with.
+
+        Args:
+            which: a key of :data:`PASSES`.
+
+        Returns:
+            the number, or None where the index tuples are too long to be told apart.
+        """
+        layout = self.workload.layout
+        leaves = sum(2 * len(g.nodes) * g.rows * g.cols for g in layout.groups if not g.level)
+        leaves *= self.workload.batch
+        if self.workload.kind == "vectors":
+            forward = layout.flops(self.workload.batch)
+        elif self._rows is None:
+            return None
+        else:
+            leaves, forward = 0, 0
+            for node, rows in zip(layout.tree.interior, self._rows, strict=True):
+                forward += 2 * rows * prod(layout.shape(node))
+        # Backward: a product for each weight, one for each interior node's input, and with
+        # `inputs` one for each leaf's.
+        return {"forward": forward, "backward": 3 * forward - leaves, "inputs": 3 * forward}[which]
+
+    @cached_property
+    def _rows(self) -> list[int] | None:
+        """Different index tuples below each interior node."""
+        dims, interior = self.workload.layout.mode_dims, self.workload.layout.tree.interior
+        if self.indices is None:
+            return [prod(dims[n] for n in node.modes) for node in interior]
+        if prod(dims) >= 2**63:
+            return None
+        counts = []
+        for node in interior:
+            key = torch.zeros(len(self.indices), dtype=torch.int64)
+            for n in node.modes:
+                key = key * dims[n] + self.indices[:, n]
+            counts.append(len(key.unique()))
+        return counts
+
+
+def workloads(scale: str = "full") -> dict[str, Workload]:
+    """All workloads by name.
+
+    Args:
+        scale: ``"full"``, or ``"tiny"`` for trees of the same kinds that take milliseconds.
+
+    Example:
+        >>> list(workloads("tiny"))[:2]
+        ['wide', 'medium']
+    """
+    tiny = scale == "tiny"
+    made = [make(tiny) for make in _MAKERS]
+    return {workload.name: workload for workload in made}
+
+
+def _balanced(
+    name: str, summary: str, full: tuple[int, int, int, int], small: tuple[int, int, int, int]
+) -> Callable[[bool], Workload]:
+    def make(tiny: bool) -> Workload:
+        order, dim, rank, batch = small if tiny else full
+        layout = hk.Layout.make(hk.ModeTree.balanced(order), dim, rank)
+        return Workload(name, summary, "vectors", layout, batch)
+
+    return make
+
+
+def _ragged(tiny: bool) -> Workload:
+    order, batch = (12, 20) if tiny else (100, 300)
+    tree, draw = random_tree(order, _SEED), random.Random(_SEED)
+    dims = [draw.randint(3, 17) for _ in range(order)]
+    ranks = {node: draw.randint(7, 61) for node in tree.interior}
+    summary = "vectors, irregular tree of 1 to 4 children, all sizes different"
+    return Workload("ragged", summary, "vectors", hk.Layout.make(tree, dims, ranks), batch)
+
+
+def _paper(tiny: bool) -> Workload:
+    dim, rank, batch = (3, 8, 40) if tiny else (8, 512, 2048)
+    layout = hk.Layout.make(hk.ModeTree.balanced(4), dim, rank)
+    summary = "indices, the paper's completion setting: half of the entries of a small tensor"
+    return Workload("paper", summary, "indices", layout, batch, init_std=0.01, distinct=True)
+
+
+def _completion(tiny: bool) -> Workload:
+    dim, rank, batch = (5, 4, 1000) if tiny else (50, 32, 1_000_000)
+    layout = hk.Layout.make(hk.ModeTree.balanced(6), dim, rank)
+    return Workload("completion", "indices, many of a large tensor", "indices", layout, batch)
+
+
+def _dense(tiny: bool) -> Workload:
+    order, dim, rank = (4, 4, 4) if tiny else (8, 8, 32)
+    layout = hk.Layout.make(hk.ModeTree.balanced(order), dim, rank)
+    return Workload("dense", "the full tensor", "tensor", layout, layout.num_entries)
+
+
+_MAKERS: list[Callable[[bool], Workload]] = [
+    _balanced("wide", "vectors, large matrices", (256, 64, 128, 512), (8, 8, 16, 32)),
+    _balanced("medium", "vectors, medium matrices", (64, 16, 64, 1024), (16, 4, 8, 32)),
+    _balanced("deep", "vectors, many modes, small matrices", (1024, 8, 32, 256), (32, 2, 4, 16)),
+    _balanced("small", "vectors, few small matrices", (16, 8, 16, 1024), (8, 4, 4, 32)),
+    _ragged,
+    _paper,
+    _completion,
+    _dense,
+]
