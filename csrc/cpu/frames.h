@@ -138,7 +138,7 @@ class Frames {
         for (int64_t j = 0; j < all; j += part)
           items.push_back({static_cast<int64_t>(r), i, std::min(kRows, f.rows - i), j,
                            std::min(part, all - j)});
-      work += f.rows * all * (f.step >= 0 ? p_.step[f.step].rows : 1);
+      work += f.rows * all * (f.step >= 0 ? p_.step[f.step].rows : kMoved);
     }
     for_each_item<T>(static_cast<int64_t>(items.size()), work, kRows * widest_,
                      [&](int64_t number, T* scratch) {
@@ -183,7 +183,7 @@ class Frames {
       size += st.cols * padded<T>(st.rows);
     }
     transposed_ = Buffer<T>(size);
-    for_each_item<T>(static_cast<int64_t>(items.size()), size, 0, [&](int64_t number, T*) {
+    for_each_item<T>(static_cast<int64_t>(items.size()), kMoved * size, 0, [&](int64_t number, T*) {
       const Item& it = items[number];
       const Step& st = p_.step[row_[it.row].step];
       const int64_t ldt = padded<T>(st.rows);
@@ -270,7 +270,7 @@ class Frames {
       if (f.level != level || product_gradient_[r] == nullptr || f.right == kNoOperand) continue;
       for (const int64_t op : {f.left, f.right}) {
         if (gradient(op) == nullptr) continue;
-        work += f.rows * ld(op);
+        work += kMoved * f.rows * ld(op);
         const int64_t all = rows(op), part = std::max<int64_t>(1, std::min(kRows, all / 16));
         for (int64_t i = 0; i < all; i += part)
           items.push_back(

@@ -49,8 +49,9 @@ inline std::string describe(const Tensor& t) {
   return text.str();
 }
 
-// Work below this many multiply-adds (or elements moved) is not worth waking other threads for.
-constexpr int64_t kWorthThreads = 1 << 16;
+// Work below this many multiply-adds is not worth waking other threads for: about 10 microseconds'.
+constexpr int64_t kWorthThreads = 1 << 19;
+constexpr int64_t kMoved = 8;  // multiply-adds in the time of moving one element
 
 // Runs f(item, scratch) for every item, the next free thread taking the next item; items must not
 // share results. Each thread has scratch memory of its own. Allocates before the threads start: an

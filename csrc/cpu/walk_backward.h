@@ -172,7 +172,7 @@ class BackwardWalk : public Walk<S, Rows> {
         size += tree_.step[*c].cols * ld_rows(*c);
       }
     }
-    work = size;
+    work = kMoved * size;
     transposed_ = Buffer<T>(size);
     transposed_at_.assign(tree_.steps, nullptr);
     for_each_item<T>(static_cast<int64_t>(top_.size()), work, 0, [&](int64_t i, T*) {

@@ -48,7 +48,7 @@ struct PackedGroup {
     }
     copy = Buffer<T>(count * rows * ld);
     data = copy.get();
-    for_each_item<T>(count, count * rows * ld, 0, [&](int64_t f, T*) {
+    for_each_item<T>(count, kMoved * count * rows * ld, 0, [&](int64_t f, T*) {
       pack_rows(rows, cols, x + f * rows * cols, cols, copy.get() + f * rows * ld, ld);
     });
   }

@@ -135,7 +135,7 @@ class Planned {
     const T *left = frames_.frame(a.operand), *right = frames_.frame(n.operand);
     const int32_t *start = plan_.lists + a.start, *order = plan_.lists + a.order;
     for_each_item<T>(
-        (a.rows + part - 1) / part, plan_.batch * ld, ld, [&](int64_t item, T* scaled) {
+        (a.rows + part - 1) / part, kMoved * plan_.batch * ld, ld, [&](int64_t item, T* scaled) {
           for (int64_t i = item * part; i < std::min(a.rows, (item + 1) * part); ++i) {
             k_.product(1, ld, left + i * ld, ld, w.get(), ld, scaled, ld, Store::assign);
             for (int64_t q = start[i]; q < start[i + 1]; ++q)
@@ -165,23 +165,26 @@ class Planned {
     const int64_t part_a = rows_together(a), part_n = rows_together(n);
     const int64_t items_a = da != nullptr || own ? (a.rows + part_a - 1) / part_a : 0;
     const int64_t items_n = dn != nullptr ? (n.rows + part_n - 1) / part_n : 0;
-    for_each_item<T>(items_a + items_n, 2 * plan_.batch * ld, ld, [&](int64_t item, T* scratch) {
-      const bool left = item < items_a;
-      const CutRow &mine = left ? a : n, &other = left ? n : a;
-      const int64_t part = left ? part_a : part_n, first = (left ? item : item - items_a) * part;
-      T* d = left ? da : dn;
-      for (int64_t i = first; i < std::min(mine.rows, first + part); ++i) {
-        const int64_t from = plan_.lists[mine.start + i];
-        T* sum = left && own ? z.get() + i * ld : scratch;
-        k_.sum_rows(ld, plan_.lists[mine.start + i + 1] - from, plan_.lists + mine.order + from, g,
-                    ids(other), frames_.frame(other.operand), ld, sum);
-        if (d != nullptr) k_.product(1, ld, sum, ld, w.get(), ld, d + i * ld, ld, Store::assign);
-      }
-    });
+    for_each_item<T>(
+        items_a + items_n, 2 * kMoved * plan_.batch * ld, ld, [&](int64_t item, T* scratch) {
+          const bool left = item < items_a;
+          const CutRow &mine = left ? a : n, &other = left ? n : a;
+          const int64_t part = left ? part_a : part_n,
+                        first = (left ? item : item - items_a) * part;
+          T* d = left ? da : dn;
+          for (int64_t i = first; i < std::min(mine.rows, first + part); ++i) {
+            const int64_t from = plan_.lists[mine.start + i];
+            T* sum = left && own ? z.get() + i * ld : scratch;
+            k_.sum_rows(ld, plan_.lists[mine.start + i + 1] - from, plan_.lists + mine.order + from,
+                        g, ids(other), frames_.frame(other.operand), ld, sum);
+            if (d != nullptr)
+              k_.product(1, ld, sum, ld, w.get(), ld, d + i * ld, ld, Store::assign);
+          }
+        });
     if (!own) return;
     const int64_t rank = p_.step[p_.steps - 1].rows;
     const T* frame = frames_.frame(a.operand);
-    for_each_item<T>(ld / kPad<T>, a.rows * ld, kPad<T>, [&](int64_t item, T* sums) {
+    for_each_item<T>(ld / kPad<T>, kMoved * a.rows * ld, kPad<T>, [&](int64_t item, T* sums) {
       const int64_t j = item * kPad<T>;
       std::fill_n(sums, kPad<T>, T(0));
       k_.product(a.rows, kPad<T>, frame + j, ld, z.get() + j, ld, sums, 0, Store::add);

@@ -140,7 +140,7 @@ class FullTensor {
     }
     if (group.size() == 1) return Matrix<T>(group[0]->rows, ld, group[0]->data);
     Matrix<T> all(rows_of(group), ld);
-    for_each_item<T>(tiles_of(all.rows), all.rows * ld, 0, [&](int64_t item, T*) {
+    for_each_item<T>(tiles_of(all.rows), kMoved * all.rows * ld, 0, [&](int64_t item, T*) {
       const int64_t i = item * kTile;
       int64_t unused;
       khatri_rao(group, i, std::min(kTile, all.rows - i), 0, ld, all.write(i), unused);
@@ -191,7 +191,7 @@ class FullTensor {
   Matrix<T> transposed(const Matrix<T>& x, int64_t cols) const {
     Matrix<T> out(cols, padded<T>(x.rows));
     const int64_t blocks = tiles_of(cols);
-    for_each_item<T>(blocks, cols * x.rows, 0, [&](int64_t item, T*) {
+    for_each_item<T>(blocks, kMoved * cols * x.rows, 0, [&](int64_t item, T*) {
       const int64_t j = item * kTile;
       k_.transpose(x.rows, std::min(kTile, cols - j), x.data + j, x.ld, out.write(j), out.ld);
     });
@@ -236,7 +236,7 @@ class FullTensor {
     const int64_t left_tiles = own || go_left ? tiles_of(nl) : 0;
     for (int64_t o = 0; o < outs; ++o) {
       const T* g = grad + o;  // G(i, j) = g[(i * nr + j) * outs]
-      for_each_item<T>(tiles_of(nl), nl * ld, 0, [&](int64_t item, T*) {
+      for_each_item<T>(tiles_of(nl), kMoved * nl * ld, 0, [&](int64_t item, T*) {
         const int64_t i = item * kTile;
         weighted(i, std::min(kTile, nl - i), o, scaled.write(i));
       });
@@ -255,7 +255,7 @@ class FullTensor {
       if (!own) continue;
       T* to = dw.step(root) + o;  // dw_o = column sums of L * Z
       const int64_t stride = padded<T>(outs), blocks = ld / kPad<T>;
-      for_each_item<T>(blocks, nl * ld, kPad<T>, [&](int64_t item, T* sums) {
+      for_each_item<T>(blocks, kMoved * nl * ld, kPad<T>, [&](int64_t item, T* sums) {
         const int64_t j = item * kPad<T>;
         std::fill_n(sums, kPad<T>, T(0));
         k_.product(nl, kPad<T>, left_.row(0) + j, ld, z.write(0) + j, ld, sums, 0, Store::add);
@@ -281,16 +281,21 @@ class FullTensor {
       const Matrix<T>& own = frames_[last];
       Matrix<T> d_rest(rest.rows, ld), d_own(own.rows, ld);
       const int64_t width = std::min(ld, std::max(kPad<T>, padded<T>(int64_t{64})));
-      for_each_item<T>((ld + width - 1) / width, 2 * d.rows * ld, 0, [&](int64_t item, T*) {
-        const int64_t j = item * width, cols = std::min(width, ld - j);
-        for (int64_t i = 0; i < d_rest.rows; ++i) std::fill_n(d_rest.write(i) + j, cols, T(0));
-        for (int64_t i = 0; i < d_own.rows; ++i) std::fill_n(d_own.write(i) + j, cols, T(0));
-        for (int64_t i = 0; i < rest.rows; ++i) {
-          const T* g = d.row(i * own.rows) + j;
-          k_.product(own.rows, cols, g, ld, own.row(0) + j, ld, d_rest.write(i) + j, 0, Store::add);
-          k_.product(own.rows, cols, g, ld, rest.row(i) + j, 0, d_own.write(0) + j, ld, Store::add);
-        }
-      });
+      for_each_item<T>((ld + width - 1) / width, 2 * kMoved * d.rows * ld, 0,
+                       [&](int64_t item, T*) {
+                         const int64_t j = item * width, cols = std::min(width, ld - j);
+                         for (int64_t i = 0; i < d_rest.rows; ++i)
+                           std::fill_n(d_rest.write(i) + j, cols, T(0));
+                         for (int64_t i = 0; i < d_own.rows; ++i)
+                           std::fill_n(d_own.write(i) + j, cols, T(0));
+                         for (int64_t i = 0; i < rest.rows; ++i) {
+                           const T* g = d.row(i * own.rows) + j;
+                           k_.product(own.rows, cols, g, ld, own.row(0) + j, ld,
+                                      d_rest.write(i) + j, 0, Store::add);
+                           k_.product(own.rows, cols, g, ld, rest.row(i) + j, 0, d_own.write(0) + j,
+                                      ld, Store::add);
+                         }
+                       });
       gradients_[last] = std::move(d_own);
       d = std::move(d_rest);
     }
