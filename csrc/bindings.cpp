@@ -4,6 +4,8 @@
 #include <Python.h>
 #include <torch/headeronly/version.h>
 
+#include "cpu/memory.h"
+
 // setup.py builds this module for the stable ABI of Python 3.10.
 static_assert(Py_LIMITED_API == 0x030A0000);
 
@@ -23,9 +25,15 @@ PyObject* build_info(PyObject*, PyObject*) {
                        "2.11");
 }
 
+PyObject* release_memory(PyObject*, PyObject*) {
+  return PyLong_FromSize_t(htf::release_unused());
+}
+
 PyMethodDef methods[] = {
     {"build_info", build_info, METH_NOARGS,
      "The compiler, the C++ standard, the PyTorch compiled against and the oldest it runs with."},
+    {"release_memory", release_memory, METH_NOARGS,
+     "Gives buffers kept between calls back to the operating system; returns their bytes."},
     {nullptr, nullptr, 0, nullptr},
 };
 

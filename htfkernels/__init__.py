@@ -12,6 +12,7 @@ from htfkernels.dispatch import backends, use_backend
 from htfkernels.functional import evaluate, evaluate_at, full_tensor, slog_evaluate
 from htfkernels.index_plan import IndexPlan
 from htfkernels.layout import Layout
+from htfkernels.memory import release_memory
 from htfkernels.nn import HTF
 from htfkernels.plan import Plan
 from htfkernels.spectra import effective_rank, numerical_rank
@@ -35,6 +36,7 @@ __all__ = [
     "evaluate_at",
     "full_tensor",
     "numerical_rank",
+    "release_memory",
     "slog_evaluate",
     "use_backend",
 ]

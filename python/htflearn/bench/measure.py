@@ -248,7 +248,8 @@ def _peak_mb(run: Callable[[], Any], ways: Prepared) -> float | None:
     if ways.before:
         ways.before()
     try:
-        # What malloc keeps for later would hide that the run asks for it.
+        # What this library and malloc keep for later would hide that the run asks for it.
+        hk.release_memory()
         ctypes.CDLL(None).malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # the high-water mark starts again

@@ -42,6 +42,8 @@ class Workload:
         batch: number of vectors or indices; of entries for the full tensor.
         init_std: of the weights, as :class:`htfkernels.HTF` takes it.
         distinct: whether the indices are different from each other.
+        near_one: weights and vectors near 1 over the number of terms, so that messages stay near 1
+            and little cancels: in a deep tree of normal numbers float32 has no right digits left.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Workload:
     batch: int
     init_std: float | None = None
     distinct: bool = False
+    near_one: bool = False
 
     @property
     def passes(self) -> tuple[str, ...]:
@@ -76,6 +79,12 @@ class Workload:
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator).to(dtype)
 
+        if self.near_one:
+            with torch.no_grad():
+                for group, weight in zip(layout.groups, model.weights, strict=True):
+                    spread = torch.randn(group.shape, generator=generator).mul_(0.1)
+                    weight.copy_((1 + spread) / (group.rows if group.level else 1))
+
         vectors: Tensor | list[Tensor] | None = None
         indices = None
         dims, batch = layout.mode_dims, self.batch
@@ -83,6 +92,8 @@ class Workload:
         if self.kind == "vectors":
             same = len(set(dims)) == 1
             vectors = draw(batch, len(dims), dims[0]) if same else [draw(batch, d) for d in dims]
+            if self.near_one and isinstance(vectors, Tensor):
+                vectors = (1 + 0.1 * vectors) / dims[0]
         elif self.kind == "tensor":
             shape = dims
         elif self.distinct:
@@ -186,7 +197,7 @@ def _balanced(
     def make(tiny: bool) -> Workload:
         order, dim, rank, batch = small if tiny else full
         layout = hk.Layout.make(hk.ModeTree.balanced(order), dim, rank)
-        return Workload(name, summary, "vectors", layout, batch)
+        return Workload(name, summary, "vectors", layout, batch, near_one=order > 256)
 
     return make
 
