@@ -25,9 +25,7 @@ PyObject* build_info(PyObject*, PyObject*) {
                        "2.11");
 }
 
-PyObject* release_memory(PyObject*, PyObject*) {
-  return PyLong_FromSize_t(htf::release_unused());
-}
+PyObject* release_memory(PyObject*, PyObject*) { return PyLong_FromSize_t(htf::release_unused()); }
 
 PyMethodDef methods[] = {
     {"build_info", build_info, METH_NOARGS,

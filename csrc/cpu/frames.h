@@ -169,13 +169,20 @@ class Frames {
     }
   }
 
+  // Where rows are few, dP^T = W dF^T: transposing the rows costs less than transposing the weight.
+  bool by_columns(const FrameRow& f) const {
+    if (f.step < 0 || weight_[f.step] == nullptr) return false;
+    const Step& st = p_.step[f.step];
+    return 2 * f.rows * (st.rows + st.cols) < st.rows * st.cols;
+  }
+
   void transpose_weights() {
     transposed_at_.assign(row_.size(), -1);
     int64_t size = 0;
     std::vector<Item> items;
     for (std::size_t r = 0; r < row_.size(); ++r) {
       const FrameRow& f = row_[r];
-      if (f.step < 0 || weight_[f.step] == nullptr || !below(f)) continue;
+      if (f.step < 0 || weight_[f.step] == nullptr || !below(f) || by_columns(f)) continue;
       const Step& st = p_.step[f.step];
       transposed_at_[r] = size;
       for (int64_t j = 0; j < st.cols; j += kRows)
@@ -195,7 +202,7 @@ class Frames {
   // dP = dF W^T and dW = P^T dF of a level. Of a row without a weight, dP is dF.
   void product_gradients(int64_t level) {
     product_gradient_.assign(row_.size(), nullptr);
-    int64_t size = 0, work = 0;
+    int64_t size = 0, work = 0, most = kDepth * kRows;
     std::vector<Item> items;
     for (std::size_t r = 0; r < row_.size(); ++r) {
       const FrameRow& f = row_[r];
@@ -203,6 +210,7 @@ class Frames {
         size += f.rows * ld(f.left);
     }
     products_ = Buffer<T>(size);
+    transpose_rows(level);
     T* next = products_.get();
     for (std::size_t r = 0; r < row_.size(); ++r) {
       const FrameRow& f = row_[r];
@@ -215,8 +223,13 @@ class Frames {
       if (below(f)) {
         product_gradient_[r] = f.right == kNoOperand ? gradient(f.left) : next;
         if (f.right != kNoOperand) next += f.rows * ld(f.left);
+        if (by_columns(f)) {
+          for (int64_t j = 0; j < p_.step[f.step].rows; j += kRows)
+            items.push_back({id, 0, f.rows, j, std::min(kRows, p_.step[f.step].rows - j)});
+          most = std::max(most, kRows * padded<T>(f.rows));
+        }
         const int64_t part = f.rows <= 2 * kRows ? 2 * kColumns : ld(f.left);
-        for (int64_t i = 0; i < f.rows; i += kRows)
+        for (int64_t i = 0; i < f.rows && !by_columns(f); i += kRows)
           for (int64_t j = 0; j < ld(f.left); j += part)
             items.push_back(
                 {id, i, std::min(kRows, f.rows - i), j, std::min(part, ld(f.left) - j)});
@@ -228,11 +241,13 @@ class Frames {
         work += f.rows * p_.step[f.step].rows * ld(id);
       }
     }
-    for_each_item<T>(static_cast<int64_t>(items.size()), work, kDepth * kRows,
+    for_each_item<T>(static_cast<int64_t>(items.size()), work, most,
                      [&](int64_t number, T* scratch) {
                        const Item& it = items[number];
                        if (it.i < 0)
                          weight_gradient(it, scratch);
+                       else if (by_columns(row_[it.row]))
+                         product_gradient_columns(it, scratch);
                        else
                          product_gradient(it);
                      });
@@ -247,6 +262,36 @@ class Frames {
     else
       k_.gemm(it.n, it.cols, p_.step[f.step].cols, d, ldd, 1,
               transposed_.get() + transposed_at_[it.row] + it.j, ldp, to, ldp, Store::assign);
+  }
+  // dF^T of the rows of a level that need it.
+  void transpose_rows(int64_t level) {
+    rows_at_.assign(row_.size(), -1);
+    int64_t size = 0;
+    std::vector<Item> items;
+    for (std::size_t r = 0; r < row_.size(); ++r) {
+      const FrameRow& f = row_[r];
+      if (f.level != level || !by_columns(f) || !below(f)) continue;
+      rows_at_[r] = size;
+      const int64_t cols = p_.step[f.step].cols;
+      for (int64_t j = 0; j < cols; j += kRows)
+        items.push_back({static_cast<int64_t>(r), 0, 0, j, std::min(kRows, cols - j)});
+      size += cols * padded<T>(f.rows);
+    }
+    rows_transposed_ = Buffer<T>(size);
+    for_each_item<T>(static_cast<int64_t>(items.size()), kMoved * size, 0, [&](int64_t i, T*) {
+      const Item& it = items[i];
+      const int64_t n = row_[it.row].rows, ldt = padded<T>(n);
+      k_.transpose(n, it.cols, gradient_[it.row] + it.j, ld(it.row),
+                   rows_transposed_.get() + rows_at_[it.row] + it.j * ldt, ldt);
+    });
+  }
+  void product_gradient_columns(const Item& it, T* scratch) const {
+    const FrameRow& f = row_[it.row];
+    const Step& st = p_.step[f.step];
+    const int64_t ldt = padded<T>(f.rows), ldp = ld(f.left), ldw = padded<T>(st.cols);
+    k_.gemm(it.cols, ldt, st.cols, weight_[f.step] + it.j * ldw, ldw, 1,
+            rows_transposed_.get() + rows_at_[it.row], ldt, scratch, ldt, Store::assign);
+    k_.transpose(it.cols, f.rows, scratch, ldt, product_gradient_[it.row] + it.j, ldp);
   }
   void weight_gradient(const Item& it, T* scratch) const {
     const FrameRow& f = row_[it.row];
@@ -312,8 +357,8 @@ class Frames {
   std::vector<T*> dw_;
   std::vector<T*> gradient_;
   std::vector<T*> product_gradient_;
-  std::vector<int64_t> transposed_at_;
-  Buffer<T> gradients_, products_, transposed_;
+  std::vector<int64_t> transposed_at_, rows_at_;
+  Buffer<T> gradients_, products_, transposed_, rows_transposed_;
 };
 
 }  // namespace htf

@@ -56,7 +56,8 @@ struct Kernels {
   // sum of x[j] * y[j]; n is padded.
   T (*dot)(int64_t n, const T* x, const T* y);
 
-  // out[cols x ldo] = the transpose of x[rows x cols], columns rows .. ldo-1 set to zero.
+  // out[cols x ldo] = the transpose of x[rows x cols], columns rows .. padded(rows)-1 set to
+  // zero.
   void (*transpose)(int64_t rows, int64_t cols, const T* x, int64_t ldx, T* out, int64_t ldo);
 };
 

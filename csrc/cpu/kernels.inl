@@ -257,7 +257,7 @@ void transpose(int64_t rows, int64_t cols, const T* x, int64_t ldx, T* out, int6
   for (int64_t j = 0; j < cols; ++j) {
     for (int64_t i = j < full_cols ? full_rows : 0; i < rows; ++i)
       out[j * ldo + i] = x[i * ldx + j];
-    for (int64_t i = rows; i < ldo; ++i) out[j * ldo + i] = T(0);
+    for (int64_t i = rows; i < padded<T>(rows); ++i) out[j * ldo + i] = T(0);
   }
 }
 
