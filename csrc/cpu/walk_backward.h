@@ -20,6 +20,8 @@ namespace htf {
 
 constexpr int64_t kChunkBytes = int64_t{256} << 10;      // of one matrix of a chunk
 constexpr int64_t kRecomputedBytes = int64_t{16} << 20;  // of a chunk's messages
+constexpr int64_t kScratchBytes = int64_t{64} << 20;     // of a chunk's gradients
+constexpr int64_t kTileBytes = int64_t{16} << 20;        // of what a tile needs in a thread
 constexpr int64_t kGradientRows = 64;                    // of a weight's gradient in one work item
 constexpr int64_t kGradientDepth = 256;                  // rows summed over in one GEMM
 constexpr int64_t kScatterColumns = 32;
@@ -60,9 +62,9 @@ class BackwardWalk : public Walk<S, Rows> {
       if (dw_[s] != nullptr && (batch_ == 0 || scatters(s)))
         std::fill_n(dw_[s], tree_.step[s].rows * ld_cols(s), T(0));
     if (batch_ == 0 || !wanted_[tree_.steps - 1]) return;
-    choose_chunk();
     choose_top();
     choose_slots();
+    choose_chunk();
     transpose_top();
     Buffer<T> recomputed(messages_ == nullptr ? chunk_ * this->kept_columns_ : 0);
     for (b0_ = 0; b0_ < batch_; b0_ += chunk_) {
@@ -88,6 +90,9 @@ class BackwardWalk : public Walk<S, Rows> {
     if (messages_ == nullptr)
       chunk_ = std::min(chunk_, kRecomputedBytes / (static_cast<int64_t>(sizeof(T)) *
                                                     std::max<int64_t>(this->kept_columns_, 1)));
+    // A node of many children, or a long chain of nodes next to the root, takes fewer rows.
+    chunk_ = std::min(chunk_, kScratchBytes / (static_cast<int64_t>(sizeof(T)) *
+                                               (top_columns_ + slots_ * widest_)));
     chunk_ = std::max(chunk_ / kTile * kTile, kTile);
     chunk_ = std::min(chunk_, batch_);
     // Few but equal chunks.
@@ -96,6 +101,9 @@ class BackwardWalk : public Walk<S, Rows> {
     tile_ = std::min(kTile, chunk_);
     const int64_t threads = torch::stable::get_num_threads();
     while (tile_ > 16 && chunk_ <= tile_ / 2 * threads) tile_ = (tile_ / 2 + 7) / 8 * 8;
+    while (tile_ > 8 && tile_elements() * static_cast<int64_t>(sizeof(T)) > kTileBytes)
+      tile_ = (tile_ / 2 + 7) / 8 * 8;
+    top_matrices_ = Buffer<T>(chunk_ * top_columns_);
   }
 
   // Opens the heaviest piece until there are enough of them for all threads.
@@ -107,7 +115,7 @@ class BackwardWalk : public Walk<S, Rows> {
       if (tree_.step[s].parent >= 0) cost[tree_.step[s].parent] += cost[s];
     }
     pieces_ = {root};
-    if (threads == 1 || cost[root] * chunk_ < kWorthThreads) return;
+    if (threads == 1 || cost[root] * batch_ < kWorthThreads) return;
     const auto lighter = [&](int64_t a, int64_t b) {
       return cost[a] < cost[b] || (cost[a] == cost[b] && a < b);
     };
@@ -130,8 +138,8 @@ class BackwardWalk : public Walk<S, Rows> {
   // thread's few, given back when the step is done.
   void choose_slots() {
     const auto own = [&](int64_t s) {
-      slot_[s] = top_elements_;
-      top_elements_ += chunk_ * ld_cols(s);
+      slot_[s] = top_columns_;
+      top_columns_ += ld_cols(s);
     };
     for (const int64_t s : top_) {
       if (tree_.step[s].parent < 0) own(s);
@@ -140,10 +148,9 @@ class BackwardWalk : public Walk<S, Rows> {
     }
     if (top_.empty()) own(tree_.steps - 1);
     for (const int64_t s : top_) {
-      product_at_.push_back(top_elements_);
-      top_elements_ += dw_[s] != nullptr ? chunk_ * ld_rows(s) : 0;
+      product_at_.push_back(top_columns_);
+      top_columns_ += dw_[s] != nullptr ? ld_rows(s) : 0;
     }
-    top_matrices_ = Buffer<T>(top_elements_);
     for (const int64_t piece : pieces_) {
       std::vector<int64_t> unused;
       int64_t used = 0;
@@ -206,8 +213,8 @@ class BackwardWalk : public Walk<S, Rows> {
   void run_chunk() {
     const int64_t root = tree_.steps - 1;
     pack_rows(count_, tree_.outputs, grad_ + b0_ * tree_.outputs, tree_.outputs,
-              top_matrices_.get() + slot_[root], ld_cols(root));
-    const auto top_d = [&](int64_t s) { return top_matrices_.get() + slot_[s]; };
+              top_matrices_.get() + chunk_ * slot_[root], ld_cols(root));
+    const auto top_d = [&](int64_t s) { return top_matrices_.get() + chunk_ * slot_[s]; };
     int64_t work = 0;
     std::vector<Item> items;
     for (std::size_t i = 0; i < top_.size(); ++i) {
@@ -228,7 +235,8 @@ class BackwardWalk : public Walk<S, Rows> {
                        const int64_t i = item * tile_, n = std::min(tile_, count_ - i);
                        for (std::size_t t = 0; t < top_.size(); ++t) {
                          const int64_t s = top_[t];
-                         T* p = dw_[s] == nullptr ? nullptr : top_matrices_.get() + product_at_[t];
+                         T* p = dw_[s] == nullptr ? nullptr
+                                                  : top_matrices_.get() + chunk_ * product_at_[t];
                          descend(s, i, n, transposed_at_[s], top_d, p, scratch);
                          if (dx_ == nullptr) continue;
                          for (const int64_t* c = tree_.begin(s); c < tree_.end(s); ++c)
@@ -239,17 +247,17 @@ class BackwardWalk : public Walk<S, Rows> {
     const int64_t whole = static_cast<int64_t>(pieces_.size());
     int64_t most = whole > 0 ? piece_elements() : 0;
     if (!items.empty()) most = std::max(most, kGradientDepth * widest_);
-    for_each_item<T>(whole + static_cast<int64_t>(items.size()), count_ * this->macs_, most,
-                     [&](int64_t item, T* scratch) {
-                       if (item < whole) {
-                         descend_piece(pieces_[item], scratch);
-                         return;
-                       }
-                       const Item& it = items[item - whole];
-                       const T* p =
-                           it.product_at < 0 ? nullptr : top_matrices_.get() + it.product_at;
-                       weight_gradient(it.step, it.first, it.count, p, top_d(it.step), scratch);
-                     });
+    for_each_item<T>(
+        whole + static_cast<int64_t>(items.size()), count_ * this->macs_, most,
+        [&](int64_t item, T* scratch) {
+          if (item < whole) {
+            descend_piece(pieces_[item], scratch);
+            return;
+          }
+          const Item& it = items[item - whole];
+          const T* p = it.product_at < 0 ? nullptr : top_matrices_.get() + chunk_ * it.product_at;
+          weight_gradient(it.step, it.first, it.count, p, top_d(it.step), scratch);
+        });
   }
 
   void descend_piece(int64_t piece, T* scratch) const {
@@ -257,7 +265,8 @@ class BackwardWalk : public Walk<S, Rows> {
     T* transposed = product + chunk_ * widest_;
     T* slots = transposed + widest_ * widest_;
     const auto d_of = [&](int64_t s) {
-      return s == piece ? top_matrices_.get() + slot_[s] : slots + slot_[s] * chunk_ * widest_;
+      return s == piece ? top_matrices_.get() + chunk_ * slot_[s]
+                        : slots + slot_[s] * chunk_ * widest_;
     };
     for (int64_t s = piece; s >= tree_.first[piece]; --s) {
       if (!wanted_[s]) continue;
@@ -409,7 +418,7 @@ class BackwardWalk : public Walk<S, Rows> {
   std::vector<int64_t> slot_;
   std::vector<int64_t> top_, pieces_, product_at_;
   std::vector<const T*> transposed_at_;
-  int64_t most_leaves_ = 0, top_elements_ = 0, slots_ = 0;
+  int64_t most_leaves_ = 0, top_columns_ = 0, slots_ = 0;
   int64_t chunk_ = 0, tile_ = 0;
   int64_t b0_ = 0, count_ = 0;  // the chunk
   const T* kept_ = nullptr;

@@ -24,7 +24,9 @@ IndexPlan::IndexPlan(const char* op, const Program& p, const Tensor& table, cons
   const auto* last = reinterpret_cast<const CutRow*>(row + framed);
   cuts.assign(last, last + cut);
 
-  const auto list = [&](int64_t at, int64_t n) { broken(at >= 0 && n >= 0 && at + n <= length); };
+  const auto list = [&](int64_t at, int64_t n) {
+    broken(at >= 0 && n >= 0 && n <= length && at <= length - n);
+  };
   std::vector<int64_t> cols(framed), used(framed, 0);
   const auto operand = [&](int64_t x, int64_t before, int64_t& count) {
     broken(x < before && x >= -p.steps && (x >= 0 || p.is_leaf(-(x + 1))));
