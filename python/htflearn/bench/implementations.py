@@ -27,11 +27,10 @@ _LARGEST_INTERMEDIATE, _LARGEST_ORDER = 2**28, 60
 
 def _htfkernels(problem: Problem) -> Prepared:
     model, indices = problem.model, problem.indices
-    make_plan: Any = getattr(model, "index_plan", None)
-    if indices is None or make_plan is None:
+    if indices is None:
         return _engine(problem)
     start = time.perf_counter()
-    plan = make_plan(indices)
+    plan = model.index_plan(indices)
     seconds = time.perf_counter() - start
     return Prepared(lambda: model.at(plan), [], setup_seconds=seconds)
 
@@ -60,6 +59,20 @@ def _no_plan(problem: Problem) -> Prepared:
         fresh[0] = indices.clone()
 
     return Prepared(lambda: model.at(fresh[0]), [], before=before)
+
+
+def _distinct(problem: Problem) -> Prepared:
+    if problem.indices is None:
+        raise Skipped("it differs at indices only")
+    prepared = _htfkernels(problem)
+    inner = prepared.forward
+
+    def forward() -> Tensor:
+        with hk.use_backend("reference"):
+            return inner()
+
+    prepared.forward = forward
+    return prepared
 
 
 def _reference(problem: Problem) -> Prepared:
@@ -268,6 +281,9 @@ def _einsum_tensor(problem: Problem) -> Prepared:
 IMPLEMENTATIONS: dict[str, Implementation] = {
     OURS: Implementation("this package; at indices with a plan made before", _htfkernels),
     f"{OURS}, no plan": Implementation("this package, at indices not seen before", _no_plan),
+    "distinct, PyTorch": Implementation(
+        "each node once per distinct sub-index, in plain PyTorch", _distinct
+    ),
     "folded bmm": Implementation("one torch.bmm for the same-shaped nodes of a level", _folded),
     "folded bmm, compiled": Implementation("the same under torch.compile", _compiled, limit=300.0),
     "batch-major": Implementation("einsum on [B, node, R], as the paper's code", _batch_major),
