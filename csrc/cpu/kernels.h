@@ -21,6 +21,25 @@ constexpr int64_t padded(int64_t n) {
 
 enum class Store { assign, add, multiply };
 
+// Memory that a later call will read: fetched into the cache little by little meanwhile.
+struct Ahead {
+  const void* from = nullptr;
+  int64_t bytes = 0;
+};
+
+// What becomes of C = A B where C takes part in products with two other matrices, all [m x n] with
+// rows ld apart: whichever of these pointers is not null is written. x and y may be null where no
+// product with them is asked for.
+template <class T>
+struct Products {
+  int64_t ld;
+  const T *x, *y;
+  T* c;   // C
+  T* cx;  // C * x, elementwise; may be x itself
+  T* cy;  // C * y
+  T* xy;  // x * y
+};
+
 template <class T>
 struct Kernels {
   const char* name;
@@ -28,8 +47,23 @@ struct Kernels {
   // C[m x n] (=, +=, *=) A[m x k] B[k x n]. Element (i, l) of A lies at a[i * row_stride + l *
   // col_stride]: a transposed operand costs nothing. n is padded; every element of C is one sum
   // over l = 0 .. k-1 in that order, so results do not depend on how the rows are split into tiles.
-  void (*gemm)(int64_t m, int64_t n, int64_t k, const T* a, int64_t row_stride, int64_t col_stride,
-               const T* b, int64_t ldb, T* c, int64_t ldc, Store store);
+  void (*gemm_)(int64_t m, int64_t n, int64_t k, const T* a, int64_t row_stride, int64_t col_stride,
+                const T* b, int64_t ldb, T* c, int64_t ldc, Store store, Ahead ahead);
+  void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t row_stride, int64_t col_stride,
+            const T* b, int64_t ldb, T* c, int64_t ldc, Store store, Ahead ahead = {}) const {
+    gemm_(m, n, k, a, row_stride, col_stride, b, ldb, c, ldc, store, ahead);
+  }
+
+  // The same product with rows of A side by side, and what is made of it.
+  void (*gemm_products_)(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b,
+                         int64_t ldb, const Products<T>& to, Ahead ahead);
+  void gemm_products(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b,
+                     int64_t ldb, const Products<T>& to, Ahead ahead = {}) const {
+    gemm_products_(m, n, k, a, lda, b, ldb, to, ahead);
+  }
+
+  // out[m x n] = x[m x n], rows of any length.
+  void (*copy)(int64_t m, int64_t n, const T* x, int64_t ldx, T* out, int64_t ldo);
 
   // out[m x n] (=, +=) x * y, elementwise; n is padded; out may be x or y. A stride of 0 repeats a
   // row.

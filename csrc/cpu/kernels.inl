@@ -30,10 +30,75 @@ HTF_INLINE void put(T* p, typename VectorOf<T>::Reg v) {
   *reinterpret_cast<typename VectorOf<T>::Mem*>(p) = v;
 }
 
+// What becomes of a register tile: it is stored, added or multiplied into C.
+template <class T>
+struct IntoC {
+  T* c;
+  int64_t ldc;
+  Store store;
+
+  IntoC at(int64_t row, int64_t col) const { return {c + row * ldc + col, ldc, store}; }
+
+  template <int ROWS, int VECS, class Reg>
+  HTF_INLINE void operator()(Reg (&acc)[ROWS][VECS]) const {
+    constexpr int W = HTF_VECTOR_BYTES / sizeof(T);
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < VECS; ++j) {
+        T* p = c + i * ldc + j * W;
+        Reg v = acc[i][j];
+        if (store == Store::add) v += load<T>(p);
+        if (store == Store::multiply) v *= load<T>(p);
+        put<T>(p, v);
+      }
+  }
+};
+
+template <class T>
+struct IntoProducts {
+  const Products<T>& to;
+  int64_t first = 0;  // element of each matrix
+
+  IntoProducts at(int64_t row, int64_t col) const { return {to, row * to.ld + col}; }
+
+  template <int ROWS, int VECS, class Reg>
+  HTF_INLINE void operator()(Reg (&acc)[ROWS][VECS]) const {
+    constexpr int W = HTF_VECTOR_BYTES / sizeof(T);
+    const int64_t ld = to.ld;
+    if (to.cy != nullptr && to.cx != nullptr && to.xy != nullptr && to.c == nullptr) {
+      const T *x = to.x + first, *y = to.y + first;
+      T *cx = to.cx + first, *cy = to.cy + first, *xy = to.xy + first;
+#pragma GCC unroll 16
+      for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < VECS; ++j) {
+          const Reg u = load<T>(x + i * ld + j * W), v = load<T>(y + i * ld + j * W);
+          put<T>(cx + i * ld + j * W, acc[i][j] * u);
+          put<T>(cy + i * ld + j * W, acc[i][j] * v);
+          put<T>(xy + i * ld + j * W, u * v);
+        }
+      return;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < VECS; ++j) {
+        const int64_t p = first + i * ld + j * W;
+        const Reg u = to.x != nullptr ? load<T>(to.x + p) : Reg{};
+        const Reg v = to.y != nullptr ? load<T>(to.y + p) : Reg{};
+        if (to.c != nullptr) put<T>(to.c + p, acc[i][j]);
+        if (to.cx != nullptr) put<T>(to.cx + p, acc[i][j] * u);
+        if (to.cy != nullptr) put<T>(to.cy + p, acc[i][j] * v);
+        if (to.xy != nullptr) put<T>(to.xy + p, u * v);
+      }
+  }
+};
+
 // One register tile: ROWS x (VECS vectors). UNIT: consecutive rows of A lie side by side.
-template <class T, int ROWS, int VECS, bool UNIT>
-void tile(int64_t k, const T* a, int64_t row_stride, int64_t col_stride, const T* b, int64_t ldb,
-          T* c, int64_t ldc, Store store) {
+template <class T, int ROWS, int VECS, bool UNIT, class Into>
+__attribute__((noinline)) void tile(int64_t k, const T* a, int64_t row_stride, int64_t col_stride,
+                                    const T* b, int64_t ldb, Into into) {
   using Reg = typename VectorOf<T>::Reg;
   constexpr int W = HTF_VECTOR_BYTES / sizeof(T);
   const int64_t rs = UNIT ? 1 : row_stride;
@@ -53,65 +118,119 @@ void tile(int64_t k, const T* a, int64_t row_stride, int64_t col_stride, const T
       for (int j = 0; j < VECS; ++j) acc[i][j] += s * bv[j];
     }
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < VECS; ++j) {
-      T* p = c + i * ldc + j * W;
-      Reg v = acc[i][j];
-      if (store == Store::add) v += load<T>(p);
-      if (store == Store::multiply) v *= load<T>(p);
-      put<T>(p, v);
-    }
+  into(acc);
 }
 
-template <class T, int ROWS, int VECS>
-HTF_INLINE void tile_of(int64_t k, const T* a, int64_t rs, int64_t cs, const T* b, int64_t ldb,
-                        T* c, int64_t ldc, Store store) {
-  if (rs == 1)
-    tile<T, ROWS, VECS, true>(k, a, rs, cs, b, ldb, c, ldc, store);
-  else
-    tile<T, ROWS, VECS, false>(k, a, rs, cs, b, ldb, c, ldc, store);
-}
-
-template <class T, int VECS, int ROWS>
+template <class T, int VECS, bool UNIT, int ROWS, class Into>
 HTF_INLINE void remainder(int64_t m, int64_t k, const T* a, int64_t rs, int64_t cs, const T* b,
-                          int64_t ldb, T* c, int64_t ldc, Store store) {
+                          int64_t ldb, const Into& into) {
   if constexpr (ROWS > 0) {
     if (m == ROWS)
-      tile_of<T, ROWS, VECS>(k, a, rs, cs, b, ldb, c, ldc, store);
+      tile<T, ROWS, VECS, UNIT>(k, a, rs, cs, b, ldb, into);
     else
-      remainder<T, VECS, ROWS - 1>(m, k, a, rs, cs, b, ldb, c, ldc, store);
+      remainder<T, VECS, UNIT, ROWS - 1>(m, k, a, rs, cs, b, ldb, into);
   }
 }
 
+// Fetches lines of what comes later, some with each register tile.
+struct Fetch {
+  const char* next = nullptr;
+  const char* end = nullptr;
+  int64_t bytes = 0;  // with each tile
+
+  HTF_INLINE void some() {
+    if (next == end) return;
+    const char* stop = end - next > bytes ? next + bytes : end;
+    for (; next < stop; next += 64) __builtin_prefetch(next, 0, 2);
+    next = stop;
+  }
+};
+
 // A panel of VECS vectors of columns, all rows.
-template <class T, int VECS>
-void panel(int64_t m, int64_t k, const T* a, int64_t rs, int64_t cs, const T* b, int64_t ldb, T* c,
-           int64_t ldc, Store store) {
+template <class T, int VECS, bool UNIT, class Into>
+HTF_INLINE void panel(int64_t m, int64_t k, const T* a, int64_t rs, int64_t cs, const T* b,
+                      int64_t ldb, const Into& into, int64_t col, Fetch& fetch) {
   int64_t i = 0;
-  for (; i + HTF_ROWS <= m; i += HTF_ROWS)
-    tile_of<T, HTF_ROWS, VECS>(k, a + i * rs, rs, cs, b, ldb, c + i * ldc, ldc, store);
-  remainder<T, VECS, HTF_ROWS - 1>(m - i, k, a + i * rs, rs, cs, b, ldb, c + i * ldc, ldc, store);
+  for (; i + HTF_ROWS <= m; i += HTF_ROWS) {
+    fetch.some();
+    tile<T, HTF_ROWS, VECS, UNIT>(k, a + i * rs, rs, cs, b, ldb, into.at(i, col));
+  }
+  remainder<T, VECS, UNIT, HTF_ROWS - 1>(m - i, k, a + i * rs, rs, cs, b, ldb, into.at(i, col));
 }
 
-template <class T>
-void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t rs, int64_t cs, const T* b,
-          int64_t ldb, T* c, int64_t ldc, Store store) {
+template <class T, bool UNIT, class Into>
+HTF_INLINE void panels(int64_t m, int64_t n, int64_t k, const T* a, int64_t rs, int64_t cs,
+                       const T* b, int64_t ldb, const Into& into, const Ahead& ahead) {
   constexpr int64_t W = HTF_VECTOR_BYTES / sizeof(T);
   int64_t left = n / W, j = 0;
+  Fetch fetch;
+  if (ahead.bytes > 0) {
+    const int64_t tiles = (left + 2) / 3 * (m / HTF_ROWS) + 1;
+    fetch.next = static_cast<const char*>(ahead.from);
+    fetch.end = fetch.next + ahead.bytes;
+    fetch.bytes = (ahead.bytes / tiles + 64) / 64 * 64;
+  }
   while (left > 0) {
     // Three vectors wide keeps the FMA units busiest; four left over go as two and two.
     const int64_t take = left == 4 || left == 2 ? 2 : left >= 3 ? 3 : 1;
     if (take == 3)
-      panel<T, 3>(m, k, a, rs, cs, b + j, ldb, c + j, ldc, store);
+      panel<T, 3, UNIT>(m, k, a, rs, cs, b + j, ldb, into, j, fetch);
     else if (take == 2)
-      panel<T, 2>(m, k, a, rs, cs, b + j, ldb, c + j, ldc, store);
+      panel<T, 2, UNIT>(m, k, a, rs, cs, b + j, ldb, into, j, fetch);
     else
-      panel<T, 1>(m, k, a, rs, cs, b + j, ldb, c + j, ldc, store);
+      panel<T, 1, UNIT>(m, k, a, rs, cs, b + j, ldb, into, j, fetch);
     j += take * W;
     left -= take;
   }
+}
+
+template <class T>
+void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t rs, int64_t cs, const T* b,
+          int64_t ldb, T* c, int64_t ldc, Store store, Ahead ahead) {
+  const IntoC<T> into{c, ldc, store};
+  if (rs == 1)
+    panels<T, true>(m, n, k, a, rs, cs, b, ldb, into, ahead);
+  else
+    panels<T, false>(m, n, k, a, rs, cs, b, ldb, into, ahead);
+}
+
+template <class T>
+void gemm_products(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b,
+                   int64_t ldb, const Products<T>& to, Ahead ahead) {
+  panels<T, false>(m, n, k, a, lda, 1, b, ldb, IntoProducts<T>{to, 0}, ahead);
+}
+
+// A vector of S elements, for rows shorter than the widest one.
+template <class T, int S>
+struct Short {
+  typedef T Type __attribute__((vector_size(S * sizeof(T)), aligned(sizeof(T)), may_alias));
+};
+template <class T, int S>
+HTF_INLINE void copy_piece(const T* x, T* out) {
+  *reinterpret_cast<typename Short<T, S>::Type*>(out) =
+      *reinterpret_cast<const typename Short<T, S>::Type*>(x);
+}
+// n >= S: whole pieces, the last one reaching back over what is there already.
+template <class T, int S>
+HTF_INLINE void copy_rows(int64_t m, int64_t n, const T* x, int64_t ldx, T* out, int64_t ldo) {
+  for (int64_t i = 0; i < m; ++i, x += ldx, out += ldo) {
+    for (int64_t j = 0; j + S < n; j += S) copy_piece<T, S>(x + j, out + j);
+    copy_piece<T, S>(x + n - S, out + n - S);
+  }
+}
+template <class T>
+void copy(int64_t m, int64_t n, const T* x, int64_t ldx, T* out, int64_t ldo) {
+  constexpr int W = HTF_VECTOR_BYTES / sizeof(T);
+  if (n >= W)
+    copy_rows<T, W>(m, n, x, ldx, out, ldo);
+  else if (n >= 8)
+    copy_rows<T, 8>(m, n, x, ldx, out, ldo);
+  else if (n >= 4)
+    copy_rows<T, 4>(m, n, x, ldx, out, ldo);
+  else if (n >= 2)
+    copy_rows<T, 2>(m, n, x, ldx, out, ldo);
+  else
+    for (int64_t i = 0; i < m * n; ++i) out[i * ldo] = x[i * ldx];
 }
 
 template <class T>
@@ -263,8 +382,9 @@ void transpose(int64_t rows, int64_t cols, const T* x, int64_t ldx, T* out, int6
 
 template <class T>
 constexpr Kernels<T> table(const char* name) {
-  return {name,         &gemm<T>, &product<T>,  &gather<T>, &scatter<T>, &sum_products<T>,
-          &sum_rows<T>, &dot<T>,  &transpose<T>};
+  return {name,        &gemm<T>,    &gemm_products<T>, &copy<T>,     &product<T>,
+          &gather<T>,  &scatter<T>, &sum_products<T>,  &sum_rows<T>, &dot<T>,
+          &transpose<T>};
 }
 
 }  // namespace

@@ -9,11 +9,12 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/weights.h"
+#include "cpu/rows.h"
 
 namespace htf {
 
 constexpr int64_t kTile = 64;                      // rows that walk together
+constexpr int64_t kTallTile = 128;                 // where weights are streamed from memory
 constexpr int64_t kMostKept = int64_t{512} << 20;  // bytes; beyond, a backward pass computes again
 
 // What a forward pass keeps for the backward pass: a flat tensor, empty where it would be too
@@ -34,41 +35,6 @@ const T* kept_pointer(const char* op, const Tensor& kept, int64_t elements) {
   return kept.const_data_ptr<T>();
 }
 
-// Where leaves get their rows from: vectors, as a packed [B, x_width] matrix.
-template <class S>
-struct DenseRows {
-  using T = typename ComputeOf<S>::type;
-  static constexpr bool kDense = true;
-  const S* x;
-  int64_t stride;
-
-  // A leaf's operand for rows b .. b+n-1: the caller's memory, or a widened copy in scratch.
-  std::pair<const T*, int64_t> operand(const Step& leaf, int64_t b, int64_t n, T* scratch) const {
-    const S* from = x + b * stride + leaf.offset;
-    if constexpr (std::is_same_v<S, T>) {
-      return {from, stride};
-    } else {
-      const int64_t ld = padded<T>(leaf.rows);
-      pack_rows(n, leaf.rows, from, stride, scratch, ld);
-      return {scratch, ld};
-    }
-  }
-};
-
-// Indices: a leaf's message is a row of its matrix. Index (b, mode) lies at b * down + mode *
-// across.
-template <class Index>
-struct IndexRows {
-  static constexpr bool kDense = false;
-  const Index* indices;
-  int64_t down, across;
-
-  void rows(const Step& leaf, int64_t b, int64_t n, int64_t* to) const {
-    const Index* from = indices + b * down + leaf.mode * across;
-    for (int64_t i = 0; i < n; ++i) to[i] = from[i * down];
-  }
-};
-
 template <class S, class Rows>
 class Walk {
  public:
@@ -81,25 +47,36 @@ class Walk {
         weight_(std::move(weight)),
         k_(kernels<T>()),
         column_(tree.steps) {
+    int64_t elements = 0;  // of all weights
     for (int64_t s = 0; s < tree_.steps; ++s) {
       widest_ = std::max({widest_, ld_rows(s), ld_cols(s)});
       macs_ += macs(s);
+      elements += tree_.step[s].rows * ld_cols(s);
       if (kept(s)) {
         column_[s] = kept_columns_;
         kept_columns_ += ld_cols(s);
       }
     }
+    fetch_ = elements * static_cast<int64_t>(sizeof(T)) > kNearCache;
   }
 
   // Elements of all interior messages of a row.
   int64_t kept_columns() const { return kept_columns_; }
 
   // messages: where to keep the interior messages [column][batch][...], or null.
-  void forward(int64_t batch, S* out, T* messages) const {
-    walk_tiles(0, batch, batch, messages, [&](int64_t b, int64_t n, const T* result) {
+  void forward(int64_t batch, S* out, T* messages) {
+    const auto finish = [&](int64_t b, int64_t n, const T* result) {
       unpack_rows(n, tree_.outputs, result, ld_cols(tree_.steps - 1), out + b * tree_.outputs,
                   tree_.outputs);
-    });
+    };
+    const int64_t threads = torch::stable::get_num_threads();
+    if (batch > kTile / 4 * (threads - 1) || batch * macs_ < kWorthThreads || batch == 0) {
+      walk_tiles(0, batch, batch, messages, finish);
+      return;
+    }
+    // Too few rows for all threads: they share out subtrees.
+    Buffer<T> own(messages == nullptr ? batch * kept_columns_ : 0);
+    walk_subtrees(batch, messages == nullptr ? own.get() : messages, finish);
   }
 
  protected:
@@ -120,39 +97,147 @@ class Walk {
 
   // The messages of rows b0 .. b0+count-1; finish(b, n, root's message) for each tile.
   template <class F>
-  void walk_tiles(int64_t b0, int64_t count, int64_t batch, T* messages, const F& finish) const {
-    const int64_t threads = torch::stable::get_num_threads();
-    int64_t tile = kTile;
-    while (tile > 16 && count <= tile / 2 * threads) tile /= 2;
-    tile = std::max<int64_t>(std::min(tile, count), 1);
-    const int64_t size = tile * widest_;
-    for_each_item<T>((count + tile - 1) / tile, count * macs_, (tree_.buffers + 2) * size,
-                     [&](int64_t item, T* buffers) {
-                       const int64_t i = item * tile, n = std::min(tile, count - i);
-                       T *result = buffers + tree_.buffers * size, *widened = result + size;
-                       if (messages == nullptr) {
-                         for (int64_t s = 0; s < tree_.steps; ++s)
-                           step_forward(s, b0 + i, n, buffers, size, result, widened);
-                       } else {
-                         for (int64_t s = 0; s < tree_.steps; ++s)
-                           step_keeping(
-                               s, b0 + i, n, buffers, size, result, widened,
-                               [&](int64_t c) { return kept_message(messages, batch, c, i); });
-                       }
-                       finish(b0 + i, n, result);
-                     });
+  void walk_tiles(int64_t b0, int64_t count, int64_t batch, T* messages, const F& finish) {
+    if (count == 0) return;
+    const int64_t tile = tile_rows(count);
+    rows_.choose_runs(tree_, tile);
+    for_each_item<T>(
+        (count + tile - 1) / tile, count * macs_, scratch_elements(tile),
+        [&](int64_t item, T* scratch) {
+          const int64_t i = item * tile, n = std::min(tile, count - i);
+          const Tile t(*this, scratch, tile, b0 + i, n);
+          if (messages == nullptr)
+            for (int64_t s = 0; s < tree_.steps; ++s) step_forward(s, t);
+          else
+            for (int64_t s = 0; s < tree_.steps; ++s) step_keeping(s, t, messages, batch, i);
+          finish(b0 + i, n, t.result);
+        });
   }
 
-  void leaf_message(int64_t s, int64_t b, int64_t n, T* to, Store store, T* widened) const {
+  // Disjoint subtrees, the heaviest first, enough of them for all threads, and the steps above
+  // them.
+  struct Pieces {
+    std::vector<int64_t> roots, above;
+  };
+  Pieces pieces(const std::vector<int64_t>& cost, const std::vector<char>& wanted) const {
+    const int64_t root = tree_.steps - 1, threads = torch::stable::get_num_threads();
+    std::vector<int64_t> below = cost;
+    for (int64_t s = 0; s < root; ++s) below[tree_.step[s].parent] += below[s];
+    Pieces p{{root}, {}};
+    if (threads == 1) return p;
+    const auto lighter = [&](int64_t a, int64_t b) {
+      return below[a] < below[b] || (below[a] == below[b] && a < b);
+    };
+    // Opens the heaviest piece until none is a large part of the work.
+    while (!p.roots.empty() && below[p.roots.front()] * 4 * threads > below[root]) {
+      std::pop_heap(p.roots.begin(), p.roots.end(), lighter);
+      const int64_t s = p.roots.back();
+      p.roots.pop_back();
+      p.above.push_back(s);
+      for (const int64_t* c = tree_.begin(s); c < tree_.end(s); ++c)
+        if (wanted[*c] && !tree_.is_leaf(*c)) {
+          p.roots.push_back(*c);
+          std::push_heap(p.roots.begin(), p.roots.end(), lighter);
+        }
+    }
+    std::sort(p.roots.begin(), p.roots.end(), [&](int64_t a, int64_t b) { return lighter(b, a); });
+    std::sort(p.above.begin(), p.above.end());
+    return p;
+  }
+
+  // What a tile of rows works with.
+  struct Tile {
+    T* buffers;
+    int64_t size;  // of each
+    T* result;
+    int64_t b, n;
+    mutable typename Rows::Window window;
+
+    Tile(const Walk& walk, T* scratch, int64_t rows, int64_t b, int64_t n)
+        : buffers(scratch),
+          size(rows * walk.widest_),
+          result(buffers + walk.tree_.buffers * size),
+          b(b),
+          n(n),
+          window{result + size, b, n} {}
+  };
+  int64_t scratch_elements(int64_t tile) const {
+    return (tree_.buffers + 1) * tile * widest_ + rows_.window_elements();
+  }
+
+  // Rows b .. b+n-1 of a leaf's message.
+  void leaf_message(const Rows& rows, int64_t s, int64_t b, int64_t n, T* to, Store store,
+                    typename Rows::Window& window) const {
     const Step& st = tree_.step[s];
     const int64_t ld = ld_cols(s);
     if constexpr (Rows::kDense) {
-      const auto [x, stride] = rows_.operand(st, b, n, widened);
-      k_.gemm(n, ld, st.rows, x, stride, 1, weight_[s], ld, to, ld, store);
+      const auto [x, stride] = rows.operand(tree_, s, b, window, k_);
+      k_.gemm(n, ld, st.rows, x, stride, 1, weight_[s], ld, to, ld, store, weight_after(s));
     } else {
-      int64_t at[kTile];
-      rows_.rows(st, b, n, at);
+      int64_t at[kTallTile];
+      rows.rows(st, b, n, at);
       k_.gather(n, ld, at, weight_[s], ld, to, ld, store);
+    }
+  }
+
+  // The weight that a walk needs next.
+  Ahead weight_after(int64_t s) const {
+    return fetch_ && s + 1 < tree_.steps ? weight_of(s + 1) : Ahead{};
+  }
+  Ahead weight_of(int64_t s) const {
+    return {weight_[s],
+            weight_[s] == nullptr
+                ? 0
+                : tree_.step[s].rows * ld_cols(s) * static_cast<int64_t>(sizeof(T))};
+  }
+
+  const Tree& tree_;
+  Rows rows_;
+  const std::vector<const T*> weight_;
+  const Kernels<T>& k_;
+  std::vector<int64_t> column_;  // of a kept message
+  int64_t kept_columns_ = 0;
+  int64_t widest_ = 0;
+  int64_t macs_ = 0;    // multiply-adds of a row's forward walk
+  bool fetch_ = false;  // whether the weights are too many to stay in the cache by themselves
+
+ private:
+  static constexpr int64_t kNearCache = int64_t{512} << 10;
+  static constexpr int64_t kTallRow = 1024;  // bytes of a row of which a tall tile stays near
+
+  // Equal tiles, so many of them that all threads have work.
+  int64_t tile_rows(int64_t count) const {
+    constexpr int64_t kUnit = 8;  // rows of a register tile
+    const int64_t threads = torch::stable::get_num_threads();
+    int64_t tile = fetch_ && widest_ * static_cast<int64_t>(sizeof(T)) <= kTallRow ? kTallTile : kTile;
+    while (tile > 2 * kUnit && count <= tile / 2 * threads) tile /= 2;
+    int64_t tiles = (count + tile - 1) / tile;
+    if (tiles > 1) tiles = (tiles + threads - 1) / threads * threads;
+    return std::min(count, ((count + tiles - 1) / tiles + kUnit - 1) / kUnit * kUnit);
+  }
+
+  template <class F>
+  void walk_subtrees(int64_t batch, T* messages, const F& finish) {
+    std::vector<int64_t> cost(tree_.steps);
+    for (int64_t s = 0; s < tree_.steps; ++s) cost[s] = macs(s);
+    const Pieces p = pieces(cost, std::vector<char>(tree_.steps, 1));
+    const int64_t tile = std::min(batch, kTile);
+    rows_.choose_runs(tree_, tile);
+    for_each_item<T>(static_cast<int64_t>(p.roots.size()), batch * macs_, scratch_elements(tile),
+                     [&](int64_t item, T* scratch) {
+                       const int64_t root = p.roots[item];
+                       for (int64_t i = 0; i < batch; i += tile) {
+                         const Tile t(*this, scratch, tile, i, std::min(tile, batch - i));
+                         for (int64_t s = tree_.first[root]; s <= root; ++s)
+                           step_apart(s, t, messages, batch, i);
+                         if (root + 1 == tree_.steps) finish(i, t.n, t.result);
+                       }
+                     });
+    Buffer<T> scratch(p.above.empty() ? 0 : scratch_elements(tile));
+    for (int64_t i = 0; i < batch && !p.above.empty(); i += tile) {
+      const Tile t(*this, scratch.get(), tile, i, std::min(tile, batch - i));
+      for (const int64_t s : p.above) step_apart(s, t, messages, batch, i);
+      finish(i, t.n, t.result);
     }
   }
 
@@ -160,7 +245,7 @@ class Walk {
     const Step& st = tree_.step[s];
     const int64_t ld = ld_cols(s), ldp = ld_rows(s);
     if (weight_[s] != nullptr) {
-      k_.gemm(n, ld, st.rows, product, ldp, 1, weight_[s], ld, to, ld, store);
+      k_.gemm(n, ld, st.rows, product, ldp, 1, weight_[s], ld, to, ld, store, weight_after(s));
       return;
     }
     for (int64_t i = 0; i < n; ++i) {
@@ -171,49 +256,73 @@ class Walk {
     }
   }
 
-  const Tree& tree_;
-  const Rows rows_;
-  const std::vector<const T*> weight_;
-  const Kernels<T>& k_;
-  std::vector<int64_t> column_;  // of a kept message
-  int64_t kept_columns_ = 0;
-  int64_t widest_ = 0;
-  int64_t macs_ = 0;  // multiply-adds of a row's forward walk
+  T* buffer(int64_t s, const Tile& t) const { return t.buffers + tree_.step[s].buffer * t.size; }
 
- private:
-  void step_forward(int64_t s, int64_t b, int64_t n, T* buffers, int64_t size, T* result,
-                    T* widened) const {
+  void step_forward(int64_t s, const Tile& t) const {
     const Step& st = tree_.step[s];
-    T* to = st.parent < 0 ? result : buffers + tree_.step[st.parent].buffer * size;
+    T* to = st.parent < 0 ? t.result : buffer(st.parent, t);
     const Store store = st.parent < 0 || st.first ? Store::assign : Store::multiply;
     if (tree_.is_leaf(s))
-      leaf_message(s, b, n, to, store, widened);
+      leaf_message(rows_, s, t.b, t.n, to, store, t.window);
     else
-      interior_message(s, n, buffers + st.buffer * size, to, store);
+      interior_message(s, t.n, buffer(s, t), to, store);
   }
 
-  // A message goes to where it is kept; its parent forms the product when its own turn comes, in
-  // the same order as without keeping, for the same bits.
-  template <class F>
-  void step_keeping(int64_t s, int64_t b, int64_t n, T* buffers, int64_t size, T* result,
-                    T* widened, const F& kept_at) const {
+  // Whether an interior node has two interior children: the second one's message is multiplied by
+  // the first one's as it is kept.
+  bool pairs(int64_t s) const {
+    return tree_.count(s) == 2 && !tree_.is_leaf(tree_.begin(s)[0]) &&
+           !tree_.is_leaf(tree_.begin(s)[1]);
+  }
+
+  // A message goes to where it is kept (rows i .. of `batch`), and into its parent's product in the
+  // same order as without keeping, for the same bits.
+  void step_keeping(int64_t s, const Tile& t, T* messages, int64_t batch, int64_t i) const {
     if (tree_.is_leaf(s)) return;
     const Step& st = tree_.step[s];
-    T* own = buffers + st.buffer * size;
+    const T* product = pairs(s) ? buffer(s, t) : form_product(s, t, messages, batch, i);
+    if (st.parent < 0) {
+      interior_message(s, t.n, product, t.result, Store::assign);
+      return;
+    }
+    T* to = kept_message(messages, batch, s, i);
+    if (!st.first && pairs(st.parent)) {
+      const int64_t ld = ld_cols(s);
+      const T* other = kept_message(messages, batch, tree_.begin(st.parent)[0], i);
+      k_.gemm_products(t.n, ld, st.rows, product, ld_rows(s), weight_[s], ld,
+                       {ld, other, nullptr, to, buffer(st.parent, t), nullptr, nullptr},
+                       weight_after(s));
+    } else {
+      interior_message(s, t.n, product, to, Store::assign);
+    }
+  }
+
+  // The same where a node's children may have been walked by another thread.
+  void step_apart(int64_t s, const Tile& t, T* messages, int64_t batch, int64_t i) const {
+    if (tree_.is_leaf(s)) return;
+    interior_message(s, t.n, form_product(s, t, messages, batch, i),
+                     tree_.step[s].parent < 0 ? t.result : kept_message(messages, batch, s, i),
+                     Store::assign);
+  }
+
+  const T* form_product(int64_t s, const Tile& t, const T* messages, int64_t batch,
+                        int64_t i) const {
+    T* own = buffer(s, t);
     const int64_t ld = ld_rows(s);
     const T* product = nullptr;
     for (const int64_t* c = tree_.begin(s); c < tree_.end(s); ++c) {
       if (tree_.is_leaf(*c)) {
-        if (product != nullptr && product != own) std::copy_n(product, n * ld, own);
-        leaf_message(*c, b, n, own, product == nullptr ? Store::assign : Store::multiply, widened);
+        if (product != nullptr && product != own) std::copy_n(product, t.n * ld, own);
+        leaf_message(rows_, *c, t.b, t.n, own, product == nullptr ? Store::assign : Store::multiply,
+                     t.window);
         product = own;
       } else {
-        const T* m = kept_at(*c);
-        if (product != nullptr) k_.product(n, ld, product, ld, m, ld, own, ld, Store::assign);
+        const T* m = kept_message(messages, batch, *c, i);
+        if (product != nullptr) k_.product(t.n, ld, product, ld, m, ld, own, ld, Store::assign);
         product = product == nullptr ? m : own;
       }
     }
-    interior_message(s, n, product, st.parent < 0 ? result : kept_at(s), Store::assign);
+    return product;
   }
 };
 

@@ -29,6 +29,7 @@ constexpr int64_t kScatterColumns = 32;
 template <class S, class Rows>
 class BackwardWalk : public Walk<S, Rows> {
   using Base = Walk<S, Rows>;
+  using Window = typename Rows::Window;
 
  public:
   using T = typename Base::T;
@@ -44,7 +45,8 @@ class BackwardWalk : public Walk<S, Rows> {
         dx_(dx),
         x_width_(x_width),
         wanted_(tree.steps, 0),
-        slot_(tree.steps, 0) {
+        slot_(tree.steps, 0),
+        piece_rows_(rows) {
     for (int64_t s = 0; s < tree.steps; ++s) {
       if (dw_[s] != nullptr || (tree.is_leaf(s) && dx != nullptr)) wanted_[s] = 1;
       if (wanted_[s] && tree.step[s].parent >= 0) wanted_[tree.step[s].parent] = 1;
@@ -80,7 +82,7 @@ class BackwardWalk : public Walk<S, Rows> {
   }
 
  private:
-  using Base::k_, Base::tree_, Base::weight_, Base::widest_;
+  using Base::k_, Base::rows_, Base::tree_, Base::weight_, Base::widest_;
   using Base::ld_cols, Base::ld_rows, Base::macs;
 
   bool scatters(int64_t s) const { return !Rows::kDense && tree_.is_leaf(s); }
@@ -104,34 +106,18 @@ class BackwardWalk : public Walk<S, Rows> {
     while (tile_ > 8 && tile_elements() * static_cast<int64_t>(sizeof(T)) > kTileBytes)
       tile_ = (tile_ / 2 + 7) / 8 * 8;
     top_matrices_ = Buffer<T>(chunk_ * top_columns_);
+    piece_rows_.choose_runs(tree_, chunk_);
   }
 
-  // Opens the heaviest piece until there are enough of them for all threads.
   void choose_top() {
-    const int64_t threads = torch::stable::get_num_threads(), root = tree_.steps - 1;
-    std::vector<int64_t> cost(tree_.steps, 0);
-    for (int64_t s = 0; s < tree_.steps; ++s) {
-      cost[s] += wanted_[s] ? macs(s) : 0;
-      if (tree_.step[s].parent >= 0) cost[tree_.step[s].parent] += cost[s];
-    }
-    pieces_ = {root};
-    if (threads == 1 || cost[root] * batch_ < kWorthThreads) return;
-    const auto lighter = [&](int64_t a, int64_t b) {
-      return cost[a] < cost[b] || (cost[a] == cost[b] && a < b);
-    };
-    while (!pieces_.empty() && cost[pieces_.front()] * 4 * threads > cost[root]) {
-      std::pop_heap(pieces_.begin(), pieces_.end(), lighter);
-      const int64_t s = pieces_.back();
-      pieces_.pop_back();
-      top_.push_back(s);
-      for (const int64_t* c = tree_.begin(s); c < tree_.end(s); ++c)
-        if (wanted_[*c] && !tree_.is_leaf(*c)) {
-          pieces_.push_back(*c);
-          std::push_heap(pieces_.begin(), pieces_.end(), lighter);
-        }
-    }
-    std::sort(pieces_.begin(), pieces_.end(), [&](int64_t a, int64_t b) { return lighter(b, a); });
-    std::sort(top_.begin(), top_.end(), [](int64_t a, int64_t b) { return a > b; });
+    pieces_ = {tree_.steps - 1};
+    if (batch_ * this->macs_ < kWorthThreads) return;
+    std::vector<int64_t> cost(tree_.steps);
+    for (int64_t s = 0; s < tree_.steps; ++s) cost[s] = wanted_[s] ? macs(s) : 0;
+    auto [roots, above] = this->pieces(cost, wanted_);
+    pieces_ = std::move(roots);
+    top_ = std::move(above);
+    std::reverse(top_.begin(), top_.end());
   }
 
   // Where dm of a step lies: a matrix of the chunk of its own next to the top, else one of the
@@ -201,9 +187,10 @@ class BackwardWalk : public Walk<S, Rows> {
   }
 
   // Scratch of a thread: what a tile needs, a product and a transposed weight, the slots.
-  int64_t tile_elements() const { return (2 + most_leaves_ + 1) * tile_ * widest_; }
+  int64_t tile_elements() const { return (2 + most_leaves_) * tile_ * widest_; }
   int64_t piece_elements() const {
-    return tile_elements() + chunk_ * widest_ + widest_ * widest_ + slots_ * chunk_ * widest_;
+    return tile_elements() + chunk_ * widest_ + widest_ * widest_ + slots_ * chunk_ * widest_ +
+           piece_rows_.window_elements();
   }
 
   struct Item {  // of the gradient of a top weight
@@ -230,14 +217,16 @@ class BackwardWalk : public Walk<S, Rows> {
       for (const int64_t* c = tree_.begin(top_[i]); c < tree_.end(top_[i]); ++c)
         if (tree_.is_leaf(*c)) add(*c, -1);
     }
-    for_each_item<T>(top_.empty() ? 0 : (count_ + tile_ - 1) / tile_, work, tile_elements(),
-                     [&](int64_t item, T* scratch) {
+    rows_.choose_runs(tree_, tile_);
+    for_each_item<T>(top_.empty() ? 0 : (count_ + tile_ - 1) / tile_, work,
+                     tile_elements() + rows_.window_elements(), [&](int64_t item, T* scratch) {
                        const int64_t i = item * tile_, n = std::min(tile_, count_ - i);
+                       Window window{scratch + tile_elements(), b0_ + i, n};
                        for (std::size_t t = 0; t < top_.size(); ++t) {
                          const int64_t s = top_[t];
                          T* p = dw_[s] == nullptr ? nullptr
                                                   : top_matrices_.get() + chunk_ * product_at_[t];
-                         descend(s, i, n, transposed_at_[s], top_d, p, scratch);
+                         descend(s, i, n, transposed_at_[s], top_d, p, scratch, rows_, window);
                          if (dx_ == nullptr) continue;
                          for (const int64_t* c = tree_.begin(s); c < tree_.end(s); ++c)
                            if (tree_.is_leaf(*c))
@@ -256,7 +245,14 @@ class BackwardWalk : public Walk<S, Rows> {
           }
           const Item& it = items[item - whole];
           const T* p = it.product_at < 0 ? nullptr : top_matrices_.get() + chunk_ * it.product_at;
-          weight_gradient(it.step, it.first, it.count, p, top_d(it.step), scratch);
+          const auto operand = [&](int64_t i, [[maybe_unused]] int64_t n) {
+            if constexpr (Rows::kDense) {
+              if (tree_.is_leaf(it.step))
+                return rows_.alone(tree_.step[it.step], b0_ + i, n, scratch);
+            }
+            return product_rows(it.step, p, i);
+          };
+          weight_gradient(it.step, it.first, it.count, top_d(it.step), operand, {});
         });
   }
 
@@ -264,6 +260,7 @@ class BackwardWalk : public Walk<S, Rows> {
     T* product = scratch + tile_elements();
     T* transposed = product + chunk_ * widest_;
     T* slots = transposed + widest_ * widest_;
+    Window window{slots + slots_ * chunk_ * widest_, b0_, count_};
     const auto d_of = [&](int64_t s) {
       return s == piece ? top_matrices_.get() + chunk_ * slot_[s]
                         : slots + slot_[s] * chunk_ * widest_;
@@ -278,11 +275,18 @@ class BackwardWalk : public Walk<S, Rows> {
         if (leaf)
           input_gradient(s, i, n, transposed, d_of(s), scratch);
         else
-          descend(s, i, n, transposed, d_of, dw_[s] == nullptr ? nullptr : product, scratch);
+          descend(s, i, n, transposed, d_of, dw_[s] == nullptr ? nullptr : product, scratch,
+                  piece_rows_, window);
       }
-      if (dw_[s] != nullptr)
-        weight_gradient(s, 0, scatters(s) ? ld_cols(s) : tree_.step[s].rows, product, d_of(s),
-                        product);
+      if (dw_[s] == nullptr) continue;
+      const auto operand = [&](int64_t i, int64_t) {
+        if constexpr (Rows::kDense) {
+          if (leaf) return piece_rows_.operand(tree_, s, b0_ + i, window, k_);
+        }
+        return product_rows(s, product, i);
+      };
+      weight_gradient(s, 0, scatters(s) ? ld_cols(s) : tree_.step[s].rows, d_of(s), operand,
+                      this->fetch_ && s > 0 ? this->weight_of(s - 1) : Ahead{});
     }
   }
 
@@ -294,7 +298,7 @@ class BackwardWalk : public Walk<S, Rows> {
   // product.
   template <class F>
   void descend(int64_t s, int64_t i, int64_t n, const T* transposed, const F& d_of, T* product,
-               T* scratch) const {
+               T* scratch, const Rows& rows, Window& window) const {
     const Step& st = tree_.step[s];
     const int64_t ld = ld_rows(s), count = tree_.count(s);
     const int64_t* child = tree_.begin(s);
@@ -303,17 +307,11 @@ class BackwardWalk : public Walk<S, Rows> {
     if (!below && product == nullptr) return;
     T *dp = scratch, *other = dp + tile_ * widest_, *free = other + tile_ * widest_;
     const T* dm = d_of(s) + i * ld_cols(s);
-    if (below) {
-      if (weight_[s] != nullptr)
-        k_.gemm(n, ld, st.cols, dm, ld_cols(s), 1, transposed, ld, dp, ld, Store::assign);
-      else
-        for (int64_t r = 0; r < n; ++r) std::fill_n(dp + r * ld, ld, dm[r * ld_cols(s)]);
-    }
     const auto message = [&](int64_t c) -> const T* {
       if (!tree_.is_leaf(child[c])) return kept(child[c], i);
       T* to = free;
       free += tile_ * widest_;
-      this->leaf_message(child[c], b0_ + i, n, to, Store::assign, other);
+      this->leaf_message(rows, child[c], b0_ + i, n, to, Store::assign, window);
       return to;
     };
     const auto times = [&](const T* x, const T* y, T* out) {
@@ -323,6 +321,18 @@ class BackwardWalk : public Walk<S, Rows> {
       return wanted_[child[c]] ? d_of(child[c]) + i * ld : nullptr;
     };
     if (product != nullptr) product += i * ld;
+    if (count == 2 && below && weight_[s] != nullptr) {
+      const T *m0 = message(0), *m1 = message(1);
+      k_.gemm_products(n, ld, st.cols, dm, ld_cols(s), transposed, ld,
+                       {ld, m0, m1, nullptr, gradient(1), gradient(0), product});
+      return;
+    }
+    if (below) {
+      if (weight_[s] != nullptr)
+        k_.gemm(n, ld, st.cols, dm, ld_cols(s), 1, transposed, ld, dp, ld, Store::assign);
+      else
+        for (int64_t r = 0; r < n; ++r) std::fill_n(dp + r * ld, ld, dm[r * ld_cols(s)]);
+    }
     if (count == 1) {
       if (T* to = gradient(0)) std::copy_n(dp, n * ld, to);
       if (product != nullptr) std::copy_n(message(0), n * ld, product);
@@ -376,9 +386,16 @@ class BackwardWalk : public Walk<S, Rows> {
     unpack_rows(n, st.rows, scratch, ld, dx_ + (b0_ + i) * x_width_ + st.offset, x_width_);
   }
 
-  // Rows first .. first+count-1 of dW (columns, where rows are scattered), over the whole chunk.
-  void weight_gradient(int64_t s, int64_t first, int64_t count, const T* product, const T* d,
-                       T* scratch) const {
+  // A product from row i of the chunk on, and its leading dimension.
+  std::pair<const T*, int64_t> product_rows(int64_t s, const T* product, int64_t i) const {
+    return {product + i * ld_rows(s), ld_rows(s)};
+  }
+
+  // Rows first .. first+count-1 of dW (columns, where rows are scattered), over the whole chunk;
+  // operand(i, n): the product, or a leaf's rows, from row i on.
+  template <class F>
+  void weight_gradient(int64_t s, int64_t first, int64_t count, const T* d, const F& operand,
+                       Ahead ahead) const {
     const Step& st = tree_.step[s];
     const int64_t ld = ld_cols(s);
     if constexpr (!Rows::kDense) {
@@ -386,7 +403,7 @@ class BackwardWalk : public Walk<S, Rows> {
         int64_t at[kTile];
         for (int64_t i = 0; i < count_; i += kTile) {
           const int64_t n = std::min(kTile, count_ - i);
-          this->rows_.rows(st, b0_ + i, n, at);
+          rows_.rows(st, b0_ + i, n, at);
           k_.scatter(n, count, at, d + i * ld + first, ld, dw_[s] + first, ld);
         }
         return;
@@ -396,16 +413,10 @@ class BackwardWalk : public Walk<S, Rows> {
     for (int64_t i = 0; i < count_; i += kGradientDepth) {
       const int64_t n = std::min(kGradientDepth, count_ - i);
       const Store store = b0_ + i == 0 ? Store::assign : Store::add;
-      const T* a = product + i * ld_rows(s);
-      int64_t lda = ld_rows(s);
-      if constexpr (Rows::kDense) {
-        if (tree_.is_leaf(s)) std::tie(a, lda) = leaf_rows(s, i, n, scratch);
-      }
-      k_.gemm(count, ld, n, a + first, 1, lda, d + i * ld, ld, to, ld, store);
+      const auto [a, lda] = operand(i, n);
+      k_.gemm(count, ld, n, a + first, 1, lda, d + i * ld, ld, to, ld, store,
+              i == 0 ? ahead : Ahead{});
     }
-  }
-  std::pair<const T*, int64_t> leaf_rows(int64_t s, int64_t i, int64_t n, T* scratch) const {
-    return this->rows_.operand(tree_.step[s], b0_ + i, n, scratch);
   }
 
   const std::vector<T*> dw_;
@@ -416,6 +427,7 @@ class BackwardWalk : public Walk<S, Rows> {
   const int64_t x_width_;
   std::vector<char> wanted_;  // whether a gradient at or below a step is asked for
   std::vector<int64_t> slot_;
+  Rows piece_rows_;  // windows of a whole chunk
   std::vector<int64_t> top_, pieces_, product_at_;
   std::vector<const T*> transposed_at_;
   int64_t most_leaves_ = 0, top_columns_ = 0, slots_ = 0;

@@ -21,8 +21,8 @@ std::vector<Tensor> evaluate_cpu(const Program& program, const std::vector<Tenso
     using T = typename ComputeOf<S>::type;
     const auto packed = pack<S>(weights);
     const Tree tree(program);
-    const DenseRows<S> source{rows.const_data_ptr<S>(), rows.stride(0)};
-    const Walk<S, DenseRows<S>> walk(tree, weights_of(program, packed), source);
+    const DenseRows<S> source(rows.const_data_ptr<S>(), rows.stride(0));
+    Walk<S, DenseRows<S>> walk(tree, weights_of(program, packed), source);
     Tensor kept = keep ? kept_tensor<T>(x, batch * walk.kept_columns()) : out;
     T* messages = keep && kept.numel() > 0 ? kept.mutable_data_ptr<T>() : nullptr;
     walk.forward(batch, out.mutable_data_ptr<S>(), messages);
@@ -43,7 +43,7 @@ std::vector<Tensor> evaluate_backward_cpu(const Program& program, const Tensor& 
     using T = typename ComputeOf<S>::type;
     const auto packed = pack<S>(weights);
     const Tree tree(program);
-    const DenseRows<S> source{rows.const_data_ptr<S>(), rows.stride(0)};
+    const DenseRows<S> source(rows.const_data_ptr<S>(), rows.stride(0));
     WeightGradients<S> dw(program, weights, needs);
     BackwardWalk<S, DenseRows<S>> walk(
         tree, weights_of(program, packed), source, dw.steps(), batch, g.const_data_ptr<S>(),

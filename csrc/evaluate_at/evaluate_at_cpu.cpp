@@ -21,7 +21,7 @@ std::vector<Tensor> evaluate_at_cpu(const Program& program, const std::vector<Te
     using T = typename ComputeOf<S>::type;
     const auto packed = pack<S>(weights);
     const Tree tree(program);
-    const Walk<S, Source> walk(tree, weights_of(program, packed), source_of(indices));
+    Walk<S, Source> walk(tree, weights_of(program, packed), source_of(indices));
     Tensor kept = keep ? kept_tensor<T>(out, batch * walk.kept_columns()) : out;
     T* messages = keep && kept.numel() > 0 ? kept.mutable_data_ptr<T>() : nullptr;
     walk.forward(batch, out.mutable_data_ptr<S>(), messages);

@@ -76,7 +76,7 @@ class Planned {
     } else {
       const Upper upper(p_, plan_);
       const Tree tree(upper.steps, p_.outputs);
-      const Walk<S, Source> walk(tree, upper_weights(upper), {plan_.lists, 1, 1});
+      Walk<S, Source> walk(tree, upper_weights(upper), {plan_.lists, 1, 1});
       walk.forward(plan_.batch, out, kept == nullptr ? nullptr : kept + frames_.elements());
     }
   }
