@@ -382,9 +382,8 @@ void transpose(int64_t rows, int64_t cols, const T* x, int64_t ldx, T* out, int6
 
 template <class T>
 constexpr Kernels<T> table(const char* name) {
-  return {name,        &gemm<T>,    &gemm_products<T>, &copy<T>,     &product<T>,
-          &gather<T>,  &scatter<T>, &sum_products<T>,  &sum_rows<T>, &dot<T>,
-          &transpose<T>};
+  return {name,        &gemm<T>,         &gemm_products<T>, &copy<T>, &product<T>,  &gather<T>,
+          &scatter<T>, &sum_products<T>, &sum_rows<T>,      &dot<T>,  &transpose<T>};
 }
 
 }  // namespace

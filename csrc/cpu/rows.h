@@ -73,7 +73,7 @@ class DenseRows {
 
  private:
   static constexpr int64_t kFarApart = 2048;  // bytes
-  static constexpr int64_t kTogether = 8;     // rows whose lines stay in the cache for the next leaf
+  static constexpr int64_t kTogether = 8;  // rows whose lines stay in the cache for the next leaf
   static constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(S));
   static constexpr int64_t kWindowBytes = int64_t{64} << 10;
 
@@ -104,8 +104,7 @@ class DenseRows {
   // The same piece of the next rows.
   void fetch(const S* from, int64_t cols) const {
     for (int64_t r = 0; r < kTogether; ++r)
-      for (int64_t j = 0; j < cols; j += kLine)
-        __builtin_prefetch(from + r * stride_ + j);
+      for (int64_t j = 0; j < cols; j += kLine) __builtin_prefetch(from + r * stride_ + j);
   }
 
   const S* x_;

@@ -101,17 +101,17 @@ class Walk {
     if (count == 0) return;
     const int64_t tile = tile_rows(count);
     rows_.choose_runs(tree_, tile);
-    for_each_item<T>(
-        (count + tile - 1) / tile, count * macs_, scratch_elements(tile),
-        [&](int64_t item, T* scratch) {
-          const int64_t i = item * tile, n = std::min(tile, count - i);
-          const Tile t(*this, scratch, tile, b0 + i, n);
-          if (messages == nullptr)
-            for (int64_t s = 0; s < tree_.steps; ++s) step_forward(s, t);
-          else
-            for (int64_t s = 0; s < tree_.steps; ++s) step_keeping(s, t, messages, batch, i);
-          finish(b0 + i, n, t.result);
-        });
+    for_each_item<T>((count + tile - 1) / tile, count * macs_, scratch_elements(tile),
+                     [&](int64_t item, T* scratch) {
+                       const int64_t i = item * tile, n = std::min(tile, count - i);
+                       const Tile t(*this, scratch, tile, b0 + i, n);
+                       if (messages == nullptr)
+                         for (int64_t s = 0; s < tree_.steps; ++s) step_forward(s, t);
+                       else
+                         for (int64_t s = 0; s < tree_.steps; ++s)
+                           step_keeping(s, t, messages, batch, i);
+                       finish(b0 + i, n, t.result);
+                     });
   }
 
   // Disjoint subtrees, the heaviest first, enough of them for all threads, and the steps above
@@ -185,10 +185,9 @@ class Walk {
     return fetch_ && s + 1 < tree_.steps ? weight_of(s + 1) : Ahead{};
   }
   Ahead weight_of(int64_t s) const {
-    return {weight_[s],
-            weight_[s] == nullptr
-                ? 0
-                : tree_.step[s].rows * ld_cols(s) * static_cast<int64_t>(sizeof(T))};
+    return {weight_[s], weight_[s] == nullptr
+                            ? 0
+                            : tree_.step[s].rows * ld_cols(s) * static_cast<int64_t>(sizeof(T))};
   }
 
   const Tree& tree_;
@@ -209,7 +208,8 @@ class Walk {
   int64_t tile_rows(int64_t count) const {
     constexpr int64_t kUnit = 8;  // rows of a register tile
     const int64_t threads = torch::stable::get_num_threads();
-    int64_t tile = fetch_ && widest_ * static_cast<int64_t>(sizeof(T)) <= kTallRow ? kTallTile : kTile;
+    int64_t tile =
+        fetch_ && widest_ * static_cast<int64_t>(sizeof(T)) <= kTallRow ? kTallTile : kTile;
     while (tile > 2 * kUnit && count <= tile / 2 * threads) tile /= 2;
     int64_t tiles = (count + tile - 1) / tile;
     if (tiles > 1) tiles = (tiles + threads - 1) / threads * threads;

@@ -23,49 +23,80 @@ void unpack_rows(int64_t rows, int64_t cols, const T* x, int64_t ldx, S* out, in
     for (int64_t j = 0; j < cols; ++j) out[i * ldo + j] = static_cast<S>(x[i * ldx + j]);
 }
 
-// One folded group [F, rows, cols], its rows padded; the caller's own memory where that fits as it
-// is.
-template <class S>
-struct PackedGroup {
-  using T = typename ComputeOf<S>::type;
-  Tensor source;
-  int64_t count, rows, cols, ld;
-  const T* data = nullptr;
-  Buffer<T> copy;
+// Rows of one type, padded with zeros or without their padding: many short ones at vector speed.
+template <class T>
+void copy_padded(int64_t rows, int64_t cols, const T* x, int64_t ldx, T* out, int64_t ldo) {
+  kernels<T>().copy(rows, cols, x, ldx, out, ldo);
+  if (ldo > cols)
+    for (int64_t i = 0; i < rows; ++i) std::fill_n(out + i * ldo + cols, ldo - cols, T(0));
+}
 
-  explicit PackedGroup(const Tensor& w)
-      : source(torch::stable::contiguous(w)),
-        count(w.size(0)),
-        rows(w.size(1)),
-        cols(w.size(2)),
-        ld(padded<T>(cols)) {
-    const S* x = source.const_data_ptr<S>();
-    if constexpr (std::is_same_v<S, T>) {
-      if (ld == cols) {
-        data = x;
-        return;
-      }
-    }
-    copy = Buffer<T>(count * rows * ld);
-    data = copy.get();
-    for_each_item<T>(count, kMoved * count * rows * ld, 0, [&](int64_t f, T*) {
-      pack_rows(rows, cols, x + f * rows * cols, cols, copy.get() + f * rows * ld, ld);
-    });
-  }
+// One folded group [F, rows, cols], its rows padded.
+template <class T>
+struct PackedGroup {
+  int64_t rows, ld;
+  const T* data;
   const T* at(int64_t slot) const { return data + slot * rows * ld; }
 };
 
+// All groups; the caller's own memory where that fits as it is, else copies, side by side.
 template <class S>
-std::vector<PackedGroup<S>> pack(const std::vector<Tensor>& weights) {
-  std::vector<PackedGroup<S>> groups;
-  groups.reserve(weights.size());
-  for (const Tensor& w : weights) groups.emplace_back(w);
-  return groups;
-}
+class PackedWeights {
+ public:
+  using T = typename ComputeOf<S>::type;
+
+  explicit PackedWeights(const std::vector<Tensor>& weights) {
+    struct Item {
+      const S* from;
+      int64_t to, rows, cols, ld;
+    };
+    std::vector<Item> items;
+    std::vector<int64_t> start(weights.size(), -1);
+    int64_t size = 0;
+    source_.reserve(weights.size());
+    for (std::size_t g = 0; g < weights.size(); ++g) {
+      source_.push_back(torch::stable::contiguous(weights[g]));
+      const Tensor& w = source_[g];
+      const int64_t count = w.size(0), rows = w.size(1), cols = w.size(2), ld = padded<T>(cols);
+      const S* x = w.const_data_ptr<S>();
+      const T* data = nullptr;
+      if constexpr (std::is_same_v<S, T>) {
+        if (ld == cols) data = x;
+      }
+      group_.push_back({rows, ld, data});
+      if (data != nullptr) continue;
+      start[g] = size;
+      for (int64_t f = 0; f < count; ++f, size += rows * ld)
+        items.push_back({x + f * rows * cols, size, rows, cols, ld});
+    }
+    copy_ = Buffer<T>(size);
+    for (std::size_t g = 0; g < weights.size(); ++g)
+      if (start[g] >= 0) group_[g].data = copy_.get() + start[g];
+    const auto items_together = std::max<int64_t>(1, static_cast<int64_t>(items.size()) / 64);
+    const int64_t parts =
+        (static_cast<int64_t>(items.size()) + items_together - 1) / items_together;
+    for_each_item<T>(parts, size, 0, [&](int64_t part, T*) {
+      const int64_t end = std::min<int64_t>(items.size(), (part + 1) * items_together);
+      for (int64_t i = part * items_together; i < end; ++i) {
+        const Item& it = items[i];
+        if constexpr (std::is_same_v<S, T>)
+          copy_padded(it.rows, it.cols, it.from, it.cols, copy_.get() + it.to, it.ld);
+        else
+          pack_rows(it.rows, it.cols, it.from, it.cols, copy_.get() + it.to, it.ld);
+      }
+    });
+  }
+  const PackedGroup<T>& operator[](int64_t group) const { return group_[group]; }
+
+ private:
+  std::vector<Tensor> source_;
+  std::vector<PackedGroup<T>> group_;
+  Buffer<T> copy_;
+};
 
 // The matrix of every step, rows padded; null where a step has none.
 template <class S>
-auto weights_of(const Program& p, const std::vector<PackedGroup<S>>& groups) {
+auto weights_of(const Program& p, const PackedWeights<S>& groups) {
   std::vector<const typename ComputeOf<S>::type*> all(p.steps, nullptr);
   for (int64_t s = 0; s < p.steps; ++s)
     if (p.step[s].group >= 0) all[s] = groups[p.step[s].group].at(p.step[s].slot);
@@ -82,6 +113,7 @@ class WeightGradients {
   WeightGradients(const Program& p, const std::vector<Tensor>& weights,
                   const std::vector<int64_t>& needs)
       : entries_(weights.size()), step_(p.steps, nullptr) {
+    int64_t size = 0;
     for (std::size_t g = 0; g < weights.size(); ++g) {
       Entry& e = entries_[g];
       const Tensor& w = weights[g];
@@ -95,45 +127,56 @@ class WeightGradients {
         if (e.ld == e.cols) e.data = e.tensor.template mutable_data_ptr<T>();
       }
       if (e.data == nullptr) {
-        e.own = Buffer<T>(e.count * e.rows * e.ld);
-        e.data = e.own.get();
+        e.start = size;
+        size += e.count * e.rows * e.ld;
       }
-      e.users.resize(e.count);
     }
+    padded_ = Buffer<T>(size);
+    std::vector<int64_t> slots(weights.size() + 1, 0);  // of the groups before
+    for (std::size_t g = 0; g < weights.size(); ++g) {
+      Entry& e = entries_[g];
+      if (e.start >= 0) e.data = padded_.get() + e.start;
+      slots[g + 1] = slots[g] + e.count;
+    }
+    std::vector<T*> owner(slots.back(), nullptr);
     for (int64_t s = 0; s < p.steps; ++s) {
       if (p.step[s].group < 0) continue;
       Entry& e = entries_[p.step[s].group];
       if (e.data == nullptr) continue;
-      auto& users = e.users[p.step[s].slot];
-      const int64_t size = e.rows * e.ld;
-      if (users.empty()) {
-        step_[s] = e.data + p.step[s].slot * size;
+      T*& mine = owner[slots[p.step[s].group] + p.step[s].slot];
+      const int64_t elements = e.rows * e.ld;
+      if (mine == nullptr) {
+        step_[s] = mine = e.data + p.step[s].slot * elements;
       } else {
-        e.others.emplace_back(size);
-        step_[s] = e.others.back().get();
+        others_.push_back({mine, Buffer<T>(elements), elements});
+        step_[s] = others_.back().own.get();
       }
-      users.push_back(step_[s]);
     }
     // A weight that no step uses: a group of one shape may have spare slots in a foreign program.
-    for (Entry& e : entries_)
-      for (std::size_t f = 0; f < e.users.size(); ++f)
-        if (e.users[f].empty())
-          std::fill_n(e.data + static_cast<int64_t>(f) * e.rows * e.ld, e.rows * e.ld, T(0));
+    for (std::size_t g = 0; g < weights.size(); ++g)
+      for (int64_t f = 0; f < entries_[g].count; ++f)
+        if (owner[slots[g] + f] == nullptr)
+          std::fill_n(entries_[g].data + f * entries_[g].rows * entries_[g].ld,
+                      entries_[g].rows * entries_[g].ld, T(0));
   }
   // Where the gradient of a step's weight goes, or null where it is not needed.
   T* step(int64_t s) const { return step_[s]; }
   const std::vector<T*>& steps() const { return step_; }
 
   std::vector<Tensor> finish() {
+    for (Other& other : others_)
+      for (int64_t i = 0; i < other.elements; ++i) other.owner[i] += other.own.get()[i];
     std::vector<Tensor> out;
+    out.reserve(entries_.size());
     for (Entry& e : entries_) {
-      for (auto& users : e.users)
-        for (std::size_t u = 1; u < users.size(); ++u)
-          for (int64_t i = 0; i < e.rows * e.ld; ++i) users[0][i] += users[u][i];
-      if (e.own.get() != nullptr)
-        unpack_rows(e.count * e.rows, e.cols, e.data, e.ld, e.tensor.template mutable_data_ptr<S>(),
-                    e.cols);
-      out.push_back(e.tensor);
+      if (e.start >= 0) {
+        S* to = e.tensor.template mutable_data_ptr<S>();
+        if constexpr (std::is_same_v<S, T>)
+          copy_padded(e.count * e.rows, e.cols, e.data, e.ld, to, e.cols);
+        else
+          unpack_rows(e.count * e.rows, e.cols, e.data, e.ld, to, e.cols);
+      }
+      out.push_back(std::move(e.tensor));
     }
     return out;
   }
@@ -142,13 +185,18 @@ class WeightGradients {
   struct Entry {
     Tensor tensor;
     int64_t count = 0, rows = 0, cols = 0, ld = 0;
+    int64_t start = -1;  // in padded_, where the tensor's own rows are not padded
     T* data = nullptr;
+  };
+  struct Other {  // of a weight that another step has as well
+    T* owner;
     Buffer<T> own;
-    std::vector<Buffer<T>> others;
-    std::vector<std::vector<T*>> users;  // of each slot
+    int64_t elements;
   };
   std::vector<Entry> entries_;
   std::vector<T*> step_;
+  Buffer<T> padded_;
+  std::vector<Other> others_;
 };
 
 }  // namespace htf

@@ -19,7 +19,7 @@ std::vector<Tensor> evaluate_cpu(const Program& program, const std::vector<Tenso
   return with_dtype(x.scalar_type(), "evaluate", [&](auto s) {
     using S = decltype(s);
     using T = typename ComputeOf<S>::type;
-    const auto packed = pack<S>(weights);
+    const PackedWeights<S> packed(weights);
     const Tree tree(program);
     const DenseRows<S> source(rows.const_data_ptr<S>(), rows.stride(0));
     Walk<S, DenseRows<S>> walk(tree, weights_of(program, packed), source);
@@ -41,7 +41,7 @@ std::vector<Tensor> evaluate_backward_cpu(const Program& program, const Tensor& 
   return with_dtype(x.scalar_type(), "evaluate_backward", [&](auto s) {
     using S = decltype(s);
     using T = typename ComputeOf<S>::type;
-    const auto packed = pack<S>(weights);
+    const PackedWeights<S> packed(weights);
     const Tree tree(program);
     const DenseRows<S> source(rows.const_data_ptr<S>(), rows.stride(0));
     WeightGradients<S> dw(program, weights, needs);

@@ -19,7 +19,7 @@ std::vector<Tensor> evaluate_at_cpu(const Program& program, const std::vector<Te
   return with_dtype(weights[0].scalar_type(), "evaluate_at", [&](auto s) {
     using S = decltype(s);
     using T = typename ComputeOf<S>::type;
-    const auto packed = pack<S>(weights);
+    const PackedWeights<S> packed(weights);
     const Tree tree(program);
     Walk<S, Source> walk(tree, weights_of(program, packed), source_of(indices));
     Tensor kept = keep ? kept_tensor<T>(out, batch * walk.kept_columns()) : out;
@@ -38,7 +38,7 @@ std::vector<Tensor> evaluate_at_backward_cpu(const Program& program, const Tenso
   return with_dtype(weights[0].scalar_type(), "evaluate_at_backward", [&](auto s) {
     using S = decltype(s);
     using T = typename ComputeOf<S>::type;
-    const auto packed = pack<S>(weights);
+    const PackedWeights<S> packed(weights);
     const Tree tree(program);
     WeightGradients<S> dw(program, weights, needs);
     BackwardWalk<S, Source> walk(tree, weights_of(program, packed), source_of(indices), dw.steps(),

@@ -45,7 +45,7 @@ class Planned {
   Planned(const Program& program, const IndexPlan& plan, const std::vector<Tensor>& weights)
       : p_(program),
         plan_(plan),
-        packed_(pack<S>(weights)),
+        packed_(weights),
         weight_(weights_of(program, packed_)),
         frames_(program, weight_, plan.rows, plan.lists),
         k_(kernels<T>()) {}
@@ -210,7 +210,7 @@ class Planned {
 
   const Program& p_;
   const IndexPlan& plan_;
-  const std::vector<PackedGroup<S>> packed_;
+  const PackedWeights<S> packed_;
   const std::vector<const T*> weight_;
   Frames<S> frames_;
   const Kernels<T>& k_;

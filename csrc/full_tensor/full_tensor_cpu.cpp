@@ -34,7 +34,7 @@ class FullTensor {
   FullTensor(const Program& program, const std::vector<Tensor>& weights)
       : p_(program),
         k_(kernels<T>()),
-        w_(pack<S>(weights)),
+        w_(weights),
         children_(program.steps),
         frames_(program.steps) {
     std::vector<int64_t> smallest(p_.steps, p_.order);
@@ -340,7 +340,7 @@ class FullTensor {
 
   const Program& p_;
   const Kernels<T>& k_;
-  const std::vector<PackedGroup<S>> w_;
+  const PackedWeights<S> w_;
   std::vector<std::vector<int64_t>> children_;
   std::vector<Matrix<T>> frames_;
   std::vector<int64_t> left_children_, right_children_;
