@@ -6,8 +6,8 @@
 namespace htf {
 namespace {
 
-int best_level() {
 #if defined(__x86_64__)
+int best_level() {
   __builtin_cpu_init();
   int level = 0;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) level = 1;
@@ -19,10 +19,8 @@ int best_level() {
     if (asked < level) level = asked;
   }
   return level;
-#else
-  return 0;
-#endif
 }
+#endif
 
 template <class T>
 const Kernels<T>& choose() {

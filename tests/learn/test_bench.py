@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from htflearn import cli
-from htflearn.bench import Implementation, Prepared, report
+from htflearn.bench import Implementation, Prepared, circuit, report
 from htflearn.bench.implementations import IMPLEMENTATIONS, OURS
 from htflearn.bench.measure import measure
 from htflearn.bench.workloads import PASSES, Problem, workloads
@@ -23,7 +24,7 @@ PROVENANCE = {
     "processor", "capability", "threads", "python", "torch", "htfkernels", "numpy", "opt_einsum",
     "cirkit", "commit", "command", "date", "gemm_gflops", "dtype", "scale", "environment",
 }  # fmt: skip
-# Without torch.compile and opt_einsum's search for a path, which take longer than the rest.
+# Without those that take longer than the rest: torch.compile, and opt_einsum's search for a path.
 QUICK = [name for name in IMPLEMENTATIONS if name not in ("folded bmm, compiled", "opt_einsum")]
 
 
@@ -73,10 +74,30 @@ def test_other_dtypes(dtype: str, tmp_path: Path) -> None:
     assert not [r for r in data["rows"] if (r["error"] or "").startswith(("wrong", "failed"))]
 
 
-@pytest.mark.parametrize("name", ["small", "paper", "dense"])
+@pytest.mark.parametrize("name", list(workloads("tiny")))
 def test_opt_einsum(name: str, tmp_path: Path) -> None:
     data = tiny(tmp_path / "a.json", "-w", name, "-i", "opt_einsum")
     assert all(row["error"] is None for row in data["rows"])
+
+
+@pytest.mark.skipif(find_spec("cirkit") is None, reason="libcirkit is not installed")
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_cirkit(dtype: str, tmp_path: Path) -> None:
+    where = ("-w", "paper", "-w", "completion", "--dtype", dtype)
+    data = tiny(tmp_path / "a.json", *where, "-i", "cirkit")
+    assert len(data["rows"]) == 4 and all(row["error"] is None for row in data["rows"])
+    assert data["provenance"]["cirkit"]
+
+
+def test_no_cirkit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(circuit, "find_spec", lambda name: None)
+    where = ("-w", "paper", "-w", "small", "-w", "dense", "--pass", "forward")
+    sentences = [row["error"] for row in tiny(tmp_path / "a.json", *where, "-i", "cirkit")["rows"]]
+    assert sentences == [
+        "its input layers take one index or number of each mode, not a vector",
+        "it is not installed: pip install libcirkit",
+        "it evaluates single entries only",
+    ]
 
 
 @pytest.mark.slow

@@ -24,9 +24,11 @@ class Prepared:
     """An implementation with everything done that is not to be timed.
 
     Attributes:
-        forward: computes the result, differentiable by the model's weights and by ``inputs``.
+        forward: computes the result, differentiable by the weights and by ``inputs``.
         inputs: leaf tensors of vectors.
         by_mode: gradients of ``inputs`` -> one ``[B, D_n]`` for each mode.
+        weights: leaf tensors to differentiate by; None: the model's own.
+        by_weight: gradients of ``weights`` -> those of the model's weights.
         before: called before each run, outside the clock.
         setup_seconds: what preparing for these indices took, where that is worth knowing.
     """
@@ -34,6 +36,8 @@ class Prepared:
     forward: Callable[[], Tensor]
     inputs: list[Tensor]
     by_mode: Callable[[Sequence[Tensor]], list[Tensor]] = list
+    weights: list[Tensor] | None = None
+    by_weight: Callable[[Sequence[Tensor]], list[Tensor]] = list
     before: Callable[[], None] | None = None
     setup_seconds: float | None = None
 

@@ -145,7 +145,8 @@ def gemm_rate(
 def _runner(problem: Problem, ways: Prepared, which: str) -> Callable[[], Any]:
     if which == "forward":
         return torch.no_grad()(ways.forward)
-    wanted = [*problem.model.weights, *(ways.inputs if which == "inputs" else [])]
+    weights = list(problem.model.weights) if ways.weights is None else ways.weights
+    wanted = [*weights, *(ways.inputs if which == "inputs" else [])]
     return lambda: torch.autograd.grad(ways.forward(), wanted, problem.cotangent)
 
 
@@ -194,8 +195,8 @@ def _error(problem: Problem, ways: Prepared, which: str, truth: _Truth) -> float
     result = _runner(problem, ways, which)()
     if which == "forward":
         return _relative([result], [truth.values])
-    count = len(truth.weights)
-    worst = _relative(result[:count], truth.weights)
+    count = len(truth.weights if ways.weights is None else ways.weights)
+    worst = _relative(ways.by_weight(result[:count]), truth.weights)
     if which == "inputs":
         worst = max(worst, _relative(ways.by_mode(result[count:]), truth.inputs))
     return worst
