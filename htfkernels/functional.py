@@ -122,7 +122,7 @@ def slog_evaluate(
 def run_evaluate(layout: Layout, weights: Sequence[Tensor], vectors: Vectors) -> Tensor:
     x = pack_vectors("evaluate", layout, vectors)
     plan, weights, x = _prepare("evaluate", layout, weights, x)
-    return _squeeze(layout, _evaluate(plan, weights, x))
+    return _evaluate(plan, weights, x)
 
 
 def run_evaluate_at(
@@ -136,7 +136,7 @@ def run_evaluate_at(
         raise ValueError(
             f"evaluate_at: indices are on {indices.device}, the weights on {weights[0].device}"
         )
-    return _squeeze(layout, _evaluate_at(plan, weights, indices))
+    return _evaluate_at(plan, weights, indices)
 
 
 def _run_planned(layout: Layout, weights: Sequence[Tensor], indices: IndexPlan) -> Tensor:
@@ -151,7 +151,7 @@ def _run_planned(layout: Layout, weights: Sequence[Tensor], indices: IndexPlan) 
             f"evaluate_at: the index plan is on {indices.lists.device}, the weights on "
             f"{first.device}; move it with plan.to"
         )
-    return _squeeze(layout, _evaluate_at_planned(plan, weights, indices))
+    return _evaluate_at_planned(plan, weights, indices)
 
 
 def run_full_tensor(layout: Layout, weights: Sequence[Tensor]) -> Tensor:

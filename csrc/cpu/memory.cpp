@@ -1,7 +1,8 @@
 #include "cpu/memory.h"
 
+#include <algorithm>
+#include <bit>
 #include <cstdlib>
-#include <list>
 #include <mutex>
 #include <new>
 #include <vector>
@@ -14,20 +15,37 @@ namespace htf {
 namespace {
 
 constexpr std::size_t kLine = 64;
-constexpr std::size_t kSmall = std::size_t{64} << 10;  // below, malloc does the same
+constexpr std::size_t kSmall = std::size_t{2} << 10;  // below, malloc does the same
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
 constexpr std::size_t kMostUnused = std::size_t{1} << 30;
 
 // In front of every block, one cache line long.
 struct Header {
   std::size_t bytes;  // of the whole allocation
+  std::size_t bin;
+  std::uint64_t released;
 };
 static_assert(sizeof(Header) <= kLine);
 
+// Blocks come in four sizes for every power of two, a bin of unused ones for each.
+constexpr int kSmallestLog = 8;
+constexpr std::size_t kBins = 4 * (48 - kSmallestLog);
+
+std::size_t bin_of(std::size_t bytes) {
+  const int log = std::bit_width(bytes - 1) - 1;  // 2^log < bytes <= 2^(log + 1)
+  const std::size_t quarter = ((bytes - 1) >> (log - 2)) & 3;
+  return 4 * static_cast<std::size_t>(log - kSmallestLog) + quarter;
+}
+std::size_t size_of_bin(std::size_t bin) {
+  const std::size_t log = bin / 4 + kSmallestLog;
+  return (std::size_t{1} << log) + ((bin % 4 + 1) << (log - 2));
+}
+
 struct Pool {
   std::mutex mutex;
-  std::list<Header*> unused;  // the longest unused first
+  std::vector<Header*> unused[kBins];  // the longest unused first
   std::size_t bytes = 0;
+  std::uint64_t releases = 0;
 };
 
 // Never destroyed: tensors may outlive static destructors.
@@ -38,6 +56,7 @@ Pool& pool() {
 
 Header* allocate(std::size_t bytes) {
   const bool huge = bytes >= kHugePage;
+  if (huge) bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
   void* p = std::aligned_alloc(huge ? kHugePage : kLine, bytes);
   if (p == nullptr) {
     release_unused();
@@ -60,48 +79,49 @@ std::size_t element_size(torch::headeronly::ScalarType dtype) {
 }  // namespace
 
 void* acquire(std::size_t bytes) {
-  std::size_t total = bytes + kLine;
-  const std::size_t unit = total >= kHugePage ? kHugePage : total >= kSmall ? kSmall : kLine;
-  total = (total + unit - 1) / unit * unit;
-  Header* found = nullptr;
-  if (total >= kSmall) {
+  std::size_t total = (bytes + 2 * kLine - 1) / kLine * kLine, bin = kBins;
+  if (total >= kSmall && total <= kMostUnused) {
+    bin = bin_of(total);
+    total = size_of_bin(bin);
     Pool& p = pool();
     const std::lock_guard<std::mutex> lock(p.mutex);
-    auto best = p.unused.end();
-    for (auto it = p.unused.begin(); it != p.unused.end(); ++it)
-      if ((*it)->bytes >= total && (*it)->bytes <= total + total / 4 &&
-          (best == p.unused.end() || (*it)->bytes <= (*best)->bytes))
-        best = it;
-    if (best != p.unused.end()) {
-      found = *best;
+    auto& unused = p.unused[bin];
+    if (!unused.empty()) {
+      Header* found = unused.back();
+      unused.pop_back();
       p.bytes -= found->bytes;
-      p.unused.erase(best);
+      return reinterpret_cast<char*>(found) + kLine;
     }
   }
-  if (found == nullptr) found = allocate(total);
-  return reinterpret_cast<char*>(found) + kLine;
+  Header* made = allocate(total);
+  made->bin = bin;
+  return reinterpret_cast<char*>(made) + kLine;
 }
 
 void release(void* block) noexcept {
   auto* header = reinterpret_cast<Header*>(static_cast<char*>(block) - kLine);
-  if (header->bytes < kSmall || header->bytes > kMostUnused / 2) {
+  if (header->bin == kBins) {
     std::free(header);
     return;
   }
   Pool& p = pool();
   const std::lock_guard<std::mutex> lock(p.mutex);
   try {
-    p.unused.push_back(header);
+    p.unused[header->bin].push_back(header);
   } catch (...) {
     std::free(header);
     return;
   }
+  header->released = p.releases++;
   p.bytes += header->bytes;
   while (p.bytes > kMostUnused) {
-    Header* oldest = p.unused.front();
-    p.unused.pop_front();
-    p.bytes -= oldest->bytes;
-    std::free(oldest);
+    std::vector<Header*>* oldest = nullptr;
+    for (auto& bin : p.unused)
+      if (!bin.empty() && (oldest == nullptr || bin[0]->released < (*oldest)[0]->released))
+        oldest = &bin;
+    p.bytes -= (*oldest)[0]->bytes;
+    std::free((*oldest)[0]);
+    oldest->erase(oldest->begin());
   }
 }
 
@@ -109,8 +129,10 @@ std::size_t release_unused() {
   Pool& p = pool();
   const std::lock_guard<std::mutex> lock(p.mutex);
   const std::size_t bytes = p.bytes;
-  for (Header* header : p.unused) std::free(header);
-  p.unused.clear();
+  for (auto& bin : p.unused) {
+    for (Header* header : bin) std::free(header);
+    bin.clear();
+  }
   p.bytes = 0;
   return bytes;
 }

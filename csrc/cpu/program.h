@@ -45,16 +45,18 @@ struct Program {
     check(
         dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16,
         op, ": weights must be float32, float64 or bfloat16, got ", toString(dtype));
+    std::vector<Shape> shapes;
     for (int64_t g = 0; g < groups; ++g) {
       const Tensor& w = weights[g];
       check(w.is_cpu() && w.scalar_type() == dtype && w.dim() == 3, op, ": weights[", g,
             "] must be a 3-dimensional CPU tensor of the dtype of weights[0]");
+      shapes.push_back({w.size(0), w.size(1), w.size(2)});
     }
     check(buffers >= 1 && buffers <= steps && outputs >= 1 && x_width >= 1, op, kBroken);
     std::vector<char> reached(steps, 0);  // whether a child has sent its message
     int64_t leaves = 0;
     for (int64_t s = 0; s < steps; ++s) {
-      check_step(op, weights, s, reached);
+      check_step(op, weights, shapes, s, reached);
       leaves += is_leaf(s);
     }
     check(leaves == order, op, kBroken);
@@ -80,8 +82,12 @@ struct Program {
  private:
   static constexpr const char* kBroken = ": program is broken; use one made by a layout";
 
-  void check_step(const char* op, const std::vector<Tensor>& weights, int64_t s,
-                  std::vector<char>& reached) const {
+  struct Shape {
+    int64_t count, rows, cols;
+  };
+
+  void check_step(const char* op, const std::vector<Tensor>& weights,
+                  const std::vector<Shape>& shapes, int64_t s, std::vector<char>& reached) const {
     const Step& st = step[s];
     const bool leaf = is_leaf(s);
     check(st.rows >= 1 && st.cols >= 1 && st.mode >= -1 && st.mode < order, op, kBroken);
@@ -102,10 +108,10 @@ struct Program {
       return;
     }
     check(st.group >= 0 && st.group < groups && st.slot >= 0, op, kBroken);
-    const Tensor& w = weights[st.group];
-    check(st.slot < w.size(0) && w.size(1) == st.rows && w.size(2) == st.cols, op, ": weights[",
-          st.group, "] must be [F, ", st.rows, ", ", st.cols, "] with F > ", st.slot, ", got ",
-          describe(w));
+    const Shape& w = shapes[st.group];
+    check(st.slot < w.count && w.rows == st.rows && w.cols == st.cols, op, ": weights[", st.group,
+          "] must be [F, ", st.rows, ", ", st.cols, "] with F > ", st.slot, ", got ",
+          describe(weights[st.group]));
   }
 };
 

@@ -40,13 +40,15 @@ void check(bool condition, const Args&... args) {
   if (!condition) fail(args...);
 }
 
-// "Float [3, 4]"
-inline std::string describe(const Tensor& t) {
-  std::ostringstream text;
-  text << toString(t.scalar_type()) << " [";
-  for (int64_t i = 0; i < t.dim(); ++i) text << (i > 0 ? ", " : "") << t.size(i);
-  text << "]";
-  return text.str();
+// "Float [3, 4]", put together only where a sentence is printed.
+struct Described {
+  const Tensor& tensor;
+};
+inline Described describe(const Tensor& t) { return {t}; }
+inline std::ostream& operator<<(std::ostream& text, const Described& d) {
+  text << toString(d.tensor.scalar_type()) << " [";
+  for (int64_t i = 0; i < d.tensor.dim(); ++i) text << (i > 0 ? ", " : "") << d.tensor.size(i);
+  return text << "]";
 }
 
 // Work below this many multiply-adds is not worth waking other threads for: about 10 microseconds'.

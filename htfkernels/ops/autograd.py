@@ -17,7 +17,7 @@ from torch.autograd import Function, forward_ad
 
 from htfkernels.layout import Layout
 
-__all__ = ["Kernel", "apply"]
+__all__ = ["Kernel", "apply", "squeeze"]
 
 Tensors = tuple[Tensor, ...]
 
@@ -28,11 +28,15 @@ class Kernel:
     Attributes:
         layout: tree and shapes.
         num_weights: how many of the arguments are weights.
+        squeezes: whether the result ``[B, 1]`` is handed out as ``[B]``.
     """
+
+    has_rows = True  # the result is [B, out_features]
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.num_weights = len(layout.groups)
+        self.squeezes = self.has_rows and layout.out_features == 1
 
     def forward(self, *tensors: Tensor) -> Tensor:
         """The result of the operation."""
@@ -74,10 +78,17 @@ class Kernel:
 def apply(kernel: Kernel, *tensors: Tensor) -> Tensor:
     """Runs a kernel with whatever differentiation the context asks for."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return _TransformForward.apply(kernel, *tensors)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        result = _TransformForward.apply(kernel, *tensors)
+    elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _Forward.apply(kernel, *tensors)
-    return kernel.forward(*tensors)
+    else:
+        result = kernel.forward(*tensors)
+    return result.squeeze(-1) if kernel.squeezes else result
+
+
+def squeeze(layout: Layout, result: Tensor) -> Tensor:
+    """``[B, 1]`` as ``[B]``."""
+    return result.squeeze(-1) if layout.out_features == 1 else result
 
 
 def _optional(grads: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
@@ -90,12 +101,16 @@ class _Forward(Function):
         ctx.kernel = kernel
         result, kept = kernel.forward_keeping(*tensors)
         ctx.save_for_backward(*tensors, kept)
-        return result
+        # Not a view: autograd would forbid to write into it, and a view made outside would be
+        # another node of the graph, which costs as much as a small tree.
+        return result.resize_(len(result)) if kernel.squeezes else result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[1:]
         *tensors, kept = ctx.saved_tensors
+        if ctx.kernel.squeezes:
+            grad = grad.unsqueeze(-1)
         if torch.is_grad_enabled():
             return (None, *_optional(_Backward.apply(ctx.kernel, needs, grad, *tensors), needs))
         return (None, *_optional(ctx.kernel.backward(grad, tuple(tensors), needs, kept), needs))

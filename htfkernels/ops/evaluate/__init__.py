@@ -62,10 +62,11 @@ class _Evaluate(autograd.Kernel):
 
 
 def evaluate(plan: Plan, weights: Sequence[Tensor], x: Tensor) -> Tensor:
-    """``x [B, sum D_n] -> [B, out_features]`` on the plan's backend."""
+    """``x [B, sum D_n] -> [B, out_features]``, or ``[B]``, on the plan's backend."""
     layout = plan.layout
     if plan.backend == "reference":
-        return reference.evaluate(layout, weights, x)
+        return autograd.squeeze(layout, reference.evaluate(layout, weights, x))
     if torch.compiler.is_compiling():
-        return torch.ops.htfkernels.evaluate(list(weights), x, layout.program, layout.out_features)
+        out = torch.ops.htfkernels.evaluate(list(weights), x, layout.program, layout.out_features)
+        return autograd.squeeze(layout, out)
     return autograd.apply(_Evaluate(layout), *weights, x)

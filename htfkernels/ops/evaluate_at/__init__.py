@@ -106,24 +106,27 @@ class _EvaluateAtPlanned(autograd.Kernel):
 
 
 def evaluate_at(plan: Plan, weights: Sequence[Tensor], indices: Tensor) -> Tensor:
-    """``indices [B, N] -> [B, out_features]`` on the plan's backend."""
+    """``indices [B, N] -> [B, out_features]``, or ``[B]``, on the plan's backend."""
     layout = plan.layout
     if plan.backend == "reference":
-        return reference.evaluate_at(layout, weights, indices)
+        return autograd.squeeze(layout, reference.evaluate_at(layout, weights, indices))
     if torch.compiler.is_compiling():
-        return torch.ops.htfkernels.evaluate_at(
+        out = torch.ops.htfkernels.evaluate_at(
             list(weights), indices, layout.program, layout.out_features
         )
+        return autograd.squeeze(layout, out)
     return autograd.apply(_EvaluateAt(layout), *weights, indices)
 
 
 def evaluate_at_planned(plan: Plan, weights: Sequence[Tensor], indices: IndexPlan) -> Tensor:
-    """``-> [B, out_features]``, each node once per distinct sub-tuple where the plan says so."""
+    """``-> [B, out_features]``, or ``[B]``, each node once per distinct sub-tuple where the plan
+    says so."""
     layout = plan.layout
     if plan.backend == "reference":
-        return planned_reference.evaluate_at_planned(layout, weights, indices)
+        out = planned_reference.evaluate_at_planned(layout, weights, indices)
+        return autograd.squeeze(layout, out)
     if torch.compiler.is_compiling():
-        return torch.ops.htfkernels.evaluate_at_planned(
+        out = torch.ops.htfkernels.evaluate_at_planned(
             list(weights),
             layout.program,
             indices.table,
@@ -131,4 +134,5 @@ def evaluate_at_planned(plan: Plan, weights: Sequence[Tensor], indices: IndexPla
             indices.batch,
             layout.out_features,
         )
+        return autograd.squeeze(layout, out)
     return autograd.apply(_EvaluateAtPlanned(indices), *weights)

@@ -15,6 +15,8 @@ __all__ = ["full_tensor"]
 
 
 class _FullTensor(autograd.Kernel):
+    has_rows = False
+
     def forward(self, *tensors: Tensor) -> Tensor:
         from htfkernels.ops.library import call, ops
 
