@@ -75,7 +75,7 @@ class DenseRows {
   static constexpr int64_t kFarApart = 2048;  // bytes
   static constexpr int64_t kTogether = 8;  // rows whose lines stay in the cache for the next leaf
   static constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(S));
-  static constexpr int64_t kWindowBytes = int64_t{64} << 10;
+  static constexpr int64_t kWindowBytes = int64_t{256} << 10;
 
   struct Place {
     int64_t run = -1, at = 0;

@@ -18,6 +18,7 @@
 
 namespace htf {
 
+constexpr int64_t kChunkRows = 512;                      // that go through a subtree together
 constexpr int64_t kChunkBytes = int64_t{256} << 10;      // of one matrix of a chunk
 constexpr int64_t kRecomputedBytes = int64_t{16} << 20;  // of a chunk's messages
 constexpr int64_t kScratchBytes = int64_t{64} << 20;     // of a chunk's gradients
@@ -88,7 +89,7 @@ class BackwardWalk : public Walk<S, Rows> {
   bool scatters(int64_t s) const { return !Rows::kDense && tree_.is_leaf(s); }
 
   void choose_chunk() {
-    chunk_ = kChunkBytes / (static_cast<int64_t>(sizeof(T)) * widest_);
+    chunk_ = std::min(kChunkRows, kChunkBytes / (static_cast<int64_t>(sizeof(T)) * widest_));
     if (messages_ == nullptr)
       chunk_ = std::min(chunk_, kRecomputedBytes / (static_cast<int64_t>(sizeof(T)) *
                                                     std::max<int64_t>(this->kept_columns_, 1)));
