@@ -221,3 +221,21 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "htfkernels::full_tensor_backward", _no_second, setup_context=_ignore
 )
+
+
+# -- group_rmsprop_ -------------------------------------------------------------------------------
+# Writes into its first argument; it has no gradient.
+
+
+@torch.library.register_fake("htfkernels::group_rmsprop_")
+def _(
+    params: list[Tensor],
+    grads: list[Tensor],
+    average: Tensor,
+    lr: list[float],
+    weight_decay: list[float],
+    alpha: float,
+    eps: float,
+    step: int,
+) -> Tensor:
+    return torch.empty_like(average)

@@ -39,11 +39,30 @@ _USER_ERROR, _INTERRUPTED = 2, 130
 
 def main() -> None:
     """The entry point of ``htf``: runs a command and ends the process."""
-    # Read when PyTorch loads its OpenMP. By default threads wait for each other by spinning for
-    # about a millisecond; where another process wants a core, they spin away the time of the very
-    # thread they wait for, and training was measured 10 to 20 times slower.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    os.environ.setdefault("GOMP_SPINCOUNT", _spins(sys.argv[1:]))
     sys.exit(run(sys.argv[1:]))
+
+
+def _spins(arguments: Sequence[str]) -> str:
+    """How often OpenMP's threads look for work or for each other before they sleep, for
+    ``GOMP_SPINCOUNT``; read when PyTorch loads its OpenMP.
+
+    Where another process wants a core, the threads of a step share the other one, and each spins
+    away the time of the very thread it waits for. A step of the dynamics' HTF panel on two threads
+    of a machine of two cores, medians in ms::
+
+        spins                          100      1,000    20,000    default     one thread
+        both cores free                1.7      1.6      1.5                   2.6
+        one busy process beside it     3.1      3.5      11        11 to 64    2.8
+        more than one                  3 to 8   4 to 8   18                    3 to 9
+
+    Benchmarks are for idle machines and wait longer.
+    """
+    return "20000" if _called(arguments) == "bench" else "1000"
+
+
+def _called(arguments: Sequence[str]) -> str | None:
+    return next((a for a in arguments if not a.startswith("-")), None)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -83,7 +102,7 @@ def _application(arguments: Sequence[str]) -> Any:
         rich_markup_mode=None,
     )
     app.callback()(_no_options)
-    called = next((a for a in arguments if not a.startswith("-")), None)
+    called = _called(arguments)
     completing = "_HTF_COMPLETE" in os.environ
     for name, (place, summary) in COMMANDS.items():
         module, function = place.split(":")

@@ -8,12 +8,17 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
+
+from htfkernels.dispatch import Spec, requested, why_not
 
 __all__ = ["GroupRMSprop"]
 
 # Optimizer keeps and saves state under keys that are no parameters as it is.
 _SHARED = "shared"
+
+_Group = tuple[list[Tensor], list[Tensor]]  # parameters, and their gradients
 
 
 class GroupRMSprop(Optimizer):
@@ -27,6 +32,11 @@ class GroupRMSprop(Optimizer):
     so a step has the direction of gradient descent, and its length adapts. This keeps the path of
     gradient flow (the order in which components are learned) and leaves plateaus behind faster.
     (Razin, Maman & Cohen, ICML 2021.)
+
+    On the CPU, contiguous parameters and gradients of one dtype (float32, float64 or bfloat16) take
+    a step in one compiled operator; anything else, and the backend ``"reference"``, takes the same
+    formula in PyTorch's operations, which round differently. Either way the average is float32, or
+    float64 with float64 parameters, and the same run has the same bits again.
 
     Args:
         params: parameters, or groups of them, which may differ in ``lr`` and ``weight_decay``.
@@ -78,29 +88,60 @@ class GroupRMSprop(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         groups = [_with_gradients(group) for group in self.param_groups]
-        gradients = [g for _, grads in groups for g in grads]
-        if not gradients:
+        if not any(params for params, _ in groups):
             return loss
+        shared: dict[str, Any] = cast(Any, self.state)[_SHARED]
+        count = shared.get("step", 0) + 1
+        advance = self._advance_compiled if _compiled(groups) else self._advance
+        # Out of place, so that a state dict taken or loaded earlier keeps its own value.
+        shared["average"] = advance(groups, shared.get("average"), count)
+        shared["step"] = count
+        return loss
+
+    def _advance(self, groups: list[_Group], average: Tensor | None, count: int) -> Tensor:
+        """Moves the parameters; returns the new average."""
+        decayed = [
+            _decayed(params, grads, group["weight_decay"])
+            for group, (params, grads) in zip(self.param_groups, groups, strict=True)
+        ]
+        gradients = [g for grads in decayed for g in grads]
         device = gradients[0].device
         dtype = reduce(torch.promote_types, (g.dtype for g in gradients), torch.float32)
         norms = [n.to(device) for n in torch._foreach_norm(gradients, dtype=dtype)]
         squared = torch.stack(norms).square().sum()
 
-        shared: dict[str, Any] = cast(Any, self.state)[_SHARED]
         first = self.param_groups[0]
         alpha, eps = first["alpha"], first["eps"]
-        count = shared.get("step", 0) + 1
         fresh = squared * (1 - alpha)
-        # Out of place, so that a state dict taken or loaded earlier keeps its own value.
-        average = fresh if count == 1 else shared["average"].to(device) * alpha + fresh
-        shared["step"], shared["average"] = count, average
-
-        denominator = (average / (1 - alpha**count)).sqrt_().add_(eps)
-        for group, (params, grads) in zip(self.param_groups, groups, strict=True):
+        new = fresh if average is None else average.to(device) * alpha + fresh
+        denominator = (new / (1 - alpha**count)).sqrt_().add_(eps)
+        for group, (params, _), grads in zip(self.param_groups, groups, decayed, strict=True):
             size = group["lr"] / denominator
             for p, g in zip(params, grads, strict=True):
                 p.addcmul_(g, size.to(p.device, p.dtype), value=-1.0)
-        return loss
+        return new
+
+    def _advance_compiled(self, groups: list[_Group], average: Tensor | None, count: int) -> Tensor:
+        """The same in one call of a compiled operator."""
+        from htfkernels.ops.library import call, ops
+
+        params = [p for params, _ in groups for p in params]
+        dtype = torch.promote_types(params[0].dtype, torch.float32)
+        average = torch.zeros((), dtype=dtype) if average is None else average.to("cpu", dtype)
+        each = [g for g, (params, _) in zip(self.param_groups, groups, strict=True) for _ in params]
+        new = call(
+            ops.group_rmsprop_.default,
+            params,
+            [g for _, grads in groups for g in grads],
+            average,
+            [float(g["lr"]) for g in each],
+            [float(g["weight_decay"]) for g in each],
+            self.param_groups[0]["alpha"],
+            self.param_groups[0]["eps"],
+            count,
+        )
+        torch.autograd.graph.increment_version(params)
+        return new
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what ``state_dict`` returned, bit for bit."""
@@ -110,12 +151,34 @@ class GroupRMSprop(Optimizer):
             state[_SHARED] = dict(state[_SHARED])
 
 
-def _with_gradients(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-    """The group's parameters that have gradients, and these, weight decay included."""
+def _with_gradients(group: dict[str, Any]) -> _Group:
+    """The group's parameters that have gradients, and these."""
     params = [p for p in group["params"] if p.grad is not None]
     grads = [p.grad for p in params]
     if any(g.is_sparse for g in grads):
         raise RuntimeError("GroupRMSprop: sparse gradients are not supported")
-    if group["weight_decay"] != 0 and params:
-        grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
     return params, grads
+
+
+def _decayed(params: list[Tensor], grads: list[Tensor], weight_decay: float) -> list[Tensor]:
+    if weight_decay == 0 or not params:
+        return grads
+    return list(torch._foreach_add(grads, params, alpha=weight_decay))
+
+
+def _compiled(groups: list[_Group]) -> bool:
+    """Whether the compiled operator can take the step: ordinary contiguous tensors of one dtype
+    that it computes in, on the CPU, and neither another backend asked for nor a trace under way."""
+    if torch.compiler.is_compiling():
+        return False
+    tensors = [t for group in groups for some in group for t in some]
+    spec = Spec("group_rmsprop", tensors[0].dtype, "cpu")
+    if requested() not in ("auto", "cpp") or why_not("cpp", spec) is not None:
+        return False
+    return all(
+        type(t) in (Tensor, Parameter)
+        and t.dtype == spec.dtype
+        and t.device.type == "cpu"
+        and t.is_contiguous()
+        for t in tensors
+    )

@@ -92,3 +92,21 @@ def test_writable_directory(tmp_path: Path) -> None:
     for path in (tmp_path / "file", tmp_path / "file" / "b", Path("/proc/nowhere")):
         with pytest.raises(UserError, match="cannot be written"):
             writable_directory(path)
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "spins"),
+    [("dynamics", None, "1000"), ("bench", None, "20000"), ("dynamics", "7", "7")],
+)
+def test_threads_wait_without_long_spinning(command: str, given: str | None, spins: str) -> None:
+    wish = "" if given is None else f"os.environ['GOMP_SPINCOUNT'] = '{given}'"
+    code = f"""
+import os, sys
+os.environ.pop('GOMP_SPINCOUNT', None)
+{wish}
+from htflearn import cli
+sys.argv = ['htf', '{command}']
+cli.run = lambda arguments: print(os.environ['GOMP_SPINCOUNT'])
+cli.main()
+"""
+    assert python(code).stdout.strip() == spins

@@ -170,3 +170,62 @@ def test_trajectories_of_the_papers_code(name: str, cpu_target: Any) -> None:
     for node, weight in oracle_weights(data, "wT", tree).items():
         error = (model.node_weight(node) - weight).norm() / weight.norm()
         assert error.item() < 1e-12, node
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_compiled_and_plain_steps_agree(dtype: torch.dtype, weight_decay: float) -> None:
+    """They round differently and share state: either goes on where the other stopped."""
+    walked = []
+    for first, second in (("auto", "auto"), ("reference", "reference"), ("auto", "reference")):
+        params = parameters(dtype=dtype)
+        groups = [{"params": params[:1], "lr": 0.02}, {"params": params[1:]}]
+        optimizer = GroupRMSprop(groups, weight_decay=weight_decay)
+        with hk.use_backend(first):
+            walk(optimizer, params, range(10))
+        with hk.use_backend(second):
+            walk(optimizer, params, range(10, 20))
+        average = optimizer.state_dict()["state"]["shared"]["average"]
+        assert average.dtype == torch.promote_types(dtype, torch.float32)
+        assert average.shape == ()
+        walked.append([average, *params])
+    for other in walked[1:]:
+        for a, b in zip(walked[0], other, strict=True):
+            assert (a - b).norm() <= 8 * torch.finfo(dtype).eps * b.norm()
+
+
+@pytest.mark.parametrize("kind", ["strides", "mixed dtypes", "half", "subclass"])
+def test_what_the_compiled_step_does_not_take(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plain formula runs, to its very bits."""
+
+    class Other(Tensor):
+        pass
+
+    def make() -> list[nn.Parameter]:
+        params = parameters(dtype=torch.float16 if kind == "half" else torch.float32)
+        if kind == "strides":
+            params[0] = nn.Parameter(params[0].detach().t())
+        if kind == "mixed dtypes":
+            params[1] = nn.Parameter(params[1].detach().double())
+        if kind == "subclass":
+            params[1] = nn.Parameter(params[1].detach().as_subclass(Other))
+        return params
+
+    walked = []
+    for backend in ("auto", "reference"):
+        with hk.use_backend(backend):
+            params = make()
+            optimizer = GroupRMSprop(params)
+            monkeypatch.setattr(optimizer, "_advance_compiled", None)
+            walk(optimizer, params, range(5))
+            walked.append(params)
+    assert all(torch.equal(a, b) for a, b in zip(*walked, strict=True))
+
+
+def test_a_step_is_seen_by_autograd(cpu_target: Any) -> None:
+    p = nn.Parameter(torch.ones(3))
+    loss = p.square().sum()
+    loss.backward(retain_graph=True)
+    GroupRMSprop([p]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
