@@ -161,9 +161,13 @@ class Frames {
   }
 
   void forward(const Batch& batch, T* frames) const {
-    const int64_t threads = torch::stable::get_num_threads();
     int64_t tiles = 0, work = 0;
-    for (const int64_t r : batch) tiles += (row_[r].rows + kRows - 1) / kRows;
+    for (const int64_t r : batch) {
+      const FrameRow& f = row_[r];
+      tiles += (f.rows + kRows - 1) / kRows;
+      work += f.rows * ld(r) * (f.step >= 0 ? p_.step[f.step].rows : kMoved);
+    }
+    const int64_t threads = work < kWorthThreads ? 1 : torch::stable::get_num_threads();
     std::vector<Item> items;
     for (const int64_t r : batch) {
       const FrameRow& f = row_[r];
@@ -176,7 +180,6 @@ class Frames {
       for (int64_t i = 0; i < f.rows; i += kRows)
         for (int64_t j = 0; j < all; j += part)
           items.push_back({r, i, std::min(kRows, f.rows - i), j, std::min(part, all - j)});
-      work += f.rows * all * (f.step >= 0 ? p_.step[f.step].rows : kMoved);
     }
     for_each_item<T>(static_cast<int64_t>(items.size()), work, kRows * widest_,
                      [&](int64_t number, T* scratch) {

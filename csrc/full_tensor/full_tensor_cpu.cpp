@@ -115,20 +115,19 @@ class FullTensor {
     const int64_t blocks = parts_of(nr_, block_), tiles = parts_of(nl_, kTile);
     const int64_t cols = padded<T>(block_ * outs_);
     // Of the many tiles that share a block of E, as many as leave each thread some items.
-    const int64_t threads = torch::stable::get_num_threads();
-    const int64_t together = std::clamp<int64_t>(tiles * blocks / (8 * threads), 1, 16);
+    const int64_t work = nl_ * nr_ * outs_ * rank_;
+    const int64_t threads = work < kWorthThreads ? 1 : torch::stable::get_num_threads();
+    const int64_t together = std::clamp<int64_t>(tiles * blocks / (4 * threads), 1, tiles);
     const int64_t parts = parts_of(tiles, together), part = together * kTile;
-    for_each_item<T>(parts * blocks, nl_ * nr_ * outs_ * rank_, cols * (2 * ld_ + kTile),
-                     [&](int64_t item, T* e) {
-                       const int64_t j = item % blocks * block_, n = std::min(block_, nr_ - j);
-                       T *et = e + cols * ld_, *c = et + cols * ld_;
-                       expand(j, n, e);
-                       k_.transpose(n * outs_, rank_, e, ld_, et, cols);
-                       const int64_t from = item / blocks * part, to = std::min(nl_, from + part);
-                       for (int64_t i = from; i < to; i += kTile)
-                         tile(i, std::min(kTile, to - i), n * outs_, et, cols, c,
-                              out + (i * nr_ + j) * outs_);
-                     });
+    for_each_item<T>(parts * blocks, work, cols * (2 * ld_ + kTile), [&](int64_t item, T* e) {
+      const int64_t j = item % blocks * block_, n = std::min(block_, nr_ - j);
+      T *et = e + cols * ld_, *c = et + cols * ld_;
+      expand(j, n, e);
+      k_.transpose(n * outs_, rank_, e, ld_, et, cols);
+      const int64_t from = item / blocks * part, to = std::min(nl_, from + part);
+      for (int64_t i = from; i < to; i += kTile)
+        tile(i, std::min(kTile, to - i), n * outs_, et, cols, c, out + (i * nr_ + j) * outs_);
+    });
   }
 
   void backward(const S* grad, WeightGradients<S>& dw) {
@@ -152,11 +151,12 @@ class FullTensor {
     Buffer<T> more_l(dl == nullptr ? 0 : (across - 1) * size_l);
     Buffer<T> more_n(dn == nullptr ? 0 : (down - 1) * size_n);
     Buffer<T> dws(own == nullptr ? 0 : down * across * size_w);
-    const int64_t cols = block_ * outs_, ldg = padded<T>(cols);
-    for_each_item<T>(down * across, 2 * nl_ * nr_ * outs_ * rank_, 2 * cols * ld_ + kTile * ldg,
+    const int64_t cols = block_ * outs_;
+    for_each_item<T>(down * across, 2 * nl_ * nr_ * outs_ * rank_,
+                     2 * cols * ld_ + (std::is_same_v<S, T> ? 0 : kTile * padded<T>(cols)),
                      [&](int64_t item, T* e) {
                        const int64_t x = item / across, y = item % across;
-                       T *de = e + cols * ld_, *g = de + cols * ld_;
+                       T *de = e + cols * ld_, *wide = de + cols * ld_;
                        T* to_l = y == 0 ? dl : more_l.get() + (y - 1) * size_l;
                        T* to_n = x == 0 ? dn : more_n.get() + (x - 1) * size_n;
                        T* to_w = own == nullptr ? nullptr : dws.get() + item * size_w;
@@ -168,7 +168,13 @@ class FullTensor {
                          expand(j, n, e);
                          for (int64_t i = i0; i < i1; i += kTile) {
                            const int64_t m = std::min(kTile, i1 - i);
-                           pack_rows(m, c, grad + (i * nr_ + j) * outs_, nr_ * outs_, g, ldg);
+                           const S* from = grad + (i * nr_ + j) * outs_;
+                           const T* g = wide;
+                           int64_t ldg = padded<T>(c);
+                           if constexpr (std::is_same_v<S, T>)
+                             g = from, ldg = nr_ * outs_;
+                           else
+                             pack_rows(m, c, from, nr_ * outs_, wide, ldg);
                            if (dl != nullptr)
                              k_.gemm(m, ld_, c, g, ldg, 1, e, ld_, to_l + i * ld_, ld_,
                                      j == j0 ? Store::assign : Store::add);
