@@ -17,9 +17,12 @@ namespace {
 constexpr int64_t kTile = 64;          // rows of L at a time
 constexpr int64_t kColumns = 512;      // columns of the end tensor in one block
 constexpr int64_t kBlock = 32 * 1024;  // elements of a block of E: it stays in the cache
+constexpr int64_t kFewest = 32;        // rows of L that a block of E is formed for
 constexpr int64_t kParts = 16;         // parts of the root's backward pass
 
 int64_t parts_of(int64_t n, int64_t part) { return (n + part - 1) / part; }
+// Up to whole tiles of the GEMM.
+int64_t rounded(int64_t rows) { return (rows + 7) / 8 * 8; }
 
 // The tree below the root as rows of full grids; children by their smallest mode.
 struct Grid {
@@ -112,13 +115,12 @@ class FullTensor {
   }
 
   void forward(S* out) const {
-    const int64_t blocks = parts_of(nr_, block_), tiles = parts_of(nl_, kTile);
-    const int64_t cols = padded<T>(block_ * outs_);
-    // Of the many tiles that share a block of E, as many as leave each thread some items.
+    const int64_t blocks = parts_of(nr_, block_), cols = padded<T>(block_ * outs_);
+    // Rows that share a block of E: as many as leave each thread some items.
     const int64_t work = nl_ * nr_ * outs_ * rank_;
     const int64_t threads = work < kWorthThreads ? 1 : torch::stable::get_num_threads();
-    const int64_t together = std::clamp<int64_t>(tiles * blocks / (4 * threads), 1, tiles);
-    const int64_t parts = parts_of(tiles, together), part = together * kTile;
+    const int64_t part = std::max(kFewest, rounded(nl_ * blocks / (4 * threads)));
+    const int64_t parts = parts_of(nl_, part);
     for_each_item<T>(parts * blocks, work, cols * (2 * ld_ + kTile), [&](int64_t item, T* e) {
       const int64_t j = item % blocks * block_, n = std::min(block_, nr_ - j);
       T *et = e + cols * ld_, *c = et + cols * ld_;
@@ -134,82 +136,100 @@ class FullTensor {
     frames_.want(dw.steps());
     T *dl = frames_.gradient(grid_.left), *dn = frames_.gradient(grid_.right);
     T* own = dw.step(p_.steps - 1);
-    // A part has some rows of L and some of N: what it adds to dN and dW, and to dL, is summed
-    // afterwards.
-    int64_t down = 1, across = 1;
-    const int64_t tiles = parts_of(nl_, kTile), blocks = parts_of(nr_, block_);
-    for (bool more = true; more && down * across < kParts;) {
-      const bool rows = nl_ / down >= nr_ / across;
-      int64_t d = rows ? 2 * down : down, a = rows ? across : 2 * across;
-      more = d <= tiles && a <= blocks && (d * nr_ + a * nl_) * ld_ <= nl_ * nr_ * outs_ / 8;
-      if (more) down = d, across = a;
-    }
-    const int64_t part_l = parts_of(tiles, down) * kTile;
-    const int64_t part_n = parts_of(blocks, across) * block_;
-    down = parts_of(nl_, part_l), across = parts_of(nr_, part_n);
+    const Parts at = parts();
     const int64_t size_l = nl_ * ld_, size_n = nr_ * ld_, size_w = outs_ * ld_;
-    Buffer<T> more_l(dl == nullptr ? 0 : (across - 1) * size_l);
-    Buffer<T> more_n(dn == nullptr ? 0 : (down - 1) * size_n);
-    Buffer<T> dws(own == nullptr ? 0 : down * across * size_w);
-    const int64_t cols = block_ * outs_;
-    for_each_item<T>(down * across, 2 * nl_ * nr_ * outs_ * rank_,
-                     2 * cols * ld_ + (std::is_same_v<S, T> ? 0 : kTile * padded<T>(cols)),
-                     [&](int64_t item, T* e) {
-                       const int64_t x = item / across, y = item % across;
-                       T *de = e + cols * ld_, *wide = de + cols * ld_;
-                       T* to_l = y == 0 ? dl : more_l.get() + (y - 1) * size_l;
-                       T* to_n = x == 0 ? dn : more_n.get() + (x - 1) * size_n;
-                       T* to_w = own == nullptr ? nullptr : dws.get() + item * size_w;
-                       if (own != nullptr) std::fill_n(to_w, size_w, T(0));
-                       const int64_t i0 = x * part_l, i1 = std::min(nl_, i0 + part_l);
-                       const int64_t j0 = y * part_n, j1 = std::min(nr_, j0 + part_n);
-                       for (int64_t j = j0; j < j1; j += block_) {
-                         const int64_t n = std::min(block_, j1 - j), c = n * outs_;
-                         expand(j, n, e);
-                         for (int64_t i = i0; i < i1; i += kTile) {
-                           const int64_t m = std::min(kTile, i1 - i);
-                           const S* from = grad + (i * nr_ + j) * outs_;
-                           const T* g = wide;
-                           int64_t ldg = padded<T>(c);
-                           if constexpr (std::is_same_v<S, T>)
-                             g = from, ldg = nr_ * outs_;
-                           else
-                             pack_rows(m, c, from, nr_ * outs_, wide, ldg);
-                           if (dl != nullptr)
-                             k_.gemm(m, ld_, c, g, ldg, 1, e, ld_, to_l + i * ld_, ld_,
-                                     j == j0 ? Store::assign : Store::add);
-                           if (dn != nullptr || own != nullptr)
-                             k_.gemm(c, ld_, m, g, 1, ldg, l_ + i * ld_, ld_, de, ld_,
-                                     i == i0 ? Store::assign : Store::add);
-                         }
-                         if (dn != nullptr) gradient_of_n(j, n, de, to_n);
-                         if (own != nullptr) gradient_of_w(j, n, de, to_w);
-                       }
-                     });
-    if (dl != nullptr) add(across - 1, size_l, more_l.get(), dl);
-    if (dn != nullptr) add(down - 1, size_n, more_n.get(), dn);
+    const int64_t all = at.down * at.across;
+    Buffer<T> more_l(dl == nullptr ? 0 : (at.across - 1) * size_l);
+    Buffer<T> more_n(dn == nullptr ? 0 : (at.down - 1) * size_n);
+    Buffer<T> dws(own == nullptr ? 0 : all * size_w);
+    const int64_t cols = block_ * outs_, wide = std::is_same_v<S, T> ? 0 : kTile * padded<T>(cols);
+    for_each_item<T>(
+        all, 2 * nl_ * nr_ * outs_ * rank_, 2 * cols * ld_ + wide, [&](int64_t item, T* scratch) {
+          const int64_t x = item / at.across, y = item % at.across;
+          T *to_l = dl, *to_n = dn, *to_w = nullptr;
+          if (dl != nullptr && y > 0) to_l = more_l.get() + (y - 1) * size_l;
+          if (dn != nullptr && x > 0) to_n = more_n.get() + (x - 1) * size_n;
+          if (own != nullptr) {
+            to_w = dws.get() + item * size_w;
+            std::fill_n(to_w, size_w, T(0));
+          }
+          root_part(grad, x * at.rows_l, std::min(nl_, (x + 1) * at.rows_l), y * at.rows_n,
+                    std::min(nr_, (y + 1) * at.rows_n), to_l, to_n, to_w, scratch);
+        });
+    if (dl != nullptr) add(at.across - 1, size_l, more_l.get(), dl);
+    if (dn != nullptr) add(at.down - 1, size_n, more_n.get(), dn);
     if (own != nullptr) {
-      add(down * across - 1, size_w, dws.get() + size_w, dws.get());
+      add(all - 1, size_w, dws.get() + size_w, dws.get());
       k_.transpose(outs_, rank_, dws.get(), ld_, own, padded<T>(outs_));
     }
     frames_.backward();
   }
 
  private:
-  // Rows (j, o) .. (j + n - 1, o) of E.
+  // The root's backward pass in parts, each some rows of L and some of N. What a part adds to dL,
+  // dN and dW is summed afterwards, so their number depends on the shapes alone; it is limited by
+  // the memory for these sums.
+  struct Parts {
+    int64_t down = 1, across = 1, rows_l, rows_n;
+  };
+  Parts parts() const {
+    const int64_t most = std::min(kParts, 4 * nl_ * nr_ * outs_ * rank_ / kWorthThreads);
+    const int64_t memory = nl_ * nr_ * outs_ / 8 + 2 * (nl_ + nr_) * ld_;
+    Parts made;
+    for (;;) {
+      const bool rows = nl_ / made.down >= nr_ * outs_ / made.across;
+      const int64_t d = rows ? 2 * made.down : made.down, a = rows ? made.across : 2 * made.across;
+      if (d * a > most || d > nl_ || a > nr_ ||
+          ((d - 1) * nr_ + (a - 1) * nl_ + (d * a - 1) * outs_) * ld_ > memory)
+        break;
+      made.down = d, made.across = a;
+    }
+    made.rows_l = rounded(parts_of(nl_, made.down)), made.rows_n = parts_of(nr_, made.across);
+    made.down = parts_of(nl_, made.rows_l), made.across = parts_of(nr_, made.rows_n);
+    return made;
+  }
+
+  // Rows i0 .. i1-1 of L and j0 .. j1-1 of N. dl and dn are assigned, dw is added to; any may be
+  // null.
+  void root_part(const S* grad, int64_t i0, int64_t i1, int64_t j0, int64_t j1, T* dl, T* dn, T* dw,
+                 T* scratch) const {
+    const int64_t size = block_ * outs_ * ld_;
+    T *e = scratch, *de = e + size, *wide = de + size;
+    for (int64_t j = j0; j < j1; j += block_) {
+      const int64_t n = std::min(block_, j1 - j), cols = n * outs_;
+      expand(j, n, e);
+      for (int64_t i = i0; i < i1; i += kTile) {
+        const int64_t m = std::min(kTile, i1 - i);
+        const S* from = grad + (i * nr_ + j) * outs_;
+        const T* g = wide;
+        int64_t ldg = padded<T>(cols);
+        if constexpr (std::is_same_v<S, T>)
+          g = from, ldg = nr_ * outs_;
+        else
+          pack_rows(m, cols, from, nr_ * outs_, wide, ldg);
+        if (dl != nullptr)
+          k_.gemm(m, ld_, cols, g, ldg, 1, e, ld_, dl + i * ld_, ld_,
+                  j == j0 ? Store::assign : Store::add);
+        if (dn != nullptr || dw != nullptr)
+          k_.gemm(cols, ld_, m, g, 1, ldg, l_ + i * ld_, ld_, de, ld_,
+                  i == i0 ? Store::assign : Store::add);
+      }
+      for (int64_t o = 0; o < outs_; ++o) {
+        const T *de_o = de + o * ld_, *w = w_.get() + o * ld_, *rows = n_ + j * ld_;
+        if (dn != nullptr)
+          k_.product(n, ld_, de_o, outs_ * ld_, w, 0, dn + j * ld_, ld_,
+                     o == 0 ? Store::assign : Store::add);
+        if (dw != nullptr)
+          k_.product(n, ld_, rows, ld_, de_o, outs_ * ld_, dw + o * ld_, 0, Store::add);
+      }
+    }
+  }
+
+  // The rows of E that belong to rows j .. j+n-1 of N.
   void expand(int64_t j, int64_t n, T* e) const {
     for (int64_t o = 0; o < outs_; ++o)
       k_.product(n, ld_, n_ + j * ld_, ld_, w_.get() + o * ld_, 0, e + o * ld_, outs_ * ld_,
                  Store::assign);
-  }
-  void gradient_of_n(int64_t j, int64_t n, const T* de, T* dn) const {
-    for (int64_t o = 0; o < outs_; ++o)
-      k_.product(n, ld_, de + o * ld_, outs_ * ld_, w_.get() + o * ld_, 0, dn + j * ld_, ld_,
-                 o == 0 ? Store::assign : Store::add);
-  }
-  void gradient_of_w(int64_t j, int64_t n, const T* de, T* dw) const {
-    for (int64_t o = 0; o < outs_; ++o)
-      k_.product(n, ld_, n_ + j * ld_, ld_, de + o * ld_, outs_ * ld_, dw + o * ld_, 0, Store::add);
   }
 
   // Rows i .. i+n-1 of L times a block of E^T.
