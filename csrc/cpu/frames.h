@@ -378,7 +378,7 @@ class Frames {
   static constexpr int64_t kRows = 64;
   static constexpr int64_t kColumns = 48;  // a multiple of what the GEMM takes at a time
   static constexpr int64_t kDepth = 256;
-  static constexpr int64_t kTogether = int64_t{1} << 22;  // elements of a batch's products
+  static constexpr int64_t kTogether = int64_t{1} << 19;  // elements of a batch's products
 
   const Program& p_;
   const std::vector<const T*> weight_;

@@ -15,10 +15,12 @@ namespace htf {
 namespace {
 
 constexpr int64_t kTile = 64;          // rows of L at a time
+constexpr int64_t kDepth = 128;        // and of L and dL in the backward pass
 constexpr int64_t kColumns = 512;      // columns of the end tensor in one block
 constexpr int64_t kBlock = 32 * 1024;  // elements of a block of E: it stays in the cache
 constexpr int64_t kFewest = 32;        // rows of L that a block of E is formed for
-constexpr int64_t kParts = 16;         // parts of the root's backward pass
+constexpr int64_t kParts = 16;         // parts of the root's backward pass, in a line
+constexpr int64_t kSide = 8;           // or along the sides of a square
 
 int64_t parts_of(int64_t n, int64_t part) { return (n + part - 1) / part; }
 // Up to whole tiles of the GEMM.
@@ -138,68 +140,82 @@ class FullTensor {
     T* own = dw.step(p_.steps - 1);
     const Parts at = parts();
     const int64_t size_l = nl_ * ld_, size_n = nr_ * ld_, size_w = outs_ * ld_;
-    const int64_t all = at.down * at.across;
-    Buffer<T> more_l(dl == nullptr ? 0 : (at.across - 1) * size_l);
-    Buffer<T> more_n(dn == nullptr ? 0 : (at.down - 1) * size_n);
-    Buffer<T> dws(own == nullptr ? 0 : all * size_w);
-    const int64_t cols = block_ * outs_, wide = std::is_same_v<S, T> ? 0 : kTile * padded<T>(cols);
-    for_each_item<T>(
-        all, 2 * nl_ * nr_ * outs_ * rank_, 2 * cols * ld_ + wide, [&](int64_t item, T* scratch) {
-          const int64_t x = item / at.across, y = item % at.across;
-          T *to_l = dl, *to_n = dn, *to_w = nullptr;
-          if (dl != nullptr && y > 0) to_l = more_l.get() + (y - 1) * size_l;
-          if (dn != nullptr && x > 0) to_n = more_n.get() + (x - 1) * size_n;
-          if (own != nullptr) {
-            to_w = dws.get() + item * size_w;
-            std::fill_n(to_w, size_w, T(0));
-          }
-          root_part(grad, x * at.rows_l, std::min(nl_, (x + 1) * at.rows_l), y * at.rows_n,
-                    std::min(nr_, (y + 1) * at.rows_n), to_l, to_n, to_w, scratch);
-        });
-    if (dl != nullptr) add(at.across - 1, size_l, more_l.get(), dl);
-    if (dn != nullptr) add(at.down - 1, size_n, more_n.get(), dn);
+    const int64_t sums_w = std::max(at.down, at.across);
+    Buffer<T> more_l(dl == nullptr || at.square ? 0 : (at.across - 1) * size_l);
+    Buffer<T> more_n(dn == nullptr || at.square ? 0 : (at.down - 1) * size_n);
+    Buffer<T> dws(own == nullptr ? 0 : sums_w * size_w);
+    if (own != nullptr) std::fill_n(dws.get(), sums_w * size_w, T(0));
+    const int64_t cols = block_ * outs_, wide = std::is_same_v<S, T> ? 0 : kDepth * padded<T>(cols);
+    const int64_t rounds = at.square ? at.down : 1;
+    for (int64_t round = 0; round < rounds; ++round)
+      for_each_item<T>(sums_w, 2 * nl_ * nr_ * outs_ * rank_ / rounds, 2 * cols * ld_ + wide,
+                       [&](int64_t item, T* scratch) {
+                         const int64_t x = at.down > 1 ? item : 0;
+                         const int64_t y = at.square ? (item + round) % rounds : item - x;
+                         T *to_l = dl, *to_n = dn;
+                         if (more_l.get() != nullptr && y > 0)
+                           to_l = more_l.get() + (y - 1) * size_l;
+                         if (more_n.get() != nullptr && x > 0)
+                           to_n = more_n.get() + (x - 1) * size_n;
+                         root_part(grad, share(nl_, x, at.down), share(nr_, y, at.across),
+                                   round == 0, to_l, to_n,
+                                   own == nullptr ? nullptr : dws.get() + item * size_w, scratch);
+                       });
+    if (more_l.get() != nullptr) add(at.across - 1, size_l, more_l.get(), dl);
+    if (more_n.get() != nullptr) add(at.down - 1, size_n, more_n.get(), dn);
     if (own != nullptr) {
-      add(all - 1, size_w, dws.get() + size_w, dws.get());
+      add(sums_w - 1, size_w, dws.get() + size_w, dws.get());
       k_.transpose(outs_, rank_, dws.get(), ld_, own, padded<T>(outs_));
     }
     frames_.backward();
   }
 
  private:
-  // The root's backward pass in parts, each some rows of L and some of N. What a part adds to dL,
-  // dN and dW is summed afterwards, so their number depends on the shapes alone; it is limited by
-  // the memory for these sums.
+  // The root's backward pass in parts of some rows of L and some of N, as the shapes alone say.
+  // Parts that add to the same rows of dL or dN are of different rounds, in an order that is fixed:
+  // in a square of parts, the round k has (0, k), (1, k + 1), ... Where one of L and N is much the
+  // smaller one, the other alone is cut, and each part has sums of its own for the smaller one.
   struct Parts {
-    int64_t down = 1, across = 1, rows_l, rows_n;
+    int64_t down = 1, across = 1;
+    bool square = false;
   };
   Parts parts() const {
-    const int64_t most = std::min(kParts, 4 * nl_ * nr_ * outs_ * rank_ / kWorthThreads);
-    const int64_t memory = nl_ * nr_ * outs_ / 8 + 2 * (nl_ + nr_) * ld_;
-    Parts made;
-    for (;;) {
-      const bool rows = nl_ / made.down >= nr_ * outs_ / made.across;
-      const int64_t d = rows ? 2 * made.down : made.down, a = rows ? made.across : 2 * made.across;
-      if (d * a > most || d > nl_ || a > nr_ ||
-          ((d - 1) * nr_ + (a - 1) * nl_ + (d * a - 1) * outs_) * ld_ > memory)
-        break;
-      made.down = d, made.across = a;
+    const int64_t work = 2 * nl_ * nr_ * outs_ * rank_ / kWorthThreads;
+    Parts at;
+    if (nl_ >= kParts * (nr_ + outs_)) {
+      at.down = std::clamp<int64_t>(work, 1, kParts);
+    } else if (nr_ >= kParts * (nl_ + outs_)) {
+      at.across = std::clamp<int64_t>(work, 1, kParts);
+    } else {
+      int64_t side = 1;
+      while (2 * side <= kSide && 16 * side * side <= work &&
+             2 * side * kFewest <= std::min(nl_, nr_ * outs_) && 2 * side <= nr_)
+        side *= 2;
+      at.square = side > 1;
+      at.down = at.across = side;
     }
-    made.rows_l = rounded(parts_of(nl_, made.down)), made.rows_n = parts_of(nr_, made.across);
-    made.down = parts_of(nl_, made.rows_l), made.across = parts_of(nr_, made.rows_n);
-    return made;
+    return at;
   }
 
-  // Rows i0 .. i1-1 of L and j0 .. j1-1 of N. dl and dn are assigned, dw is added to; any may be
-  // null.
-  void root_part(const S* grad, int64_t i0, int64_t i1, int64_t j0, int64_t j1, T* dl, T* dn, T* dw,
-                 T* scratch) const {
+  struct Rows {
+    int64_t from, to;
+  };
+  static Rows share(int64_t rows, int64_t part, int64_t parts) {
+    const int64_t unit = rows >= kFewest * parts ? kFewest / 2 : 1;  // whole tiles of the GEMM
+    const int64_t from = part * rows / parts, to = (part + 1) * rows / parts;
+    return {from / unit * unit, part + 1 == parts ? rows : to / unit * unit};
+  }
+
+  // Rows l of L and r of N. dl and dn are assigned in the first round, else added to, dw always;
+  // any may be null.
+  void root_part(const S* grad, Rows l, Rows r, bool first, T* dl, T* dn, T* dw, T* scratch) const {
     const int64_t size = block_ * outs_ * ld_;
     T *e = scratch, *de = e + size, *wide = de + size;
-    for (int64_t j = j0; j < j1; j += block_) {
-      const int64_t n = std::min(block_, j1 - j), cols = n * outs_;
+    for (int64_t j = r.from; j < r.to; j += block_) {
+      const int64_t n = std::min(block_, r.to - j), cols = n * outs_;
       expand(j, n, e);
-      for (int64_t i = i0; i < i1; i += kTile) {
-        const int64_t m = std::min(kTile, i1 - i);
+      for (int64_t i = l.from; i < l.to; i += kDepth) {
+        const int64_t m = std::min(kDepth, l.to - i);
         const S* from = grad + (i * nr_ + j) * outs_;
         const T* g = wide;
         int64_t ldg = padded<T>(cols);
@@ -209,16 +225,16 @@ class FullTensor {
           pack_rows(m, cols, from, nr_ * outs_, wide, ldg);
         if (dl != nullptr)
           k_.gemm(m, ld_, cols, g, ldg, 1, e, ld_, dl + i * ld_, ld_,
-                  j == j0 ? Store::assign : Store::add);
+                  first && j == r.from ? Store::assign : Store::add);
         if (dn != nullptr || dw != nullptr)
           k_.gemm(cols, ld_, m, g, 1, ldg, l_ + i * ld_, ld_, de, ld_,
-                  i == i0 ? Store::assign : Store::add);
+                  i == l.from ? Store::assign : Store::add);
       }
       for (int64_t o = 0; o < outs_; ++o) {
         const T *de_o = de + o * ld_, *w = w_.get() + o * ld_, *rows = n_ + j * ld_;
         if (dn != nullptr)
           k_.product(n, ld_, de_o, outs_ * ld_, w, 0, dn + j * ld_, ld_,
-                     o == 0 ? Store::assign : Store::add);
+                     first && o == 0 ? Store::assign : Store::add);
         if (dw != nullptr)
           k_.product(n, ld_, rows, ld_, de_o, outs_ * ld_, dw + o * ld_, 0, Store::add);
       }
