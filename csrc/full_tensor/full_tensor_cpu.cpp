@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t kTile = 64;          // rows of L at a time
 constexpr int64_t kDepth = 128;        // and of L and dL in the backward pass
-constexpr int64_t kColumns = 512;      // columns of the end tensor in one block
+constexpr int64_t kColumns = 1024;     // columns of the end tensor in one block
 constexpr int64_t kBlock = 32 * 1024;  // elements of a block of E: it stays in the cache
 constexpr int64_t kFewest = 32;        // rows of L that a block of E is formed for
 constexpr int64_t kParts = 16;         // parts of the root's backward pass, in a line
