@@ -51,6 +51,12 @@ inline std::ostream& operator<<(std::ostream& text, const Described& d) {
   return text << "]";
 }
 
+// A tensor whose elements lie one after the other; without a trip through PyTorch's dispatcher where
+// they do already.
+inline Tensor in_one_piece(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
 // Work below this many multiply-adds is not worth waking other threads for: about 10 microseconds'.
 constexpr int64_t kWorthThreads = 1 << 19;
 constexpr int64_t kMoved = 8;  // multiply-adds in the time of moving one element

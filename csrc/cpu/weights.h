@@ -55,7 +55,7 @@ class PackedWeights {
     int64_t size = 0;
     source_.reserve(weights.size());
     for (std::size_t g = 0; g < weights.size(); ++g) {
-      source_.push_back(torch::stable::contiguous(weights[g]));
+      source_.push_back(in_one_piece(weights[g]));
       const Tensor& w = source_[g];
       const int64_t count = w.size(0), rows = w.size(1), cols = w.size(2), ld = padded<T>(cols);
       const S* x = w.const_data_ptr<S>();

@@ -6,7 +6,7 @@ namespace {
 
 // Rows one after the other or apart, but each row in one piece.
 Tensor with_dense_rows(const Tensor& x) {
-  return x.size(1) <= 1 || x.stride(1) == 1 ? x : torch::stable::contiguous(x);
+  return x.size(1) <= 1 || x.stride(1) == 1 ? x : in_one_piece(x);
 }
 
 }  // namespace
@@ -33,7 +33,7 @@ std::vector<Tensor> evaluate_cpu(const Program& program, const std::vector<Tenso
 std::vector<Tensor> evaluate_backward_cpu(const Program& program, const Tensor& grad,
                                           const std::vector<Tensor>& weights, const Tensor& x,
                                           const Tensor& kept, const std::vector<int64_t>& needs) {
-  const Tensor rows = with_dense_rows(x), g = torch::stable::contiguous(grad);
+  const Tensor rows = with_dense_rows(x), g = in_one_piece(grad);
   const int64_t batch = x.size(0);
   const bool needs_x = needs.back() != 0;
   Tensor dx = needs_x ? new_tensor(x, {batch, program.x_width}, x.scalar_type())

@@ -33,7 +33,7 @@ std::vector<Tensor> evaluate_at_backward_cpu(const Program& program, const Tenso
                                              const std::vector<Tensor>& weights,
                                              const Tensor& indices, const Tensor& kept,
                                              const std::vector<int64_t>& needs) {
-  const Tensor g = torch::stable::contiguous(grad);
+  const Tensor g = in_one_piece(grad);
   const int64_t batch = indices.size(0);
   return with_dtype(weights[0].scalar_type(), "evaluate_at_backward", [&](auto s) {
     using S = decltype(s);

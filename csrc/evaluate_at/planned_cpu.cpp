@@ -239,7 +239,7 @@ std::vector<Tensor> evaluate_at_planned_backward_cpu(const Program& program, con
                                                      const Tensor& kept,
                                                      const std::vector<int64_t>& needs) {
   const char* op = "evaluate_at_planned_backward";
-  const Tensor g = torch::stable::contiguous(grad);
+  const Tensor g = in_one_piece(grad);
   return with_dtype(weights[0].scalar_type(), op, [&](auto s) {
     using S = decltype(s);
     using T = typename ComputeOf<S>::type;

@@ -1,352 +1,289 @@
+// The nodes below the root are frames over full grids. The root multiplies two of them: of L [nl,
+// R], the product of its first children, and N [nr, R], that of the others,
+//
+//   T = L E^T,  dL = dT E,  dE = dT^T L      E[(j, o), r] = N[j, r] W[r, o]
+//
+// with T as a matrix [nl, nr * out_features]. E, as large as N that many times, is formed in
+// blocks, and a block of its gradient goes into those of N and W as soon as it is there:
+//
+//   dN[j] = sum over o of dE[(j, o)] * W[:, o]      dW[:, o] = sum over j of N[j] * dE[(j, o)]
 #include "full_tensor/full_tensor.h"
 
-#include "cpu/weights.h"
+#include "cpu/frames.h"
 
 namespace htf {
 namespace {
 
-constexpr int64_t kTile = 64;      // rows of a frame in one work item
-constexpr int64_t kColumns = 512;  // columns of the end tensor in one GEMM
-constexpr int64_t kDepth = 256;    // rows summed over in one GEMM
+constexpr int64_t kTile = 64;          // rows of L at a time
+constexpr int64_t kDepth = 128;        // and of L and dL in the backward pass
+constexpr int64_t kColumns = 1024;     // columns of the end tensor in one block
+constexpr int64_t kBlock = 32 * 1024;  // elements of a block of E: it stays in the cache
+constexpr int64_t kFewest = 32;        // rows of L that a block of E is formed for
+constexpr int64_t kParts = 16;         // parts of the root's backward pass, in a line
+constexpr int64_t kSide = 8;           // or along the sides of a square
 
-int64_t tiles_of(int64_t rows) { return (rows + kTile - 1) / kTile; }
+int64_t parts_of(int64_t n, int64_t part) { return (n + part - 1) / part; }
+// Up to whole tiles of the GEMM.
+int64_t rounded(int64_t rows) { return (rows + 7) / 8 * 8; }
 
-// A matrix with padded rows: memory of its own, or a view.
-template <class T>
-struct Matrix {
-  int64_t rows = 0, ld = 0;
-  const T* data = nullptr;
-  Buffer<T> own;
+// The tree below the root as rows of full grids; children by their smallest mode.
+struct Grid {
+  std::vector<FrameRow> rows;
+  int64_t left = kNoOperand, right = kNoOperand;  // the root's children in two runs
 
-  Matrix() = default;
-  Matrix(int64_t rows, int64_t ld) : rows(rows), ld(ld), own(rows * ld) { data = own.get(); }
-  Matrix(int64_t rows, int64_t ld, const T* view) : rows(rows), ld(ld), data(view) {}
-  const T* row(int64_t i) const { return data + i * ld; }
-  T* write(int64_t i) { return own.get() + i * ld; }  // not of a view
+  explicit Grid(const Program& p) {
+    std::vector<std::vector<Operand>> children(p.steps);
+    for (int64_t s = 0; s < p.steps; ++s) {
+      const Step& st = p.step[s];
+      auto& mine = children[s];
+      std::sort(mine.begin(), mine.end(),
+                [](const Operand& a, const Operand& b) { return a.smallest < b.smallest; });
+      if (st.parent < 0)
+        split(mine);
+      else
+        children[st.parent].push_back(p.is_leaf(s) ? Operand{-(s + 1), st.rows, 0, st.mode}
+                                                   : combine(mine.begin(), mine.end(), s));
+    }
+  }
+
+ private:
+  struct Operand {
+    int64_t code, rows, level, smallest;
+  };
+  using Iterator = std::vector<Operand>::const_iterator;
+
+  // A step's frame; of step -1 the product alone.
+  Operand combine(Iterator from, Iterator to, int64_t step) {
+    Operand made = *from++;
+    if (from == to && step >= 0) return add(step, made, nullptr);
+    for (; from != to; ++from) made = add(from + 1 == to ? step : -1, made, &*from);
+    return made;
+  }
+  Operand add(int64_t step, const Operand& x, const Operand* y) {
+    const int64_t n = x.rows * (y == nullptr ? 1 : y->rows);
+    const int64_t level = 1 + (y == nullptr ? x.level : std::max(x.level, y->level));
+    rows.push_back(
+        {step, x.code, y == nullptr ? kNoOperand : y->code, n, -1, -1, -1, -1, -1, level});
+    return {static_cast<int64_t>(rows.size()) - 1, n, level, x.smallest};
+  }
+
+  // In two runs with as equal products of rows as there are.
+  void split(const std::vector<Operand>& all) {
+    int64_t total = 1, before = 1, least = 0;
+    for (const Operand& x : all) total *= x.rows;
+    std::ptrdiff_t best = 1;
+    for (std::size_t c = 0; c < all.size(); ++c) {
+      before *= all[c].rows;
+      const int64_t larger = std::max(before, total / before);
+      if (c == 0 || (c + 1 < all.size() && larger < least))
+        least = larger, best = static_cast<std::ptrdiff_t>(c) + 1;
+    }
+    left = combine(all.begin(), all.begin() + best, -1).code;
+    if (all.begin() + best != all.end()) right = combine(all.begin() + best, all.end(), -1).code;
+  }
 };
 
 template <class S>
 class FullTensor {
  public:
   using T = typename ComputeOf<S>::type;
-  using Group = std::vector<const Matrix<T>*>;
 
   FullTensor(const Program& program, const std::vector<Tensor>& weights)
       : p_(program),
         k_(kernels<T>()),
-        w_(weights),
-        children_(program.steps),
-        frames_(program.steps) {
-    std::vector<int64_t> smallest(p_.steps, p_.order);
-    for (int64_t s = 0; s < p_.steps; ++s) {
-      const Step& st = p_.step[s];
-      if (p_.is_leaf(s)) smallest[s] = st.mode;
-      auto& mine = children_[s];
-      std::sort(mine.begin(), mine.end(),
-                [&](int64_t a, int64_t b) { return smallest[a] < smallest[b]; });
-      if (!mine.empty()) smallest[s] = smallest[mine[0]];
-      if (st.parent >= 0) children_[st.parent].push_back(s);
-    }
-    for (int64_t s = 0; s + 1 < p_.steps; ++s) make_frame(s);
-    split_root();
+        grid_(program),
+        packed_(weights),
+        weight_(weights_of(program, packed_)),
+        frames_(program, weight_, grid_.rows, nullptr),
+        own_(frames_.elements()),
+        outs_(program.outputs),
+        rank_(program.step[program.steps - 1].rows),
+        ld_(padded<T>(rank_)) {
+    frames_.forward(own_.get());
+    l_ = frames_.frame(grid_.left), nl_ = frames_.rows(grid_.left);
+    ones_ = Buffer<T>(ld_);
+    std::fill_n(ones_.get(), ld_, T(1));
+    const bool two = grid_.right != kNoOperand;
+    n_ = two ? frames_.frame(grid_.right) : ones_.get();
+    nr_ = two ? frames_.rows(grid_.right) : 1;
+    w_ = Buffer<T>(outs_ * ld_);
+    const T* w = weight_.back();
+    if (w == nullptr)
+      std::fill_n(w_.get(), ld_, T(1));
+    else
+      k_.transpose(rank_, outs_, w, padded<T>(outs_), w_.get(), ld_);
+    const int64_t columns = std::clamp(kBlock / ld_, kTile, kColumns);
+    block_ = std::min(nr_, std::max<int64_t>(1, columns / outs_));
   }
 
   void forward(S* out) const {
-    const int64_t root = p_.steps - 1, rank = p_.step[root].rows, outs = p_.outputs;
-    const int64_t nl = left_.rows, nr = right_.rows;
-    const Matrix<T> right_t = transposed(right_, rank);
-    const int64_t block = std::min(kColumns, right_t.ld);
-    for_each_item<T>(tiles_of(nl), nl * nr * rank * outs, kTile * (block + left_.ld),
-                     [&](int64_t item, T* scratch) {
-                       const int64_t i = item * kTile, n = std::min(kTile, nl - i);
-                       T* scaled = scratch + kTile * block;
-                       for (int64_t o = 0; o < outs; ++o) {
-                         const T* a = weighted(i, n, o, scaled);
-                         for (int64_t j = 0; j < nr; j += kColumns) {
-                           const int64_t cols = std::min(kColumns, nr - j);
-                           T* c = scratch;
-                           int64_t ldc = block;
-                           if constexpr (std::is_same_v<S, T>) {
-                             if (outs == 1 && nr == right_t.ld) c = out + i * nr + j, ldc = nr;
-                           }
-                           k_.gemm(n, padded<T>(cols), rank, a, left_.ld, 1, right_t.row(0) + j,
-                                   right_t.ld, c, ldc, Store::assign);
-                           if (c != scratch) continue;
-                           for (int64_t r = 0; r < n; ++r)
-                             for (int64_t q = 0; q < cols; ++q)
-                               out[((i + r) * nr + j + q) * outs + o] =
-                                   static_cast<S>(c[r * ldc + q]);
-                         }
-                       }
-                     });
+    const int64_t blocks = parts_of(nr_, block_), cols = padded<T>(block_ * outs_);
+    // Rows that share a block of E: as many as leave each thread some items.
+    const int64_t work = nl_ * nr_ * outs_ * rank_;
+    const int64_t threads = work < kWorthThreads ? 1 : torch::stable::get_num_threads();
+    const int64_t part = std::max(kFewest, rounded(nl_ * blocks / (4 * threads)));
+    const int64_t parts = parts_of(nl_, part);
+    for_each_item<T>(parts * blocks, work, cols * (2 * ld_ + kTile), [&](int64_t item, T* e) {
+      const int64_t j = item % blocks * block_, n = std::min(block_, nr_ - j);
+      T *et = e + cols * ld_, *c = et + cols * ld_;
+      expand(j, n, e);
+      k_.transpose(n * outs_, rank_, e, ld_, et, cols);
+      const int64_t from = item / blocks * part, to = std::min(nl_, from + part);
+      for (int64_t i = from; i < to; i += kTile)
+        tile(i, std::min(kTile, to - i), n * outs_, et, cols, c, out + (i * nr_ + j) * outs_);
+    });
   }
 
-  void backward(const T* grad, WeightGradients<S>& dw) {
-    const int64_t root = p_.steps - 1;
-    wanted_.assign(p_.steps, false);
-    for (int64_t s = 0; s < p_.steps; ++s) {
-      if (dw.step(s) != nullptr) {
-        wanted_[s] = true;
-        std::fill_n(dw.step(s), p_.step[s].rows * padded<T>(p_.step[s].cols), T(0));
-      }
-      if (wanted_[s] && p_.step[s].parent >= 0) wanted_[p_.step[s].parent] = true;
+  void backward(const S* grad, WeightGradients<S>& dw) {
+    frames_.want(dw.steps());
+    T *dl = frames_.gradient(grid_.left), *dn = frames_.gradient(grid_.right);
+    T* own = dw.step(p_.steps - 1);
+    const Parts at = parts();
+    const int64_t size_l = nl_ * ld_, size_n = nr_ * ld_, size_w = outs_ * ld_;
+    const int64_t sums_w = std::max(at.down, at.across);
+    Buffer<T> more_l(dl == nullptr || at.square ? 0 : (at.across - 1) * size_l);
+    Buffer<T> more_n(dn == nullptr || at.square ? 0 : (at.down - 1) * size_n);
+    Buffer<T> dws(own == nullptr ? 0 : sums_w * size_w);
+    if (own != nullptr) std::fill_n(dws.get(), sums_w * size_w, T(0));
+    const int64_t cols = block_ * outs_, wide = std::is_same_v<S, T> ? 0 : kDepth * padded<T>(cols);
+    const int64_t rounds = at.square ? at.down : 1;
+    for (int64_t round = 0; round < rounds; ++round)
+      for_each_item<T>(sums_w, 2 * nl_ * nr_ * outs_ * rank_ / rounds, 2 * cols * ld_ + wide,
+                       [&](int64_t item, T* scratch) {
+                         const int64_t x = at.down > 1 ? item : 0;
+                         const int64_t y = at.square ? (item + round) % rounds : item - x;
+                         T *to_l = dl, *to_n = dn;
+                         if (more_l.get() != nullptr && y > 0)
+                           to_l = more_l.get() + (y - 1) * size_l;
+                         if (more_n.get() != nullptr && x > 0)
+                           to_n = more_n.get() + (x - 1) * size_n;
+                         root_part(grad, share(nl_, x, at.down), share(nr_, y, at.across),
+                                   round == 0, to_l, to_n,
+                                   own == nullptr ? nullptr : dws.get() + item * size_w, scratch);
+                       });
+    if (more_l.get() != nullptr) add(at.across - 1, size_l, more_l.get(), dl);
+    if (more_n.get() != nullptr) add(at.down - 1, size_n, more_n.get(), dn);
+    if (own != nullptr) {
+      add(sums_w - 1, size_w, dws.get() + size_w, dws.get());
+      k_.transpose(outs_, rank_, dws.get(), ld_, own, padded<T>(outs_));
     }
-    gradients_.resize(p_.steps);
-    root_backward(grad, dw);
-    for (int64_t s = root - 1; s >= 0; --s)
-      if (wanted_[s]) node_backward(s, dw);
+    frames_.backward();
   }
 
  private:
-  const T* weight(int64_t s) const { return w_[p_.step[s].group].at(p_.step[s].slot); }
-
-  Group frames_of(const std::vector<int64_t>& children) const {
-    Group group;
-    for (int64_t c : children) group.push_back(&frames_[c]);
-    return group;
+  // The root's backward pass in parts of some rows of L and some of N, as the shapes alone say.
+  // Parts that add to the same rows of dL or dN are of different rounds, in an order that is fixed:
+  // in a square of parts, the round k has (0, k), (1, k + 1), ... Where one of L and N is much the
+  // smaller one, the other alone is cut, and each part has sums of its own for the smaller one.
+  struct Parts {
+    int64_t down = 1, across = 1;
+    bool square = false;
+  };
+  Parts parts() const {
+    const int64_t work = 2 * nl_ * nr_ * outs_ * rank_ / kWorthThreads;
+    Parts at;
+    if (nl_ >= kParts * (nr_ + outs_)) {
+      at.down = std::clamp<int64_t>(work, 1, kParts);
+    } else if (nr_ >= kParts * (nl_ + outs_)) {
+      at.across = std::clamp<int64_t>(work, 1, kParts);
+    } else {
+      int64_t side = 1;
+      while (2 * side <= kSide && 16 * side * side <= work &&
+             2 * side * kFewest <= std::min(nl_, nr_ * outs_) && 2 * side <= nr_)
+        side *= 2;
+      at.square = side > 1;
+      at.down = at.across = side;
+    }
+    return at;
   }
-  static int64_t rows_of(const Group& group) {
-    int64_t rows = 1;
-    for (const auto* f : group) rows *= f->rows;
-    return rows;
+
+  struct Rows {
+    int64_t from, to;
+  };
+  static Rows share(int64_t rows, int64_t part, int64_t parts) {
+    const int64_t unit = rows >= kFewest * parts ? kFewest / 2 : 1;  // whole tiles of the GEMM
+    const int64_t from = part * rows / parts, to = (part + 1) * rows / parts;
+    return {from / unit * unit, part + 1 == parts ? rows : to / unit * unit};
   }
 
-  // Rows i .. i+n-1, columns from .. from+cols-1, of the Khatri-Rao product of frames: a view where
-  // there is one frame, else computed into scratch.
-  const T* khatri_rao(const Group& group, int64_t i, int64_t n, int64_t from, int64_t cols,
-                      T* scratch, int64_t& ld) const {
-    ld = group[0]->ld;
-    if (group.size() == 1) return group[0]->row(i) + from;
-    ld = cols;
-    for (int64_t r = 0; r < n; ++r) {
-      int64_t rest = i + r;
-      T* to = scratch + r * cols;
-      const T* x = nullptr;
-      for (std::size_t c = group.size(); c-- > 0;) {
-        const T* y = group[c]->row(rest % group[c]->rows) + from;
-        rest /= group[c]->rows;
-        if (x != nullptr) k_.product(1, cols, x, cols, y, cols, to, cols, Store::assign);
-        x = x == nullptr ? y : to;
+  // Rows l of L and r of N. dl and dn are assigned in the first round, else added to, dw always;
+  // any may be null.
+  void root_part(const S* grad, Rows l, Rows r, bool first, T* dl, T* dn, T* dw, T* scratch) const {
+    const int64_t size = block_ * outs_ * ld_;
+    T *e = scratch, *de = e + size, *wide = de + size;
+    for (int64_t j = r.from; j < r.to; j += block_) {
+      const int64_t n = std::min(block_, r.to - j), cols = n * outs_;
+      expand(j, n, e);
+      for (int64_t i = l.from; i < l.to; i += kDepth) {
+        const int64_t m = std::min(kDepth, l.to - i);
+        const S* from = grad + (i * nr_ + j) * outs_;
+        const T* g = wide;
+        int64_t ldg = padded<T>(cols);
+        if constexpr (std::is_same_v<S, T>)
+          g = from, ldg = nr_ * outs_;
+        else
+          pack_rows(m, cols, from, nr_ * outs_, wide, ldg);
+        if (dl != nullptr)
+          k_.gemm(m, ld_, cols, g, ldg, 1, e, ld_, dl + i * ld_, ld_,
+                  first && j == r.from ? Store::assign : Store::add);
+        if (dn != nullptr || dw != nullptr)
+          k_.gemm(cols, ld_, m, g, 1, ldg, l_ + i * ld_, ld_, de, ld_,
+                  i == l.from ? Store::assign : Store::add);
+      }
+      for (int64_t o = 0; o < outs_; ++o) {
+        const T *de_o = de + o * ld_, *w = w_.get() + o * ld_, *rows = n_ + j * ld_;
+        if (dn != nullptr)
+          k_.product(n, ld_, de_o, outs_ * ld_, w, 0, dn + j * ld_, ld_,
+                     first && o == 0 ? Store::assign : Store::add);
+        if (dw != nullptr)
+          k_.product(n, ld_, rows, ld_, de_o, outs_ * ld_, dw + o * ld_, 0, Store::add);
       }
     }
-    return scratch;
   }
 
-  Matrix<T> khatri_rao(const Group& group, int64_t ld) const {
-    if (group.empty()) {
-      Matrix<T> ones(1, ld);
-      std::fill_n(ones.write(0), ld, T(1));
-      return ones;
+  // The rows of E that belong to rows j .. j+n-1 of N.
+  void expand(int64_t j, int64_t n, T* e) const {
+    for (int64_t o = 0; o < outs_; ++o)
+      k_.product(n, ld_, n_ + j * ld_, ld_, w_.get() + o * ld_, 0, e + o * ld_, outs_ * ld_,
+                 Store::assign);
+  }
+
+  // Rows i .. i+n-1 of L times a block of E^T.
+  void tile(int64_t i, int64_t n, int64_t cols, const T* et, int64_t lde, T* c, S* out) const {
+    const int64_t width = nr_ * outs_;
+    int64_t done = 0;
+    if constexpr (std::is_same_v<S, T>) {
+      done = cols / kPad<T> * kPad<T>;
+      k_.gemm(n, done, rank_, l_ + i * ld_, ld_, 1, et, lde, out, width, Store::assign);
     }
-    if (group.size() == 1) return Matrix<T>(group[0]->rows, ld, group[0]->data);
-    Matrix<T> all(rows_of(group), ld);
-    for_each_item<T>(tiles_of(all.rows), kMoved * all.rows * ld, 0, [&](int64_t item, T*) {
-      const int64_t i = item * kTile;
-      int64_t unused;
-      khatri_rao(group, i, std::min(kTile, all.rows - i), 0, ld, all.write(i), unused);
+    if (done == cols) return;
+    const int64_t rest = padded<T>(cols - done);
+    k_.gemm(n, rest, rank_, l_ + i * ld_, ld_, 1, et + done, lde, c, rest, Store::assign);
+    unpack_rows(n, cols - done, c, rest, out + done, width);
+  }
+
+  // to += each of count blocks.
+  void add(int64_t count, int64_t size, const T* blocks, T* to) const {
+    constexpr int64_t kPiece = 16 * 1024;
+    if (count == 0) return;
+    for_each_item<T>(parts_of(size, kPiece), kMoved * count * size, 0, [&](int64_t item, T*) {
+      const int64_t at = item * kPiece, first = 0;
+      for (int64_t q = 0; q < count; ++q)
+        k_.scatter(1, std::min(kPiece, size - at), &first, blocks + q * size + at, 0, to + at, 0);
     });
-    return all;
-  }
-
-  void make_frame(int64_t s) {
-    const Step& st = p_.step[s];
-    const int64_t ld = padded<T>(st.cols), ld_in = padded<T>(st.rows);
-    if (p_.is_leaf(s)) {
-      frames_[s] = Matrix<T>(st.rows, ld, weight(s));
-      return;
-    }
-    const Group group = frames_of(children_[s]);
-    Matrix<T> frame(rows_of(group), ld);
-    for_each_item<T>(tiles_of(frame.rows), frame.rows * st.rows * ld, kTile * ld_in,
-                     [&](int64_t item, T* scratch) {
-                       const int64_t i = item * kTile, n = std::min(kTile, frame.rows - i);
-                       int64_t lda;
-                       const T* a = khatri_rao(group, i, n, 0, ld_in, scratch, lda);
-                       k_.gemm(n, ld, st.rows, a, lda, 1, weight(s), ld, frame.write(i), ld,
-                               Store::assign);
-                     });
-    frames_[s] = std::move(frame);
-  }
-
-  // The root's children in two runs with as equal products of rows as there are.
-  void split_root() {
-    const auto& all = children_.back();
-    const int64_t total = rows_of(frames_of(all));
-    std::size_t best = 1;
-    int64_t least = 0, rows = 1;
-    for (std::size_t c = 0; c < all.size(); ++c) {
-      rows *= frames_[all[c]].rows;
-      const int64_t larger = std::max(rows, total / rows);
-      if (c == 0 || (c + 1 < all.size() && larger < least)) least = larger, best = c + 1;
-    }
-    const auto middle = all.begin() + static_cast<std::ptrdiff_t>(best);
-    left_children_.assign(all.begin(), middle);
-    right_children_.assign(middle, all.end());
-    const int64_t ld = padded<T>(p_.step[p_.steps - 1].rows);
-    left_ = khatri_rao(frames_of(left_children_), ld);
-    right_ = khatri_rao(frames_of(right_children_), ld);
-    make_root_rows();
-  }
-
-  Matrix<T> transposed(const Matrix<T>& x, int64_t cols) const {
-    Matrix<T> out(cols, padded<T>(x.rows));
-    const int64_t blocks = tiles_of(cols);
-    for_each_item<T>(blocks, kMoved * cols * x.rows, 0, [&](int64_t item, T*) {
-      const int64_t j = item * kTile;
-      k_.transpose(x.rows, std::min(kTile, cols - j), x.data + j, x.ld, out.write(j), out.ld);
-    });
-    return out;
-  }
-
-  // The root's weight, transposed: [outputs, padded rows]; ones where it has none.
-  const T* output_row(int64_t o) const { return root_rows_.row(o); }
-  void make_root_rows() {
-    const Step& st = p_.step[p_.steps - 1];
-    root_rows_ = Matrix<T>(p_.outputs, padded<T>(st.rows));
-    if (st.group < 0)
-      std::fill_n(root_rows_.write(0), root_rows_.ld, T(1));
-    else
-      k_.transpose(st.rows, st.cols, weight(p_.steps - 1), padded<T>(st.cols), root_rows_.write(0),
-                   root_rows_.ld);
-  }
-
-  // Rows of L scaled by column o of the root's weight.
-  const T* weighted(int64_t i, int64_t n, int64_t o, T* scratch) const {
-    k_.product(n, left_.ld, left_.row(i), left_.ld, output_row(o), 0, scratch, left_.ld,
-               Store::assign);
-    return scratch;
-  }
-
-  // C[rows x ld] += G^T A, summed over A's rows, G(l, i) = g[l * down + i * across].
-  void gemm_over(int64_t rows, int64_t ld, int64_t depth, const T* g, int64_t down, int64_t across,
-                 const T* a, T* c) const {
-    for (int64_t l = 0; l < depth; l += kDepth)
-      k_.gemm(rows, ld, std::min(kDepth, depth - l), g + l * down, across, down, a + l * ld, ld, c,
-              ld, Store::add);
-  }
-
-  void root_backward(const T* grad, WeightGradients<S>& dw) {
-    const int64_t root = p_.steps - 1, rank = p_.step[root].rows, outs = p_.outputs;
-    const int64_t nl = left_.rows, nr = right_.rows, ld = left_.ld;
-    const bool own = dw.step(root) != nullptr;
-    const bool go_left = any_wanted(left_children_), go_right = any_wanted(right_children_);
-    Matrix<T> d_left(nl, ld), d_right(nr, ld), z(nl, ld), scaled(nl, ld);
-    std::fill_n(d_left.write(0), nl * ld, T(0));
-    std::fill_n(d_right.write(0), nr * ld, T(0));
-    const int64_t left_tiles = own || go_left ? tiles_of(nl) : 0;
-    for (int64_t o = 0; o < outs; ++o) {
-      const T* g = grad + o;  // G(i, j) = g[(i * nr + j) * outs]
-      for_each_item<T>(tiles_of(nl), kMoved * nl * ld, 0, [&](int64_t item, T*) {
-        const int64_t i = item * kTile;
-        weighted(i, std::min(kTile, nl - i), o, scaled.write(i));
-      });
-      for_each_item<T>(
-          left_tiles + (go_right ? tiles_of(nr) : 0), 2 * nl * nr * ld, 0, [&](int64_t item, T*) {
-            if (item < left_tiles) {  // Z = G N, dL += Z * w_o
-              const int64_t i = item * kTile, n = std::min(kTile, nl - i);
-              std::fill_n(z.write(i), n * ld, T(0));
-              gemm_over(n, ld, nr, g + i * nr * outs, outs, nr * outs, right_.data, z.write(i));
-              k_.product(n, ld, z.write(i), ld, output_row(o), 0, d_left.write(i), ld, Store::add);
-            } else {  // dN += G^T (L * w_o)
-              const int64_t j = (item - left_tiles) * kTile, n = std::min(kTile, nr - j);
-              gemm_over(n, ld, nl, g + j * outs, nr * outs, outs, scaled.data, d_right.write(j));
-            }
-          });
-      if (!own) continue;
-      T* to = dw.step(root) + o;  // dw_o = column sums of L * Z
-      const int64_t stride = padded<T>(outs), blocks = ld / kPad<T>;
-      for_each_item<T>(blocks, kMoved * nl * ld, kPad<T>, [&](int64_t item, T* sums) {
-        const int64_t j = item * kPad<T>;
-        std::fill_n(sums, kPad<T>, T(0));
-        k_.product(nl, kPad<T>, left_.row(0) + j, ld, z.write(0) + j, ld, sums, 0, Store::add);
-        for (int64_t q = j; q < std::min(j + kPad<T>, rank); ++q) to[q * stride] += sums[q - j];
-      });
-    }
-    if (go_left) spread(left_children_, std::move(d_left));
-    if (go_right) spread(right_children_, std::move(d_right));
-  }
-
-  bool any_wanted(const std::vector<int64_t>& children) const {
-    return std::any_of(children.begin(), children.end(), [&](int64_t c) { return wanted_[c]; });
-  }
-
-  // From the gradient of the children's Khatri-Rao product to the gradients of their frames,
-  // splitting the last child off each time. Threads own columns, so the sums need no order between
-  // them.
-  void spread(std::vector<int64_t> children, Matrix<T> d) {
-    while (children.size() > 1) {
-      const int64_t last = children.back(), ld = d.ld;
-      children.pop_back();
-      const Matrix<T> rest = khatri_rao(frames_of(children), ld);
-      const Matrix<T>& own = frames_[last];
-      Matrix<T> d_rest(rest.rows, ld), d_own(own.rows, ld);
-      const int64_t width = std::min(ld, std::max(kPad<T>, padded<T>(int64_t{64})));
-      for_each_item<T>((ld + width - 1) / width, 2 * kMoved * d.rows * ld, 0,
-                       [&](int64_t item, T*) {
-                         const int64_t j = item * width, cols = std::min(width, ld - j);
-                         for (int64_t i = 0; i < d_rest.rows; ++i)
-                           std::fill_n(d_rest.write(i) + j, cols, T(0));
-                         for (int64_t i = 0; i < d_own.rows; ++i)
-                           std::fill_n(d_own.write(i) + j, cols, T(0));
-                         for (int64_t i = 0; i < rest.rows; ++i) {
-                           const T* g = d.row(i * own.rows) + j;
-                           k_.product(own.rows, cols, g, ld, own.row(0) + j, ld,
-                                      d_rest.write(i) + j, 0, Store::add);
-                           k_.product(own.rows, cols, g, ld, rest.row(i) + j, 0, d_own.write(0) + j,
-                                      ld, Store::add);
-                         }
-                       });
-      gradients_[last] = std::move(d_own);
-      d = std::move(d_rest);
-    }
-    gradients_[children[0]] = std::move(d);
-  }
-
-  void node_backward(int64_t s, WeightGradients<S>& dw) {
-    const Step& st = p_.step[s];
-    const Matrix<T> d = std::move(gradients_[s]);
-    const int64_t ld_in = padded<T>(st.rows), rows = d.rows;
-    const bool own = dw.step(s) != nullptr;
-    if (p_.is_leaf(s)) {
-      T* to = dw.step(s);
-      for (int64_t i = 0; i < rows * d.ld; ++i) to[i] += d.data[i];
-      return;
-    }
-    const Group group = frames_of(children_[s]);
-    const bool below = any_wanted(children_[s]);
-    Matrix<T> dp(below ? rows : 0, ld_in);
-    const Matrix<T> wt =
-        below ? transposed(Matrix<T>(st.rows, d.ld, weight(s)), st.cols) : Matrix<T>();
-    const int64_t blocks = own ? tiles_of(st.rows) : 0, down = below ? tiles_of(rows) : 0;
-    for_each_item<T>(
-        blocks + down, 2 * rows * st.rows * d.ld, kTile * kTile, [&](int64_t item, T* scratch) {
-          if (item < blocks) {  // rows of dW = P^T dU
-            const int64_t from = item * kTile, n = std::min(kTile, st.rows - from);
-            T* to = dw.step(s) + from * d.ld;
-            for (int64_t i = 0; i < rows; i += kTile) {
-              const int64_t depth = std::min(kTile, rows - i);
-              int64_t lda;
-              const T* a = khatri_rao(group, i, depth, from, padded<T>(n), scratch, lda);
-              k_.gemm(n, d.ld, depth, a, 1, lda, d.row(i), d.ld, to, d.ld, Store::add);
-            }
-          } else {  // dP = dU W^T
-            const int64_t i = (item - blocks) * kTile, n = std::min(kTile, rows - i);
-            k_.gemm(n, ld_in, st.cols, d.row(i), d.ld, 1, wt.row(0), wt.ld, dp.write(i), ld_in,
-                    Store::assign);
-          }
-        });
-    if (below) spread(children_[s], std::move(dp));
   }
 
   const Program& p_;
   const Kernels<T>& k_;
-  const PackedWeights<S> w_;
-  std::vector<std::vector<int64_t>> children_;
-  std::vector<Matrix<T>> frames_;
-  std::vector<int64_t> left_children_, right_children_;
-  Matrix<T> left_, right_, root_rows_;
-  std::vector<bool> wanted_;
-  std::vector<Matrix<T>> gradients_;
+  const Grid grid_;
+  const PackedWeights<S> packed_;
+  const std::vector<const T*> weight_;
+  Frames<S> frames_;
+  const Buffer<T> own_;
+  const int64_t outs_, rank_, ld_;
+  int64_t nl_ = 0, nr_ = 0, block_ = 1;  // block_: rows of N whose rows of E make a block
+  const T *l_ = nullptr, *n_ = nullptr;
+  Buffer<T> ones_, w_;  // w_: the root's weight, transposed; ones where it has none
 };
 
 }  // namespace
@@ -364,19 +301,11 @@ Tensor full_tensor_cpu(const Program& program, const std::vector<Tensor>& weight
 std::vector<Tensor> full_tensor_backward_cpu(const Program& program, const Tensor& grad,
                                              const std::vector<Tensor>& weights,
                                              const std::vector<int64_t>& needs) {
-  const Tensor g = torch::stable::contiguous(grad);
+  const Tensor g = in_one_piece(grad);
   return with_dtype(weights[0].scalar_type(), "full_tensor_backward", [&](auto s) {
     using S = decltype(s);
-    using T = typename ComputeOf<S>::type;
     WeightGradients<S> dw(program, weights, needs);
-    FullTensor<S> tree(program, weights);
-    if constexpr (std::is_same_v<S, T>) {
-      tree.backward(g.const_data_ptr<T>(), dw);
-    } else {
-      Buffer<T> wide(g.numel());
-      pack_rows(1, g.numel(), g.const_data_ptr<S>(), g.numel(), wide.get(), g.numel());
-      tree.backward(wide.get(), dw);
-    }
+    FullTensor<S>(program, weights).backward(g.const_data_ptr<S>(), dw);
     return dw.finish();
   });
 }
