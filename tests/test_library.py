@@ -39,7 +39,8 @@ def arguments_of(name, case, dtype=torch.float64, requires_grad=False):
     out["program"] = layout.program
     if name.endswith("_backward"):
         count = len(inputs.weights) + (name == "evaluate_backward")
-        grad = torch.rand(rows, layout.out_features, dtype=dtype)
+        several = () if layout.out_features == 1 else (layout.out_features,)
+        grad = torch.rand(rows, *several, dtype=dtype)
         if not name.startswith("full_tensor"):
             program = out.pop("program")
             out |= {"kept": grad.new_empty(0), "program": program}
@@ -183,8 +184,8 @@ BAD = {
     "negative entries": ("entries", lambda v: -1),
     "wrong out_features": ("out_features", lambda v: v + 1),
     "grad with a row too few": ("grad", lambda v: v[:-1]),
-    "grad with a column too many": ("grad", lambda v: torch.cat([v, v], 1)),
-    "grad of one dimension": ("grad", lambda v: v[:, 0]),
+    "grad with a column too many": ("grad", lambda v: torch.stack([v, v], 1)),
+    "grad of two dimensions": ("grad", lambda v: v[:, None]),
     "grad of no dimension": ("grad", lambda v: v.sum()),
     "grad of another dtype": ("grad", lambda v: v.float()),
     "needs too short": ("needs", lambda v: v[:-1]),

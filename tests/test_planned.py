@@ -156,7 +156,8 @@ def test_opcheck(small_case):
             torch.ops.htfkernels.evaluate_at_planned.default,
             (weights, *fixed, len(plan), layout.out_features),
         )
-        grad = torch.rand(len(plan), layout.out_features, dtype=torch.float64)
+        several = () if layout.out_features == 1 else (layout.out_features,)
+        grad = torch.rand(len(plan), *several, dtype=torch.float64)
         bare = [w.detach() for w in weights]
         torch.library.opcheck(
             torch.ops.htfkernels.evaluate_at_planned_backward.default,

@@ -7,7 +7,7 @@
 //   weights  one [F, R_in, R_out] per group of same-shaped nodes      float32, float64 or bfloat16
 //   x        [B, sum of the mode dimensions]                          the same dtype
 //   program  the tree, see cpu/program.h
-//   result   [B, out_features]
+//   result   [B, out_features], or [B] where that is 1
 //
 // evaluate_backward gives the gradients of the weights and of x for which needs is not 0, and empty
 // tensors for the others. bfloat16 is computed in float32.

@@ -15,7 +15,7 @@ std::vector<Tensor> evaluate_cpu(const Program& program, const std::vector<Tenso
                                  const Tensor& x, bool keep) {
   const Tensor rows = with_dense_rows(x);
   const int64_t batch = x.size(0);
-  Tensor out = new_tensor(x, {batch, program.outputs}, x.scalar_type());
+  Tensor out = program.new_result(x, batch, x.scalar_type());
   return with_dtype(x.scalar_type(), "evaluate", [&](auto s) {
     using S = decltype(s);
     using T = typename ComputeOf<S>::type;

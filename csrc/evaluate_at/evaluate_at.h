@@ -4,7 +4,7 @@
 //   weights  one [F, R_in, R_out] per group      float32, float64 or bfloat16
 //   indices  [B, order]                          int64, 0 <= indices[:, n] < D_n
 //   program  the tree, see cpu/program.h
-//   result   [B, out_features]
+//   result   [B, out_features], or [B] where that is 1
 #pragma once
 
 #include "cpu/program.h"

@@ -15,7 +15,7 @@ Source source_of(const Tensor& indices) {
 std::vector<Tensor> evaluate_at_cpu(const Program& program, const std::vector<Tensor>& weights,
                                     const Tensor& indices, bool keep) {
   const int64_t batch = indices.size(0);
-  Tensor out = new_tensor(weights[0], {batch, program.outputs}, weights[0].scalar_type());
+  Tensor out = program.new_result(weights[0], batch, weights[0].scalar_type());
   return with_dtype(weights[0].scalar_type(), "evaluate_at", [&](auto s) {
     using S = decltype(s);
     using T = typename ComputeOf<S>::type;

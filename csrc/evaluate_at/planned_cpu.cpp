@@ -221,7 +221,7 @@ class Planned {
 std::vector<Tensor> evaluate_at_planned_cpu(const Program& program, const IndexPlan& plan,
                                             const std::vector<Tensor>& weights, bool keep) {
   const ScalarType dtype = weights[0].scalar_type();
-  Tensor out = new_tensor(weights[0], {plan.batch, program.outputs}, dtype);
+  Tensor out = program.new_result(weights[0], plan.batch, dtype);
   return with_dtype(dtype, "evaluate_at_planned", [&](auto s) {
     using S = decltype(s);
     using T = typename ComputeOf<S>::type;

@@ -9,7 +9,8 @@
 //
 //   weights  one [F, R_in, R_out] per group                        float32, float64 or bfloat16
 //   program  the tree, see cpu/program.h
-//   result   [product of the mode dimensions, out_features], rows in depth-first mode order (of
+//   result   [product of the mode dimensions, out_features] (one dimension where that is 1), rows
+//            in depth-first mode order (of
 //            siblings, the one with the smallest mode first), the last mode fastest
 #pragma once
 

@@ -290,7 +290,7 @@ class FullTensor {
 
 Tensor full_tensor_cpu(const Program& program, const std::vector<Tensor>& weights,
                        int64_t entries) {
-  Tensor out = new_tensor(weights[0], {entries, program.outputs}, weights[0].scalar_type());
+  Tensor out = program.new_result(weights[0], entries, weights[0].scalar_type());
   with_dtype(weights[0].scalar_type(), "full_tensor", [&](auto s) {
     using S = decltype(s);
     FullTensor<S>(program, weights).forward(out.mutable_data_ptr<S>());

@@ -9,6 +9,7 @@ backward of a backward is the reference formula's, differentiated by PyTorch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.autograd import Function, forward_ad
 
 from htfkernels.layout import Layout
 
-__all__ = ["Kernel", "apply", "squeeze"]
+__all__ = ["Kernel", "apply", "call", "squeeze"]
 
 Tensors = tuple[Tensor, ...]
 
@@ -28,15 +29,11 @@ class Kernel:
     Attributes:
         layout: tree and shapes.
         num_weights: how many of the arguments are weights.
-        squeezes: whether the result ``[B, 1]`` is handed out as ``[B]``.
     """
-
-    has_rows = True  # the result is [B, out_features]
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.num_weights = len(layout.groups)
-        self.squeezes = self.has_rows and layout.out_features == 1
 
     def forward(self, *tensors: Tensor) -> Tensor:
         """The result of the operation."""
@@ -47,7 +44,11 @@ class Kernel:
         return self.forward(*tensors), None
 
     def backward(
-        self, grad: Tensor, tensors: Tensors, needs: Sequence[bool], kept: Tensor | None = None
+        self,
+        grad: Tensor,
+        tensors: Sequence[Tensor],
+        needs: Sequence[bool],
+        kept: Tensor | None = None,
     ) -> list[Tensor]:
         """Gradients of the arguments; an empty tensor where one is not needed. ``kept`` is what
         :meth:`forward_keeping` returned, or None."""
@@ -75,15 +76,25 @@ class Kernel:
         return run
 
 
+@cache
+def _operator(name: str) -> Any:
+    return getattr(torch.ops.htfkernels, name).default
+
+
+def call(name: str, *args: Any) -> Any:
+    """Runs a compiled operator below autograd: the eager path has its own ``autograd.Function``,
+    and the Python layer of ``register_autograd`` would cost several microseconds for nothing."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return _operator(name)(*args)
+
+
 def apply(kernel: Kernel, *tensors: Tensor) -> Tensor:
     """Runs a kernel with whatever differentiation the context asks for."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        result = _TransformForward.apply(kernel, *tensors)
-    elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return _TransformForward.apply(kernel, *tensors)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _Forward.apply(kernel, *tensors)
-    else:
-        result = kernel.forward(*tensors)
-    return result.squeeze(-1) if kernel.squeezes else result
+    return kernel.forward(*tensors)
 
 
 def squeeze(layout: Layout, result: Tensor) -> Tensor:
@@ -101,19 +112,16 @@ class _Forward(Function):
         ctx.kernel = kernel
         result, kept = kernel.forward_keeping(*tensors)
         ctx.save_for_backward(*tensors, kept)
-        # Not a view: autograd would forbid to write into it, and a view made outside would be
-        # another node of the graph, which costs as much as a small tree.
-        return result.resize_(len(result)) if kernel.squeezes else result
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[1:]
         *tensors, kept = ctx.saved_tensors
-        if ctx.kernel.squeezes:
-            grad = grad.unsqueeze(-1)
         if torch.is_grad_enabled():
             return (None, *_optional(_Backward.apply(ctx.kernel, needs, grad, *tensors), needs))
-        return (None, *_optional(ctx.kernel.backward(grad, tuple(tensors), needs, kept), needs))
+        grads = ctx.kernel.backward(grad, tensors, needs, kept)
+        return (None, *(grads if all(needs) else _optional(grads, needs)))
 
 
 class _Backward(Function):

@@ -16,16 +16,9 @@ from torch import Tensor
 
 import htfkernels._C  # noqa: F401
 
-__all__ = ["call", "ops"]
+__all__ = ["ops"]
 
 ops = torch.ops.htfkernels
-
-
-def call(op: Any, *args: Any) -> Any:
-    """Runs an operator below autograd: the eager path has its own ``autograd.Function``, and the
-    Python layer of ``register_autograd`` would cost several microseconds for nothing."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
 
 
 def _no_second(ctx: Any, *grads: Any) -> Any:
@@ -44,12 +37,16 @@ def _fake_gradients(tensors: Sequence[Tensor], needs: Sequence[int]) -> list[Ten
     return [t.new_empty(t.shape if n else (0,)) for t, n in zip(tensors, needs, strict=True)]
 
 
+def _result(like: Tensor, rows: Any, out_features: int) -> Tensor:
+    return like.new_empty((rows,) if out_features == 1 else (rows, out_features))
+
+
 # -- evaluate -------------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("htfkernels::evaluate")
 def _(weights: list[Tensor], x: Tensor, program: Tensor, out_features: int) -> Tensor:
-    return x.new_empty(x.shape[0], out_features)
+    return _result(x, x.shape[0], out_features)
 
 
 def _kept(like: Tensor, elements: Any) -> Tensor:
@@ -60,7 +57,7 @@ def _kept(like: Tensor, elements: Any) -> Tensor:
 @torch.library.register_fake("htfkernels::evaluate_keeping")
 def _(weights: list[Tensor], x: Tensor, program: Tensor, out_features: int) -> list[Tensor]:
     size = torch.library.get_ctx().new_dynamic_size()
-    return [x.new_empty(x.shape[0], out_features), _kept(x, size)]
+    return [_result(x, x.shape[0], out_features), _kept(x, size)]
 
 
 @torch.library.register_fake("htfkernels::evaluate_backward")
@@ -99,13 +96,13 @@ torch.library.register_autograd("htfkernels::evaluate_backward", _no_second, set
 
 @torch.library.register_fake("htfkernels::evaluate_at")
 def _(weights: list[Tensor], indices: Tensor, program: Tensor, out_features: int) -> Tensor:
-    return weights[0].new_empty(indices.shape[0], out_features)
+    return _result(weights[0], indices.shape[0], out_features)
 
 
 @torch.library.register_fake("htfkernels::evaluate_at_keeping")
 def _(weights: list[Tensor], indices: Tensor, program: Tensor, out_features: int) -> list[Tensor]:
     size = torch.library.get_ctx().new_dynamic_size()
-    return [weights[0].new_empty(indices.shape[0], out_features), _kept(weights[0], size)]
+    return [_result(weights[0], indices.shape[0], out_features), _kept(weights[0], size)]
 
 
 @torch.library.register_fake("htfkernels::evaluate_at_backward")
@@ -149,7 +146,7 @@ def _(
     batch: int,
     out_features: int,
 ) -> Tensor:
-    return weights[0].new_empty(batch, out_features)
+    return _result(weights[0], batch, out_features)
 
 
 @torch.library.register_fake("htfkernels::evaluate_at_planned_keeping")
@@ -162,7 +159,7 @@ def _(
     out_features: int,
 ) -> list[Tensor]:
     size = torch.library.get_ctx().new_dynamic_size()
-    return [weights[0].new_empty(batch, out_features), _kept(weights[0], size)]
+    return [_result(weights[0], batch, out_features), _kept(weights[0], size)]
 
 
 @torch.library.register_fake("htfkernels::evaluate_at_planned_backward")
@@ -200,7 +197,7 @@ torch.library.register_autograd(
 
 @torch.library.register_fake("htfkernels::full_tensor")
 def _(weights: list[Tensor], program: Tensor, entries: int, out_features: int) -> Tensor:
-    return weights[0].new_empty(entries, out_features)
+    return _result(weights[0], entries, out_features)
 
 
 @torch.library.register_fake("htfkernels::full_tensor_backward")

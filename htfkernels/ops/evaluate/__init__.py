@@ -16,24 +16,15 @@ __all__ = ["evaluate"]
 
 class _Evaluate(autograd.Kernel):
     def forward(self, *tensors: Tensor) -> Tensor:
-        from htfkernels.ops.library import call, ops
-
-        layout = self.layout
-        return call(
-            ops.evaluate.default,
-            list(tensors[:-1]),
-            tensors[-1],
-            layout.program,
-            layout.out_features,
-        )
-
-    def forward_keeping(self, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
-        from htfkernels.ops.library import call, ops
-
         *weights, x = tensors
         layout = self.layout
-        result, kept = call(
-            ops.evaluate_keeping.default, weights, x, layout.program, layout.out_features
+        return autograd.call("evaluate", weights, x, layout.program, layout.out_features)
+
+    def forward_keeping(self, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
+        *weights, x = tensors
+        layout = self.layout
+        result, kept = autograd.call(
+            "evaluate_keeping", weights, x, layout.program, layout.out_features
         )
         return result, kept
 
@@ -44,21 +35,15 @@ class _Evaluate(autograd.Kernel):
         needs: Sequence[bool],
         kept: Tensor | None = None,
     ) -> list[Tensor]:
-        from htfkernels.ops.library import call, ops
-
-        mask = [int(n) for n in needs]
-        return call(
-            ops.evaluate_backward.default,
-            grad,
-            list(tensors[:-1]),
-            tensors[-1],
-            grad.new_empty(0) if kept is None else kept,
-            self.layout.program,
-            mask,
+        *weights, x = tensors
+        kept = grad.new_empty(0) if kept is None else kept
+        return autograd.call(
+            "evaluate_backward", grad, weights, x, kept, self.layout.program, needs
         )
 
     def reference(self, *tensors: Tensor) -> Tensor:
-        return reference.evaluate(self.layout, tensors[:-1], tensors[-1])
+        result = reference.evaluate(self.layout, tensors[:-1], tensors[-1])
+        return autograd.squeeze(self.layout, result)
 
 
 def evaluate(plan: Plan, weights: Sequence[Tensor], x: Tensor) -> Tensor:
@@ -67,6 +52,5 @@ def evaluate(plan: Plan, weights: Sequence[Tensor], x: Tensor) -> Tensor:
     if plan.backend == "reference":
         return autograd.squeeze(layout, reference.evaluate(layout, weights, x))
     if torch.compiler.is_compiling():
-        out = torch.ops.htfkernels.evaluate(list(weights), x, layout.program, layout.out_features)
-        return autograd.squeeze(layout, out)
+        return torch.ops.htfkernels.evaluate(list(weights), x, layout.program, layout.out_features)
     return autograd.apply(_Evaluate(layout), *weights, x)

@@ -17,24 +17,15 @@ __all__ = ["evaluate_at", "evaluate_at_planned"]
 
 class _EvaluateAt(autograd.Kernel):
     def forward(self, *tensors: Tensor) -> Tensor:
-        from htfkernels.ops.library import call, ops
-
-        layout = self.layout
-        return call(
-            ops.evaluate_at.default,
-            list(tensors[:-1]),
-            tensors[-1],
-            layout.program,
-            layout.out_features,
-        )
-
-    def forward_keeping(self, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
-        from htfkernels.ops.library import call, ops
-
         *weights, indices = tensors
         layout = self.layout
-        result, kept = call(
-            ops.evaluate_at_keeping.default, weights, indices, layout.program, layout.out_features
+        return autograd.call("evaluate_at", weights, indices, layout.program, layout.out_features)
+
+    def forward_keeping(self, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
+        *weights, indices = tensors
+        layout = self.layout
+        result, kept = autograd.call(
+            "evaluate_at_keeping", weights, indices, layout.program, layout.out_features
         )
         return result, kept
 
@@ -45,17 +36,16 @@ class _EvaluateAt(autograd.Kernel):
         needs: Sequence[bool],
         kept: Tensor | None = None,
     ) -> list[Tensor]:
-        from htfkernels.ops.library import call, ops
-
-        mask = [int(n) for n in needs[:-1]]
         *weights, indices = tensors
         kept = grad.new_empty(0) if kept is None else kept
-        program = self.layout.program
-        grads = call(ops.evaluate_at_backward.default, grad, weights, indices, kept, program, mask)
+        grads = autograd.call(
+            "evaluate_at_backward", grad, weights, indices, kept, self.layout.program, needs[:-1]
+        )
         return [*grads, grad.new_empty(0)]
 
     def reference(self, *tensors: Tensor) -> Tensor:
-        return reference.evaluate_at(self.layout, tensors[:-1], tensors[-1])
+        result = reference.evaluate_at(self.layout, tensors[:-1], tensors[-1])
+        return autograd.squeeze(self.layout, result)
 
 
 class _EvaluateAtPlanned(autograd.Kernel):
@@ -67,17 +57,13 @@ class _EvaluateAtPlanned(autograd.Kernel):
         return self.layout.program, self.indices.table, self.indices.lists
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        from htfkernels.ops.library import call, ops
-
         sizes = (len(self.indices), self.layout.out_features)
-        return call(ops.evaluate_at_planned.default, list(tensors), *self._fixed(), *sizes)
+        return autograd.call("evaluate_at_planned", tensors, *self._fixed(), *sizes)
 
     def forward_keeping(self, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
-        from htfkernels.ops.library import call, ops
-
         sizes = (len(self.indices), self.layout.out_features)
-        result, kept = call(
-            ops.evaluate_at_planned_keeping.default, list(tensors), *self._fixed(), *sizes
+        result, kept = autograd.call(
+            "evaluate_at_planned_keeping", tensors, *self._fixed(), *sizes
         )
         return result, kept
 
@@ -88,21 +74,14 @@ class _EvaluateAtPlanned(autograd.Kernel):
         needs: Sequence[bool],
         kept: Tensor | None = None,
     ) -> list[Tensor]:
-        from htfkernels.ops.library import call, ops
-
-        mask = [int(n) for n in needs]
         kept = grad.new_empty(0) if kept is None else kept
-        return call(
-            ops.evaluate_at_planned_backward.default,
-            grad,
-            list(tensors),
-            kept,
-            *self._fixed(),
-            mask,
+        return autograd.call(
+            "evaluate_at_planned_backward", grad, tensors, kept, *self._fixed(), needs
         )
 
     def reference(self, *tensors: Tensor) -> Tensor:
-        return planned_reference.evaluate_at_planned(self.layout, tensors, self.indices)
+        result = planned_reference.evaluate_at_planned(self.layout, tensors, self.indices)
+        return autograd.squeeze(self.layout, result)
 
 
 def evaluate_at(plan: Plan, weights: Sequence[Tensor], indices: Tensor) -> Tensor:
@@ -111,10 +90,9 @@ def evaluate_at(plan: Plan, weights: Sequence[Tensor], indices: Tensor) -> Tenso
     if plan.backend == "reference":
         return autograd.squeeze(layout, reference.evaluate_at(layout, weights, indices))
     if torch.compiler.is_compiling():
-        out = torch.ops.htfkernels.evaluate_at(
+        return torch.ops.htfkernels.evaluate_at(
             list(weights), indices, layout.program, layout.out_features
         )
-        return autograd.squeeze(layout, out)
     return autograd.apply(_EvaluateAt(layout), *weights, indices)
 
 
@@ -126,7 +104,7 @@ def evaluate_at_planned(plan: Plan, weights: Sequence[Tensor], indices: IndexPla
         out = planned_reference.evaluate_at_planned(layout, weights, indices)
         return autograd.squeeze(layout, out)
     if torch.compiler.is_compiling():
-        out = torch.ops.htfkernels.evaluate_at_planned(
+        return torch.ops.htfkernels.evaluate_at_planned(
             list(weights),
             layout.program,
             indices.table,
@@ -134,5 +112,4 @@ def evaluate_at_planned(plan: Plan, weights: Sequence[Tensor], indices: IndexPla
             indices.batch,
             layout.out_features,
         )
-        return autograd.squeeze(layout, out)
     return autograd.apply(_EvaluateAtPlanned(indices), *weights)

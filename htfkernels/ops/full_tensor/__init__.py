@@ -15,16 +15,10 @@ __all__ = ["full_tensor"]
 
 
 class _FullTensor(autograd.Kernel):
-    has_rows = False
-
     def forward(self, *tensors: Tensor) -> Tensor:
-        from htfkernels.ops.library import call, ops
-
         layout = self.layout
         entries = layout.num_entries // layout.out_features
-        return call(
-            ops.full_tensor.default, list(tensors), layout.program, entries, layout.out_features
-        )
+        return autograd.call("full_tensor", tensors, layout.program, entries, layout.out_features)
 
     def backward(
         self,
@@ -33,15 +27,10 @@ class _FullTensor(autograd.Kernel):
         needs: Sequence[bool],
         kept: Tensor | None = None,
     ) -> list[Tensor]:
-        from htfkernels.ops.library import call, ops
-
-        mask = [int(n) for n in needs]
-        return call(
-            ops.full_tensor_backward.default, grad, list(tensors), self.layout.program, mask
-        )
+        return autograd.call("full_tensor_backward", grad, tensors, self.layout.program, needs)
 
     def reference(self, *tensors: Tensor) -> Tensor:
-        return reference.full_tensor(self.layout, tensors)
+        return autograd.squeeze(self.layout, reference.full_tensor(self.layout, tensors))
 
 
 def full_tensor(plan: Plan, weights: Sequence[Tensor]) -> Tensor:
