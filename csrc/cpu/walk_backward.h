@@ -7,9 +7,10 @@
 // for the whole chunk, so that its weight and its gradient are streamed once. The nodes next to the
 // root ("top") are too few to keep all threads busy: there a thread takes a tile of rows through
 // all of them, then the gradients of their weights are items of their own, beside the subtrees
-// below, each of which one thread walks alone, depth first.
-// A weight's gradient has one owner and one order of summation: no copy per thread, and the same
-// bits whatever the number of threads.
+// below, each of which one thread walks alone, depth first. Where all weights together are small,
+// parts of the batch go down the whole tree instead, each with gradients of its own.
+// A weight's gradient, or a part's, has one owner and one order of summation: no copy per thread,
+// and the same bits whatever the number of threads.
 #pragma once
 
 #include <vector>
@@ -23,8 +24,11 @@ constexpr int64_t kChunkBytes = int64_t{256} << 10;      // of one matrix of a c
 constexpr int64_t kRecomputedBytes = int64_t{16} << 20;  // of a chunk's messages
 constexpr int64_t kScratchBytes = int64_t{64} << 20;     // of a chunk's gradients
 constexpr int64_t kTileBytes = int64_t{16} << 20;        // of what a tile needs in a thread
-constexpr int64_t kGradientRows = 64;                    // of a weight's gradient in one work item
-constexpr int64_t kGradientDepth = 256;                  // rows summed over in one GEMM
+constexpr int64_t kPartRows = 128;                       // least of a part of the batch
+constexpr int64_t kMostParts = 16;
+constexpr int64_t kPartBytes = int64_t{512} << 10;  // of the gradients of all parts
+constexpr int64_t kGradientRows = 64;               // of a weight's gradient in one work item
+constexpr int64_t kGradientDepth = 256;             // rows summed over in one GEMM
 constexpr int64_t kScatterColumns = 32;
 
 template <class S, class Rows>
@@ -61,24 +65,34 @@ class BackwardWalk : public Walk<S, Rows> {
   // messages: what forward kept, or null.
   void run(const T* messages) {
     messages_ = messages;
-    for (int64_t s = 0; s < tree_.steps; ++s)
-      if (dw_[s] != nullptr && (batch_ == 0 || scatters(s)))
-        std::fill_n(dw_[s], tree_.step[s].rows * ld_cols(s), T(0));
-    if (batch_ == 0 || !wanted_[tree_.steps - 1]) return;
+    if (batch_ == 0 || !wanted_[tree_.steps - 1]) {
+      clear(dw_, true);
+      return;
+    }
+    const int64_t rows = part_rows();
+    if (rows < batch_) {
+      pieces_ = {tree_.steps - 1};
+      choose_slots();
+      choose_chunk(rows);
+      run_parts(rows);
+      return;
+    }
+    clear(dw_, false);
     choose_top();
     choose_slots();
-    choose_chunk();
+    choose_chunk(batch_);
     transpose_top();
+    top_matrices_ = Buffer<T>(chunk_ * top_columns_);
     Buffer<T> recomputed(messages_ == nullptr ? chunk_ * this->kept_columns_ : 0);
-    for (b0_ = 0; b0_ < batch_; b0_ += chunk_) {
-      count_ = std::min(chunk_, batch_ - b0_);
+    for (int64_t b = 0; b < batch_; b += chunk_) {
+      Chunk chunk{b,    std::min(chunk_, batch_ - b), b == 0, messages_, batch_, b,
+                  &dw_, top_matrices_.get()};
       if (messages_ == nullptr) {
-        Base::walk_tiles(b0_, count_, chunk_, recomputed.get(), [](int64_t, int64_t, const T*) {});
-        kept_ = recomputed.get(), kept_rows_ = chunk_, kept_first_ = 0;
-      } else {
-        kept_ = messages_, kept_rows_ = batch_, kept_first_ = b0_;
+        Base::walk_tiles(b, chunk.count, chunk_, recomputed.get(),
+                         [](int64_t, int64_t, const T*) {});
+        chunk.kept = recomputed.get(), chunk.kept_rows = chunk_, chunk.kept_first = 0;
       }
-      run_chunk();
+      run_chunk(chunk);
     }
   }
 
@@ -86,9 +100,73 @@ class BackwardWalk : public Walk<S, Rows> {
   using Base::k_, Base::rows_, Base::tree_, Base::weight_, Base::widest_;
   using Base::ld_cols, Base::ld_rows, Base::macs;
 
+  // Rows that go down together.
+  struct Chunk {
+    int64_t b0, count;
+    bool fresh;                     // nothing has been added to the gradients before
+    const T* kept;                  // the messages of all rows,
+    int64_t kept_rows, kept_first;  // how many these are, and where the chunk's start
+    const std::vector<T*>* dw;
+    T* top;  // what lies next to the root
+  };
+
+  // Gradients that are added to without having been written.
+  void clear(const std::vector<T*>& dw, bool all) const {
+    for (int64_t s = 0; s < tree_.steps; ++s)
+      if (dw[s] != nullptr && (all || scatters(s))) std::fill_n(dw[s], elements(s), T(0));
+  }
+  int64_t elements(int64_t s) const { return tree_.step[s].rows * ld_cols(s); }
+
+  // By the shapes alone, so that results do not depend on the number of threads.
+  int64_t part_rows() const {
+    int64_t bytes = 0;
+    for (int64_t s = 0; s < tree_.steps; ++s)
+      if (dw_[s] != nullptr) bytes += elements(s) * static_cast<int64_t>(sizeof(T));
+    const int64_t parts =
+        std::min({kMostParts, batch_ / kPartRows, kPartBytes / std::max<int64_t>(bytes, 1)});
+    if (messages_ == nullptr || parts < kMostParts / 4) return batch_;
+    return ((batch_ + parts - 1) / parts + 7) / 8 * 8;
+  }
+
+  void run_parts(int64_t rows) {
+    int64_t size = 0;  // of a part's gradients
+    for (int64_t s = 0; s < tree_.steps; ++s) size += dw_[s] != nullptr ? elements(s) : 0;
+    const int64_t parts = (batch_ + rows - 1) / rows;
+    Buffer<T> own((parts - 1) * size);
+    std::vector<std::vector<T*>> dw(parts, dw_);
+    for (int64_t part = 1; part < parts; ++part) {
+      T* next = own.get() + (part - 1) * size;
+      for (int64_t s = 0; s < tree_.steps; ++s)
+        if (dw_[s] != nullptr) dw[part][s] = next, next += elements(s);
+    }
+    const int64_t scratch_size = piece_elements() + chunk_ * top_columns_;
+    for_each_item<T>(parts, 2 * batch_ * this->macs_, scratch_size, [&](int64_t part, T* scratch) {
+      clear(dw[part], false);
+      const int64_t first = part * rows, end = std::min(batch_, first + rows);
+      for (int64_t b = first; b < end; b += chunk_) {
+        const Chunk chunk{b,         std::min(chunk_, end - b), b == first, messages_, batch_, b,
+                          &dw[part], scratch + piece_elements()};
+        root_gradient(chunk);
+        descend_piece(tree_.steps - 1, chunk, scratch);
+      }
+    });
+    for_each_item<T>(tree_.steps, parts * size, 0, [&](int64_t s, T*) {
+      if (dw_[s] == nullptr) return;
+      for (int64_t part = 1; part < parts; ++part)
+        for (int64_t i = 0; i < elements(s); ++i) dw_[s][i] += dw[part][s][i];
+    });
+  }
+
+  // dm of the root.
+  void root_gradient(const Chunk& chunk) const {
+    const int64_t root = tree_.steps - 1;
+    pack_rows(chunk.count, tree_.outputs, grad_ + chunk.b0 * tree_.outputs, tree_.outputs,
+              chunk.top + chunk_ * slot_[root], ld_cols(root));
+  }
+
   bool scatters(int64_t s) const { return !Rows::kDense && tree_.is_leaf(s); }
 
-  void choose_chunk() {
+  void choose_chunk(int64_t rows) {
     chunk_ = std::min(kChunkRows, kChunkBytes / (static_cast<int64_t>(sizeof(T)) * widest_));
     if (messages_ == nullptr)
       chunk_ = std::min(chunk_, kRecomputedBytes / (static_cast<int64_t>(sizeof(T)) *
@@ -97,16 +175,16 @@ class BackwardWalk : public Walk<S, Rows> {
     chunk_ = std::min(chunk_, kScratchBytes / (static_cast<int64_t>(sizeof(T)) *
                                                (top_columns_ + slots_ * widest_)));
     chunk_ = std::max(chunk_ / kTile * kTile, kTile);
-    chunk_ = std::min(chunk_, batch_);
+    chunk_ = std::min(chunk_, rows);
     // Few but equal chunks.
-    const int64_t chunks = (batch_ + chunk_ - 1) / chunk_;
-    chunk_ = std::min(batch_, ((batch_ + chunks - 1) / chunks + 7) / 8 * 8);
+    const int64_t chunks = (rows + chunk_ - 1) / chunk_;
+    chunk_ = std::min(rows, ((rows + chunks - 1) / chunks + 7) / 8 * 8);
     tile_ = std::min(kTile, chunk_);
     const int64_t threads = torch::stable::get_num_threads();
-    while (tile_ > 16 && chunk_ <= tile_ / 2 * threads) tile_ = (tile_ / 2 + 7) / 8 * 8;
+    while (!top_.empty() && tile_ > 16 && chunk_ <= tile_ / 2 * threads)
+      tile_ = (tile_ / 2 + 7) / 8 * 8;
     while (tile_ > 8 && tile_elements() * static_cast<int64_t>(sizeof(T)) > kTileBytes)
       tile_ = (tile_ / 2 + 7) / 8 * 8;
-    top_matrices_ = Buffer<T>(chunk_ * top_columns_);
     piece_rows_.choose_runs(tree_, chunk_);
   }
 
@@ -188,7 +266,7 @@ class BackwardWalk : public Walk<S, Rows> {
   }
 
   // Scratch of a thread: what a tile needs, a product and a transposed weight, the slots.
-  int64_t tile_elements() const { return (2 + most_leaves_) * tile_ * widest_; }
+  int64_t tile_elements() const { return (kTileMatrices + most_leaves_) * tile_ * widest_; }
   int64_t piece_elements() const {
     return tile_elements() + chunk_ * widest_ + widest_ * widest_ + slots_ * chunk_ * widest_ +
            piece_rows_.window_elements();
@@ -198,15 +276,13 @@ class BackwardWalk : public Walk<S, Rows> {
     int64_t step, first, count, product_at;
   };
 
-  void run_chunk() {
-    const int64_t root = tree_.steps - 1;
-    pack_rows(count_, tree_.outputs, grad_ + b0_ * tree_.outputs, tree_.outputs,
-              top_matrices_.get() + chunk_ * slot_[root], ld_cols(root));
-    const auto top_d = [&](int64_t s) { return top_matrices_.get() + chunk_ * slot_[s]; };
+  void run_chunk(const Chunk& chunk) {
+    root_gradient(chunk);
+    const auto top_d = [&](int64_t s) { return chunk.top + chunk_ * slot_[s]; };
     int64_t work = 0;
     std::vector<Item> items;
     for (std::size_t i = 0; i < top_.size(); ++i) {
-      work += count_ * macs(top_[i]);
+      work += chunk.count * macs(top_[i]);
       const auto add = [&](int64_t s, int64_t product_at) {
         if (dw_[s] == nullptr) return;
         const int64_t all = scatters(s) ? ld_cols(s) : tree_.step[s].rows;
@@ -219,206 +295,220 @@ class BackwardWalk : public Walk<S, Rows> {
         if (tree_.is_leaf(*c)) add(*c, -1);
     }
     rows_.choose_runs(tree_, tile_);
-    for_each_item<T>(top_.empty() ? 0 : (count_ + tile_ - 1) / tile_, work,
-                     tile_elements() + rows_.window_elements(), [&](int64_t item, T* scratch) {
-                       const int64_t i = item * tile_, n = std::min(tile_, count_ - i);
-                       Window window{scratch + tile_elements(), b0_ + i, n};
-                       for (std::size_t t = 0; t < top_.size(); ++t) {
-                         const int64_t s = top_[t];
-                         T* p = dw_[s] == nullptr ? nullptr
-                                                  : top_matrices_.get() + chunk_ * product_at_[t];
-                         descend(s, i, n, transposed_at_[s], top_d, p, scratch, rows_, window);
-                         if (dx_ == nullptr) continue;
-                         for (const int64_t* c = tree_.begin(s); c < tree_.end(s); ++c)
-                           if (tree_.is_leaf(*c))
-                             input_gradient(*c, i, n, transposed_at_[*c], top_d(*c), scratch);
-                       }
-                     });
+    for_each_item<T>(
+        top_.empty() ? 0 : (chunk.count + tile_ - 1) / tile_, work,
+        tile_elements() + rows_.window_elements(), [&](int64_t item, T* scratch) {
+          const int64_t i = item * tile_, n = std::min(tile_, chunk.count - i);
+          Window window{scratch + tile_elements(), chunk.b0 + i, n};
+          for (std::size_t t = 0; t < top_.size(); ++t) {
+            const int64_t s = top_[t];
+            T* p = dw_[s] == nullptr ? nullptr : chunk.top + chunk_ * product_at_[t];
+            descend(s, i, n, chunk, transposed_at_[s], top_d, p, scratch, rows_, window);
+            if (dx_ == nullptr) continue;
+            for (const int64_t* c = tree_.begin(s); c < tree_.end(s); ++c)
+              if (tree_.is_leaf(*c))
+                input_gradient(*c, i, n, chunk, transposed_at_[*c], top_d(*c), scratch);
+          }
+        });
     const int64_t whole = static_cast<int64_t>(pieces_.size());
     int64_t most = whole > 0 ? piece_elements() : 0;
     if (!items.empty()) most = std::max(most, kGradientDepth * widest_);
     for_each_item<T>(
-        whole + static_cast<int64_t>(items.size()), count_ * this->macs_, most,
+        whole + static_cast<int64_t>(items.size()), chunk.count * this->macs_, most,
         [&](int64_t item, T* scratch) {
           if (item < whole) {
-            descend_piece(pieces_[item], scratch);
+            descend_piece(pieces_[item], chunk, scratch);
             return;
           }
           const Item& it = items[item - whole];
-          const T* p = it.product_at < 0 ? nullptr : top_matrices_.get() + chunk_ * it.product_at;
+          const T* p = it.product_at < 0 ? nullptr : chunk.top + chunk_ * it.product_at;
           const auto operand = [&](int64_t i, [[maybe_unused]] int64_t n) {
             if constexpr (Rows::kDense) {
               if (tree_.is_leaf(it.step))
-                return rows_.alone(tree_.step[it.step], b0_ + i, n, scratch);
+                return rows_.alone(tree_.step[it.step], chunk.b0 + i, n, scratch);
             }
-            return product_rows(it.step, p, i);
+            return product_rows(it.step, chunk, p, i);
           };
-          weight_gradient(it.step, it.first, it.count, top_d(it.step), operand, {});
+          weight_gradient(it.step, it.first, it.count, chunk, top_d(it.step), operand, {});
         });
   }
 
-  void descend_piece(int64_t piece, T* scratch) const {
+  void descend_piece(int64_t piece, const Chunk& chunk, T* scratch) const {
     T* product = scratch + tile_elements();
     T* transposed = product + chunk_ * widest_;
     T* slots = transposed + widest_ * widest_;
-    Window window{slots + slots_ * chunk_ * widest_, b0_, count_};
+    Window window{slots + slots_ * chunk_ * widest_, chunk.b0, chunk.count};
     const auto d_of = [&](int64_t s) {
-      return s == piece ? top_matrices_.get() + chunk_ * slot_[s]
-                        : slots + slot_[s] * chunk_ * widest_;
+      return s == piece ? chunk.top + chunk_ * slot_[s] : slots + slot_[s] * chunk_ * widest_;
     };
     for (int64_t s = piece; s >= tree_.first[piece]; --s) {
       if (!wanted_[s]) continue;
       const bool leaf = tree_.is_leaf(s);
       const bool below = !leaf || dx_ != nullptr;
       if (below && weight_[s] != nullptr) transpose_weight(s, transposed);
-      for (int64_t i = 0; i < count_ && below; i += tile_) {
-        const int64_t n = std::min(tile_, count_ - i);
+      for (int64_t i = 0; i < chunk.count && below; i += tile_) {
+        const int64_t n = std::min(tile_, chunk.count - i);
         if (leaf)
-          input_gradient(s, i, n, transposed, d_of(s), scratch);
+          input_gradient(s, i, n, chunk, transposed, d_of(s), scratch);
         else
-          descend(s, i, n, transposed, d_of, dw_[s] == nullptr ? nullptr : product, scratch,
+          descend(s, i, n, chunk, transposed, d_of, dw_[s] == nullptr ? nullptr : product, scratch,
                   piece_rows_, window);
       }
       if (dw_[s] == nullptr) continue;
       const auto operand = [&](int64_t i, int64_t) {
         if constexpr (Rows::kDense) {
-          if (leaf) return piece_rows_.operand(tree_, s, b0_ + i, window, k_);
+          if (leaf) return piece_rows_.operand(tree_, s, chunk.b0 + i, window, k_);
         }
-        return product_rows(s, product, i);
+        return product_rows(s, chunk, product, i);
       };
-      weight_gradient(s, 0, scatters(s) ? ld_cols(s) : tree_.step[s].rows, d_of(s), operand,
+      weight_gradient(s, 0, scatters(s) ? ld_cols(s) : tree_.step[s].rows, chunk, d_of(s), operand,
                       this->fetch_ && s > 0 ? this->weight_of(s - 1) : Ahead{});
     }
   }
 
-  const T* kept(int64_t s, int64_t i) const {
-    return this->kept_message(kept_, kept_rows_, s, kept_first_ + i);
+  const T* kept(int64_t s, const Chunk& chunk, int64_t i) const {
+    return this->kept_message(chunk.kept, chunk.kept_rows, s, chunk.kept_first + i);
   }
 
+  // Whether a node's product is its only child's kept message.
+  bool passes(int64_t s) const { return tree_.count(s) == 1 && !tree_.is_leaf(*tree_.begin(s)); }
+
   // Rows i .. i+n-1 of the chunk: from dm of an interior step to dm of its children, and its
-  // product.
+  // product, unless it passes.
   template <class F>
-  void descend(int64_t s, int64_t i, int64_t n, const T* transposed, const F& d_of, T* product,
-               T* scratch, const Rows& rows, Window& window) const {
+  void descend(int64_t s, int64_t i, int64_t n, const Chunk& chunk, const T* transposed,
+               const F& d_of, T* product, T* scratch, const Rows& rows, Window& window) const {
     const Step& st = tree_.step[s];
-    const int64_t ld = ld_rows(s), count = tree_.count(s);
+    const int64_t ld = ld_rows(s), count = tree_.count(s), size = tile_ * widest_;
     const int64_t* child = tree_.begin(s);
     bool below = false;
     for (int64_t c = 0; c < count; ++c) below |= wanted_[child[c]] != 0;
+    product = product == nullptr || passes(s) ? nullptr : product + i * ld;
     if (!below && product == nullptr) return;
-    T *dp = scratch, *other = dp + tile_ * widest_, *free = other + tile_ * widest_;
+    T* free = scratch + kTileMatrices * size;
     const T* dm = d_of(s) + i * ld_cols(s);
-    const auto message = [&](int64_t c) -> const T* {
-      if (!tree_.is_leaf(child[c])) return kept(child[c], i);
-      T* to = free;
-      free += tile_ * widest_;
-      this->leaf_message(rows, child[c], b0_ + i, n, to, Store::assign, window);
+    const auto message = [&](int64_t c, T* to) -> const T* {
+      if (!tree_.is_leaf(child[c])) return kept(child[c], chunk, i);
+      if (to == nullptr) to = free, free += size;
+      this->leaf_message(rows, child[c], chunk.b0 + i, n, to, Store::assign, window);
       return to;
-    };
-    const auto times = [&](const T* x, const T* y, T* out) {
-      k_.product(n, ld, x, ld, y, ld, out, ld, Store::assign);
     };
     const auto gradient = [&](int64_t c) -> T* {
       return wanted_[child[c]] ? d_of(child[c]) + i * ld : nullptr;
     };
-    if (product != nullptr) product += i * ld;
-    if (count == 2 && below && weight_[s] != nullptr) {
-      const T *m0 = message(0), *m1 = message(1);
-      k_.gemm_products(n, ld, st.cols, dm, ld_cols(s), transposed, ld,
-                       {ld, m0, m1, nullptr, gradient(1), gradient(0), product});
-      return;
-    }
-    if (below) {
+    const auto multiply_back = [&](T* dp) {  // dp = dm W^T
       if (weight_[s] != nullptr)
         k_.gemm(n, ld, st.cols, dm, ld_cols(s), 1, transposed, ld, dp, ld, Store::assign);
       else
         for (int64_t r = 0; r < n; ++r) std::fill_n(dp + r * ld, ld, dm[r * ld_cols(s)]);
-    }
+    };
     if (count == 1) {
-      if (T* to = gradient(0)) std::copy_n(dp, n * ld, to);
-      if (product != nullptr) std::copy_n(message(0), n * ld, product);
-    } else if (count == 2) {
-      const T *m0 = message(0), *m1 = message(1);
-      if (T* to = gradient(0)) times(dp, m1, to);
-      if (T* to = gradient(1)) times(dp, m0, to);
-      if (product != nullptr) times(m0, m1, product);
-    } else {
-      split(count, n, ld, dp, other, message, gradient, product);
+      if (T* to = gradient(0)) multiply_back(to);
+      if (product != nullptr) message(0, product);
+      return;
     }
+    std::vector<const T*> m(count);
+    for (int64_t c = 0; c < count; ++c) m[c] = message(c, nullptr);
+    T *left = scratch, *right = left + size, *spare = right + size;
+    if (!below || weight_[s] == nullptr) {
+      T* dp = spare;
+      if (below) multiply_back(dp), split(m.data(), 0, count, n, ld, dp, left, gradient);
+      if (product != nullptr) product_of(m.data(), 0, count, n, ld, product);
+      return;
+    }
+    // Two groups of children: dp times the product of one is what the other one gets.
+    const int64_t half = count / 2;
+    const T* x = product_of(m.data(), 0, half, n, ld, left);
+    const T* y = product_of(m.data(), half, count, n, ld, right);
+    T *dx = half == 1 ? gradient(0) : spare, *dy = count - half == 1 ? gradient(1) : spare + size;
+    k_.gemm_products(n, ld, st.cols, dm, ld_cols(s), transposed, ld,
+                     {ld, x, y, nullptr, dy, dx, product});
+    if (half > 1) split(m.data(), 0, half, n, ld, dx, left, gradient);
+    if (count - half > 1) split(m.data(), half, count, n, ld, dy, left, gradient);
   }
 
-  // dm_c = dp * (product of the siblings' messages), by running products from both ends.
-  template <class M, class G>
-  void split(int64_t count, int64_t n, int64_t ld, const T* dp, T* other, const M& message,
-             const G& gradient, T* product) const {
-    std::vector<const T*> m(count);
-    for (int64_t c = 0; c < count; ++c) m[c] = message(c);
+  // The product of messages from .. to-1: the message itself, or in `out`.
+  const T* product_of(const T* const* m, int64_t from, int64_t to, int64_t n, int64_t ld,
+                      T* out) const {
+    if (to - from == 1) return m[from];
+    for (int64_t c = from + 1; c < to; ++c)
+      k_.product(n, ld, c == from + 1 ? m[from] : out, ld, m[c], ld, out, ld, Store::assign);
+    return out;
+  }
+
+  // dm_c = dp * (product of the other messages from .. to-1), by running products from both ends.
+  template <class G>
+  void split(const T* const* m, int64_t from, int64_t to, int64_t n, int64_t ld, const T* dp,
+             T* other, const G& gradient) const {
     const auto times = [&](const T* x, const T* y, T* out) {
       k_.product(n, ld, x, ld, y, ld, out, ld, Store::assign);
     };
-    for (int64_t c = 0; c < count; ++c) {
-      if (T* to = gradient(c)) {
-        if (c == 0)
-          std::copy_n(dp, n * ld, to);
+    const T* before = nullptr;
+    for (int64_t c = from; c < to; ++c) {
+      if (T* d = gradient(c)) {
+        if (before == nullptr)
+          std::copy_n(dp, n * ld, d);
         else
-          times(dp, c == 1 ? m[0] : other, to);
+          times(dp, before, d);
       }
-      if (c == 1)
-        times(m[0], m[1], other);
-      else if (c > 1 && (c + 1 < count || product != nullptr))
-        times(other, m[c], other);
+      if (c + 1 == to) break;
+      if (before != nullptr) times(before, m[c], other);
+      before = before == nullptr ? m[c] : other;
     }
-    if (product != nullptr) std::copy_n(other, n * ld, product);
-    const T* after = m[count - 1];
-    for (int64_t c = count - 1; c-- > 0;) {
-      if (T* to = gradient(c)) times(to, after, to);
-      if (c == 0) break;
+    const T* after = m[to - 1];
+    for (int64_t c = to - 1; c-- > from;) {
+      if (T* d = gradient(c)) times(d, after, d);
+      if (c == from) break;
       times(after, m[c], other);
       after = other;
     }
   }
 
-  void input_gradient(int64_t s, int64_t i, int64_t n, const T* transposed, const T* d,
-                      T* scratch) const {
+  void input_gradient(int64_t s, int64_t i, int64_t n, const Chunk& chunk, const T* transposed,
+                      const T* d, T* scratch) const {
     const Step& st = tree_.step[s];
     const int64_t ld = ld_rows(s);
     k_.gemm(n, ld, st.cols, d + i * ld_cols(s), ld_cols(s), 1, transposed, ld, scratch, ld,
             Store::assign);
-    unpack_rows(n, st.rows, scratch, ld, dx_ + (b0_ + i) * x_width_ + st.offset, x_width_);
+    unpack_rows(n, st.rows, scratch, ld, dx_ + (chunk.b0 + i) * x_width_ + st.offset, x_width_);
   }
 
   // A product from row i of the chunk on, and its leading dimension.
-  std::pair<const T*, int64_t> product_rows(int64_t s, const T* product, int64_t i) const {
-    return {product + i * ld_rows(s), ld_rows(s)};
+  std::pair<const T*, int64_t> product_rows(int64_t s, const Chunk& chunk, const T* product,
+                                            int64_t i) const {
+    const int64_t ld = ld_rows(s);
+    return {passes(s) ? kept(*tree_.begin(s), chunk, i) : product + i * ld, ld};
   }
 
   // Rows first .. first+count-1 of dW (columns, where rows are scattered), over the whole chunk;
   // operand(i, n): the product, or a leaf's rows, from row i on.
   template <class F>
-  void weight_gradient(int64_t s, int64_t first, int64_t count, const T* d, const F& operand,
-                       Ahead ahead) const {
+  void weight_gradient(int64_t s, int64_t first, int64_t count, const Chunk& chunk, const T* d,
+                       const F& operand, Ahead ahead) const {
     const Step& st = tree_.step[s];
     const int64_t ld = ld_cols(s);
     if constexpr (!Rows::kDense) {
       if (tree_.is_leaf(s)) {
         int64_t at[kTile];
-        for (int64_t i = 0; i < count_; i += kTile) {
-          const int64_t n = std::min(kTile, count_ - i);
-          rows_.rows(st, b0_ + i, n, at);
-          k_.scatter(n, count, at, d + i * ld + first, ld, dw_[s] + first, ld);
+        for (int64_t i = 0; i < chunk.count; i += kTile) {
+          const int64_t n = std::min(kTile, chunk.count - i);
+          rows_.rows(st, chunk.b0 + i, n, at);
+          k_.scatter(n, count, at, d + i * ld + first, ld, (*chunk.dw)[s] + first, ld);
         }
         return;
       }
     }
-    T* to = dw_[s] + first * ld;
-    for (int64_t i = 0; i < count_; i += kGradientDepth) {
-      const int64_t n = std::min(kGradientDepth, count_ - i);
-      const Store store = b0_ + i == 0 ? Store::assign : Store::add;
+    T* to = (*chunk.dw)[s] + first * ld;
+    for (int64_t i = 0; i < chunk.count; i += kGradientDepth) {
+      const int64_t n = std::min(kGradientDepth, chunk.count - i);
+      const Store store = chunk.fresh && i == 0 ? Store::assign : Store::add;
       const auto [a, lda] = operand(i, n);
       k_.gemm(count, ld, n, a + first, 1, lda, d + i * ld, ld, to, ld, store,
               i == 0 ? ahead : Ahead{});
     }
   }
+
+  static constexpr int64_t kTileMatrices = 4;  // products and gradients of groups of children
 
   const std::vector<T*> dw_;
   const int64_t batch_;
@@ -433,9 +523,6 @@ class BackwardWalk : public Walk<S, Rows> {
   std::vector<const T*> transposed_at_;
   int64_t most_leaves_ = 0, top_columns_ = 0, slots_ = 0;
   int64_t chunk_ = 0, tile_ = 0;
-  int64_t b0_ = 0, count_ = 0;  // the chunk
-  const T* kept_ = nullptr;
-  int64_t kept_rows_ = 0, kept_first_ = 0;
   Buffer<T> top_matrices_, transposed_;
 };
 
