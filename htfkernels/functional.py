@@ -251,11 +251,12 @@ def pack_vectors(op: str, layout: Layout, vectors: Vectors) -> Tensor:
             f"{op}: expected {order} tensors of vectors, one per mode, got {len(parts)}"
         )
     batch = parts[0].shape[0] if parts[0].dim() else 0
-    for n, (part, d) in enumerate(zip(parts, dims, strict=True)):
-        if tuple(part.shape) != (batch, d):
-            raise ValueError(
-                f"{op}: the vectors of mode {n} must be [{batch}, {d}], got {list(part.shape)}"
-            )
+    if [part.shape for part in parts] != [(batch, d) for d in dims]:
+        n = next(i for i, d in enumerate(dims) if tuple(parts[i].shape) != (batch, d))
+        raise ValueError(
+            f"{op}: the vectors of mode {n} must be [{batch}, {dims[n]}], got "
+            f"{list(parts[n].shape)}"
+        )
     return torch.cat(parts, dim=1)
 
 
