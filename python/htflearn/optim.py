@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from htfkernels.dispatch import Spec, requested, why_not
+from htfkernels.ops.autograd import call
 
 __all__ = ["GroupRMSprop"]
 
@@ -123,14 +124,12 @@ class GroupRMSprop(Optimizer):
 
     def _advance_compiled(self, groups: list[_Group], average: Tensor | None, count: int) -> Tensor:
         """The same in one call of a compiled operator."""
-        from htfkernels.ops.library import call, ops
-
         params = [p for params, _ in groups for p in params]
         dtype = torch.promote_types(params[0].dtype, torch.float32)
         average = torch.zeros((), dtype=dtype) if average is None else average.to("cpu", dtype)
         each = [g for g, (params, _) in zip(self.param_groups, groups, strict=True) for _ in params]
         new = call(
-            ops.group_rmsprop_.default,
+            "group_rmsprop_",
             params,
             [g for _, grads in groups for g in grads],
             average,

@@ -13,16 +13,18 @@ import torch
 from htflearn import cli
 from htflearn.bench import Implementation, Prepared, circuit, report
 from htflearn.bench.implementations import IMPLEMENTATIONS, OURS
-from htflearn.bench.measure import measure
+from htflearn.bench.measure import Machine, measure
 from htflearn.bench.workloads import PASSES, Problem, workloads
 
 FIELDS = {
     "workload", "sizes", "implementation", "pass", "median_ms", "min_ms", "repeats", "gflops",
-    "fraction_of_gemm", "peak_mb", "setup_seconds", "off", "error",
+    "fraction_of_gemm", "flops", "bytes", "floor_ms", "bound", "peak_mb", "setup_seconds", "off",
+    "error",
 }  # fmt: skip
 PROVENANCE = {
     "processor", "capability", "threads", "python", "torch", "htfkernels", "numpy", "opt_einsum",
-    "cirkit", "commit", "command", "date", "gemm_gflops", "dtype", "scale", "environment",
+    "cirkit", "commit", "command", "date", "gemm_gflops", "copy_gb_per_s", "dtype", "scale",
+    "environment",
 }  # fmt: skip
 # Without those that take longer than the rest: torch.compile, and opt_einsum's search for a path.
 QUICK = [name for name in IMPLEMENTATIONS if name not in ("folded bmm, compiled", "opt_einsum")]
@@ -56,6 +58,7 @@ def test_all_workloads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert len(rows) == len(workload.passes) * len(QUICK) and name in printed
         for row in rows:
             assert set(row) == FIELDS
+            assert row["floor_ms"] > 0 and row["bound"] in ("flops", "bytes")
             if row["error"] is None:
                 assert 0 < row["min_ms"] <= row["median_ms"] and row["repeats"] == 2
                 assert row["gflops"] > 0 and row["fraction_of_gemm"] > 0 and row["off"] < 1e-4
@@ -131,7 +134,7 @@ def broken(problem: Problem) -> Prepared:
 def test_the_wrong_are_caught_and_not_timed() -> None:
     problem = workloads("tiny")["small"].build(torch.float32)
     ways = {OURS: IMPLEMENTATIONS[OURS], "wrong": wrong(1.1), "broken": Implementation("", broken)}
-    rows = measure(problem, ways, ["forward", "backward"], 2, 1.0)
+    rows = measure(problem, ways, ["forward", "backward"], 2, Machine(1.0, 1.0))
     found = {(row["implementation"], row["pass"]): row for row in rows}
     assert found["wrong", "forward"]["median_ms"] > 0
     caught = found["wrong", "forward+backward"]

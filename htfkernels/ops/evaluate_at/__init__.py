@@ -62,9 +62,7 @@ class _EvaluateAtPlanned(autograd.Kernel):
 
     def forward_keeping(self, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
         sizes = (len(self.indices), self.layout.out_features)
-        result, kept = autograd.call(
-            "evaluate_at_planned_keeping", tensors, *self._fixed(), *sizes
-        )
+        result, kept = autograd.call("evaluate_at_planned_keeping", tensors, *self._fixed(), *sizes)
         return result, kept
 
     def backward(

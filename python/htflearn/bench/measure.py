@@ -21,7 +21,7 @@ import htfkernels as hk
 from htflearn.bench import Implementation, Prepared, Skipped
 from htflearn.bench.workloads import PASSES, Problem
 
-__all__ = ["GEMMS", "TOLERANCE", "gemm_rate", "measure"]
+__all__ = ["COPIED", "GEMMS", "TOLERANCE", "Machine", "copy_rate", "gemm_rate", "measure"]
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9, torch.bfloat16: 0.1}
 """How far a result may be off, relative to the largest number of the tensor: far above rounding,
@@ -30,6 +30,20 @@ far below what a wrong formula gives."""
 _SLOW_SECONDS, _SLOW_REPEATS = 2.0, 5
 _CHUNK = 2**25  # numbers in the messages of a chunk of the float64 computation
 GEMMS = ((1024, 1024, 1024), (4096, 128, 128), (2048, 512, 512))
+COPIED = 2**26  # bytes, more than caches hold
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the machine did best in this run.
+
+    Attributes:
+        gemm: rate of ``torch.mm``, GFLOP/s.
+        copy: rate of ``Tensor.copy_`` between large tensors, GB/s read and written together.
+    """
+
+    gemm: float
+    copy: float
 
 
 @dataclass(frozen=True)
@@ -44,7 +58,7 @@ def measure(
     implementations: dict[str, Implementation],
     passes: Sequence[str],
     repeats: int,
-    gemm: float,
+    machine: Machine,
     log: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Validates all implementations on a problem, then times the correct ones in turn.
@@ -55,7 +69,7 @@ def measure(
         passes: keys of :data:`~htflearn.bench.workloads.PASSES`; those that make no sense for the
             problem are left out.
         repeats: of the timing; one that takes more than 2 seconds is run 5 times at most.
-        gemm: the machine's rate in GFLOP/s.
+        machine: what it did best in the same run.
         log: told what is being done.
 
     Returns:
@@ -91,7 +105,9 @@ def measure(
                 errors[name] = f"wrong: off by {off[name]:.1e} of the largest number"
         log(f"{workload.name}, {PASSES[which]}: timing {', '.join(ready) or 'nothing'}")
         times = _interleaved(ready, prepared, repeats)
-        flops = problem.flops(which)
+        flops, moved = problem.flops(which), problem.bytes(which)
+        by_flops = 0.0 if flops is None else flops / machine.gemm / 1e6
+        by_bytes = moved / machine.copy / 1e6
         for name in implementations:
             row: dict[str, Any] = {
                 "workload": workload.name,
@@ -103,6 +119,10 @@ def measure(
                 "repeats": 0,
                 "gflops": None,
                 "fraction_of_gemm": None,
+                "flops": flops,
+                "bytes": moved,
+                "floor_ms": max(by_flops, by_bytes),
+                "bound": "flops" if by_flops >= by_bytes else "bytes",
                 "peak_mb": None,
                 "setup_seconds": prepared[name].setup_seconds if name in prepared else None,
                 "off": off.get(name),
@@ -116,7 +136,7 @@ def measure(
                     "min_ms": min(times[name]) * 1e3,
                     "repeats": len(times[name]),
                     "gflops": rate,
-                    "fraction_of_gemm": None if rate is None else rate / gemm,
+                    "fraction_of_gemm": None if rate is None else rate / machine.gemm,
                     "peak_mb": _peak_mb(ready[name], prepared[name]),
                 }
             rows.append(row)
@@ -139,6 +159,22 @@ def gemm_rate(
             start = time.perf_counter()
             torch.mm(a, b)
             best = max(best, 2e-9 * m * k * n / (time.perf_counter() - start))
+    return best
+
+
+def copy_rate(copied: int = COPIED, repeats: int = 10) -> float:
+    """The best rate of copying ``copied`` bytes between tensors in GB/s, read and written together.
+
+    Example:
+        >>> copy_rate(2**20) > 0
+        True
+    """
+    source, target = (torch.ones(copied // 4) for _ in range(2))
+    best = 0.0
+    for _ in range(repeats):
+        start = time.perf_counter()
+        target.copy_(source)
+        best = max(best, 2e-9 * copied / (time.perf_counter() - start))
     return best
 
 

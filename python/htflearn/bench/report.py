@@ -21,6 +21,7 @@ from rich.table import Table
 
 import htfkernels as hk
 from htflearn.bench.implementations import OURS
+from htflearn.bench.measure import Machine
 from htflearn.errors import UserError
 from htflearn.metrics import plain
 
@@ -33,7 +34,7 @@ _WIDTH = 120
 _ENVIRONMENT = ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "HTF_BACKEND", "HTF_CPU")
 
 
-def provenance(gemm: float, dtype: str, scale: str) -> dict[str, Any]:
+def provenance(machine: Machine, dtype: str, scale: str) -> dict[str, Any]:
     """Where, when, with what and by which command the numbers were made."""
     return {
         "processor": _processor(),
@@ -42,7 +43,8 @@ def provenance(gemm: float, dtype: str, scale: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "dtype": dtype,
         "scale": scale,
-        "gemm_gflops": gemm,
+        "gemm_gflops": machine.gemm,
+        "copy_gb_per_s": machine.copy,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "htfkernels": hk.__version__,
@@ -166,6 +168,13 @@ def print_workload(rows: Sequence[Row], summary: str) -> None:
         shown = row["pass"]
     console = _console()
     console.print(table)
+    for row in (row for row in rows if row["implementation"] == OURS and row["median_ms"]):
+        flops = "unknown" if row["flops"] is None else f"{_number(row['flops'] / 1e9)} GFLOP"
+        line = (
+            f"  {row['pass']}: {flops}, at least {_number(row['bytes'] / 1e6)} MB; "
+            f"{_number(row['floor_ms'])} ms by {row['bound']}"
+        )
+        console.print(line, markup=False, highlight=False)
     missing: dict[str, list[str]] = {}
     for row in (row for row in rows if row["error"]):
         missing.setdefault(f"{row['implementation']}: {row['error']}", []).append(row["pass"])

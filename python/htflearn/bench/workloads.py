@@ -159,6 +159,23 @@ class Problem:
         # `inputs` one for each leaf's.
         return {"forward": forward, "backward": 3 * forward - leaves, "inputs": 3 * forward}[which]
 
+    def bytes(self, which: str) -> int:
+        """Bytes that a pass has to move at least: every operand read and every result written once,
+        by the forward and again by the backward pass, whatever lies between them.
+
+        Args:
+            which: a key of :data:`PASSES`.
+        """
+        size = self.cotangent.element_size()
+        weights = sum(w.numel() for w in self.model.weights) * size
+        inputs = sum(x.numel() for x in self.columns) * size
+        if self.indices is not None:
+            inputs = self.indices.numel() * self.indices.element_size()
+        results = self.cotangent.numel() * size
+        forward = weights + inputs + results
+        both = 2 * forward + weights
+        return {"forward": forward, "backward": both, "inputs": both + inputs}[which]
+
     @cached_property
     def _rows(self) -> list[int] | None:
         """Different index tuples below each interior node."""

@@ -11,14 +11,14 @@ import typer
 
 from htflearn.bench import report
 from htflearn.bench.implementations import IMPLEMENTATIONS, OURS
-from htflearn.bench.measure import GEMMS, TOLERANCE, gemm_rate, measure
+from htflearn.bench.measure import COPIED, GEMMS, TOLERANCE, Machine, copy_rate, gemm_rate, measure
 from htflearn.bench.workloads import PASSES, SCALES, workloads
 from htflearn.errors import UserError, writable_directory
 
 __all__ = ["bench"]
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCE}
-_TINY_GEMMS = ((128, 128, 128),)
+_TINY_GEMMS, _TINY_COPIED = ((128, 128, 128),), 2**20
 _WRONG = 1
 
 
@@ -75,16 +75,22 @@ def bench(
         writable_directory(out.parent)
     if threads is not None:
         torch.set_num_threads(threads)
-    gemm = gemm_rate(_DTYPES[dtype], _TINY_GEMMS if scale == "tiny" else GEMMS)
-    made = report.provenance(gemm, dtype, scale)
+    tiny = scale == "tiny"
+    machine = Machine(
+        gemm_rate(_DTYPES[dtype], _TINY_GEMMS if tiny else GEMMS),
+        copy_rate(_TINY_COPIED if tiny else COPIED),
+    )
+    made = report.provenance(machine, dtype, scale)
     typer.echo(
         f"{made['processor']}, {made['capability']}, threads: {made['threads']}, {dtype}, "
-        f"torch {made['torch']}, GEMM {gemm:.0f} GFLOP/s"
+        f"torch {made['torch']}, GEMM {machine.gemm:.0f} GFLOP/s, copy {machine.copy:.0f} GB/s"
     )
     rows = []
     for name in chosen:
         problem = available[name].build(_DTYPES[dtype])
-        measured = measure(problem, ways, which, repeats, gemm, lambda s: typer.echo(s, err=True))
+        measured = measure(
+            problem, ways, which, repeats, machine, lambda s: typer.echo(s, err=True)
+        )
         if measured:
             report.print_workload(measured, available[name].summary)
         rows += measured
