@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <new>
 #include <vector>
@@ -71,6 +72,14 @@ Header* allocate(std::size_t bytes) {
   return header;
 }
 
+// For tests: whatever is read before it was written is not a number.
+void* handed_out(Header* header) {
+  static const bool poison = std::getenv("HTF_POISON") != nullptr;
+  char* block = reinterpret_cast<char*>(header) + kLine;
+  if (poison) std::memset(block, 0xff, header->bytes - kLine);
+  return block;
+}
+
 std::size_t element_size(torch::headeronly::ScalarType dtype) {
   using torch::headeronly::ScalarType;
   return dtype == ScalarType::Double ? 8 : dtype == ScalarType::BFloat16 ? 2 : 4;
@@ -90,12 +99,12 @@ void* acquire(std::size_t bytes) {
       Header* found = unused.back();
       unused.pop_back();
       p.bytes -= found->bytes;
-      return reinterpret_cast<char*>(found) + kLine;
+      return handed_out(found);
     }
   }
   Header* made = allocate(total);
   made->bin = bin;
-  return reinterpret_cast<char*>(made) + kLine;
+  return handed_out(made);
 }
 
 void release(void* block) noexcept {

@@ -410,16 +410,19 @@ class BackwardWalk : public Walk<S, Rows> {
     std::vector<const T*> m(count);
     for (int64_t c = 0; c < count; ++c) m[c] = message(c, nullptr);
     T *left = scratch, *right = left + size, *spare = right + size;
-    if (!below || weight_[s] == nullptr) {
-      T* dp = spare;
-      if (below) multiply_back(dp), split(m.data(), 0, count, n, ld, dp, left, gradient);
-      if (product != nullptr) product_of(m.data(), 0, count, n, ld, product);
+    if (weight_[s] == nullptr) {
+      multiply_back(spare);
+      split(m.data(), 0, count, n, ld, spare, left, gradient);
       return;
     }
     // Two groups of children: dp times the product of one is what the other one gets.
     const int64_t half = count / 2;
     const T* x = product_of(m.data(), 0, half, n, ld, left);
     const T* y = product_of(m.data(), half, count, n, ld, right);
+    if (!below) {
+      k_.product(n, ld, x, ld, y, ld, product, ld, Store::assign);
+      return;
+    }
     T *dx = half == 1 ? gradient(0) : spare, *dy = count - half == 1 ? gradient(1) : spare + size;
     k_.gemm_products(n, ld, st.cols, dm, ld_cols(s), transposed, ld,
                      {ld, x, y, nullptr, dy, dx, product});
