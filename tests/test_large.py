@@ -64,6 +64,29 @@ def functions(layout, indices):
     return on_vectors, at_indices
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_kept_or_computed_again(name):
+    """What the forward pass keeps, and which gradients are asked for, changes no bit."""
+    reason = hk.dispatch.why_not("cpp", hk.dispatch.Spec("evaluate", torch.float32, "cpu"))
+    if reason is not None:
+        pytest.skip(f"cpp: {reason}")
+    layout, batch = CASES[name]
+    weights, vectors, indices = inputs(layout, batch, torch.float32)
+    ops, x = torch.ops.htfkernels, torch.cat(vectors, 1)
+    for kind, data, extra in (("evaluate", x, 1), ("evaluate_at", indices, 0)):
+        keeping, backward = getattr(ops, f"{kind}_keeping"), getattr(ops, f"{kind}_backward")
+        out, kept = keeping(weights, data, layout.program, layout.out_features)
+        assert kept.numel() > 0 or layout.tree.depth == 1
+        count = len(weights) + extra
+        once = backward(out, weights, data, kept, layout.program, [1] * count)
+        again = backward(out, weights, data, kept[:0], layout.program, [1] * count)
+        assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+        for i in {0, len(weights) - 1, count - 1}:
+            needs = [int(j == i) for j in range(count)]
+            alone = backward(out, weights, data, kept, layout.program, needs)
+            assert torch.equal(alone[i], once[i])
+
+
 @pytest.fixture
 def threads():
     before = torch.get_num_threads()

@@ -15,25 +15,17 @@
 
 #include <vector>
 
-#include "cpu/walk.h"
+#include "cpu/backward_plan.h"
 
 namespace htf {
 
-constexpr int64_t kChunkRows = 512;                      // that go through a subtree together
-constexpr int64_t kChunkBytes = int64_t{256} << 10;      // of one matrix of a chunk
-constexpr int64_t kRecomputedBytes = int64_t{16} << 20;  // of a chunk's messages
-constexpr int64_t kScratchBytes = int64_t{64} << 20;     // of a chunk's gradients
-constexpr int64_t kTileBytes = int64_t{16} << 20;        // of what a tile needs in a thread
-constexpr int64_t kPartRows = 128;                       // least of a part of the batch
-constexpr int64_t kMostParts = 16;
-constexpr int64_t kPartBytes = int64_t{512} << 10;  // of the gradients of all parts
-constexpr int64_t kGradientRows = 64;               // of a weight's gradient in one work item
-constexpr int64_t kGradientDepth = 256;             // rows summed over in one GEMM
+constexpr int64_t kGradientRows = 64;    // of a weight's gradient in one work item
+constexpr int64_t kGradientDepth = 256;  // rows summed over in one GEMM
 constexpr int64_t kScatterColumns = 32;
 
 template <class S, class Rows>
-class BackwardWalk : public Walk<S, Rows> {
-  using Base = Walk<S, Rows>;
+class BackwardWalk : public BackwardPlan<S, Rows> {
+  using Base = BackwardPlan<S, Rows>;
   using Window = typename Rows::Window;
 
  public:
@@ -43,24 +35,10 @@ class BackwardWalk : public Walk<S, Rows> {
   // overwritten. grad [batch, outputs] contiguous; dx [batch, x_width] or null.
   BackwardWalk(const Tree& tree, std::vector<const T*> weight, const Rows& rows, std::vector<T*> dw,
                int64_t batch, const S* grad, S* dx, int64_t x_width)
-      : Base(tree, std::move(weight), rows),
-        dw_(std::move(dw)),
-        batch_(batch),
+      : Base(tree, std::move(weight), rows, std::move(dw), batch, dx != nullptr),
         grad_(grad),
         dx_(dx),
-        x_width_(x_width),
-        wanted_(tree.steps, 0),
-        slot_(tree.steps, 0),
-        piece_rows_(rows) {
-    for (int64_t s = 0; s < tree.steps; ++s) {
-      if (dw_[s] != nullptr || (tree.is_leaf(s) && dx != nullptr)) wanted_[s] = 1;
-      if (wanted_[s] && tree.step[s].parent >= 0) wanted_[tree.step[s].parent] = 1;
-      if (tree.is_leaf(s)) continue;
-      int64_t leaves = 0;
-      for (const int64_t* c = tree.begin(s); c < tree.end(s); ++c) leaves += tree.is_leaf(*c);
-      most_leaves_ = std::max(most_leaves_, leaves);
-    }
-  }
+        x_width_(x_width) {}
 
   // messages: what forward kept, or null.
   void run(const T* messages) {
@@ -69,26 +47,32 @@ class BackwardWalk : public Walk<S, Rows> {
       clear(dw_, true);
       return;
     }
-    const int64_t rows = part_rows();
+    Buffer<T> recomputed;
+    const int64_t rows = this->part_rows();
     if (rows < batch_) {
+      if (messages_ == nullptr) {
+        recomputed = Buffer<T>(batch_ * this->kept_columns_);
+        this->walk_tiles(0, batch_, batch_, recomputed.get(), [](int64_t, int64_t, const T*) {});
+        messages_ = recomputed.get();
+      }
       pieces_ = {tree_.steps - 1};
-      choose_slots();
-      choose_chunk(rows);
+      this->choose_slots();
+      this->choose_chunk(rows, true);
       run_parts(rows);
       return;
     }
     clear(dw_, false);
-    choose_top();
-    choose_slots();
-    choose_chunk(batch_);
+    this->choose_top();
+    this->choose_slots();
+    this->choose_chunk(batch_, messages != nullptr);
     transpose_top();
     top_matrices_ = Buffer<T>(chunk_ * top_columns_);
-    Buffer<T> recomputed(messages_ == nullptr ? chunk_ * this->kept_columns_ : 0);
+    recomputed = Buffer<T>(messages_ == nullptr ? chunk_ * this->kept_columns_ : 0);
     for (int64_t b = 0; b < batch_; b += chunk_) {
       Chunk chunk{b,    std::min(chunk_, batch_ - b), b == 0, messages_, batch_, b,
                   &dw_, top_matrices_.get()};
       if (messages_ == nullptr) {
-        Base::walk_tiles(b, chunk.count, chunk_, recomputed.get(),
+        this->walk_tiles(b, chunk.count, chunk_, recomputed.get(),
                          [](int64_t, int64_t, const T*) {});
         chunk.kept = recomputed.get(), chunk.kept_rows = chunk_, chunk.kept_first = 0;
       }
@@ -97,8 +81,11 @@ class BackwardWalk : public Walk<S, Rows> {
   }
 
  private:
+  using Base::chunk_, Base::tile_, Base::tile_elements, Base::piece_elements, Base::kTileMatrices;
+  using Base::dw_, Base::batch_, Base::wanted_, Base::slot_, Base::piece_rows_;
   using Base::k_, Base::rows_, Base::tree_, Base::weight_, Base::widest_;
-  using Base::ld_cols, Base::ld_rows, Base::macs;
+  using Base::ld_cols, Base::ld_rows, Base::macs, Base::scatters, Base::elements;
+  using Base::top_, Base::pieces_, Base::product_at_, Base::top_columns_, Base::slots_;
 
   // Rows that go down together.
   struct Chunk {
@@ -115,19 +102,6 @@ class BackwardWalk : public Walk<S, Rows> {
     for (int64_t s = 0; s < tree_.steps; ++s)
       if (dw[s] != nullptr && (all || scatters(s))) std::fill_n(dw[s], elements(s), T(0));
   }
-  int64_t elements(int64_t s) const { return tree_.step[s].rows * ld_cols(s); }
-
-  // By the shapes alone, so that results do not depend on the number of threads.
-  int64_t part_rows() const {
-    int64_t bytes = 0;
-    for (int64_t s = 0; s < tree_.steps; ++s)
-      if (dw_[s] != nullptr) bytes += elements(s) * static_cast<int64_t>(sizeof(T));
-    const int64_t parts =
-        std::min({kMostParts, batch_ / kPartRows, kPartBytes / std::max<int64_t>(bytes, 1)});
-    if (messages_ == nullptr || parts < kMostParts / 4) return batch_;
-    return ((batch_ + parts - 1) / parts + 7) / 8 * 8;
-  }
-
   void run_parts(int64_t rows) {
     int64_t size = 0;  // of a part's gradients
     for (int64_t s = 0; s < tree_.steps; ++s) size += dw_[s] != nullptr ? elements(s) : 0;
@@ -164,75 +138,6 @@ class BackwardWalk : public Walk<S, Rows> {
               chunk.top + chunk_ * slot_[root], ld_cols(root));
   }
 
-  bool scatters(int64_t s) const { return !Rows::kDense && tree_.is_leaf(s); }
-
-  void choose_chunk(int64_t rows) {
-    chunk_ = std::min(kChunkRows, kChunkBytes / (static_cast<int64_t>(sizeof(T)) * widest_));
-    if (messages_ == nullptr)
-      chunk_ = std::min(chunk_, kRecomputedBytes / (static_cast<int64_t>(sizeof(T)) *
-                                                    std::max<int64_t>(this->kept_columns_, 1)));
-    // A node of many children, or a long chain of nodes next to the root, takes fewer rows.
-    chunk_ = std::min(chunk_, kScratchBytes / (static_cast<int64_t>(sizeof(T)) *
-                                               (top_columns_ + slots_ * widest_)));
-    chunk_ = std::max(chunk_ / kTile * kTile, kTile);
-    chunk_ = std::min(chunk_, rows);
-    // Few but equal chunks.
-    const int64_t chunks = (rows + chunk_ - 1) / chunk_;
-    chunk_ = std::min(rows, ((rows + chunks - 1) / chunks + 7) / 8 * 8);
-    tile_ = std::min(kTile, chunk_);
-    const int64_t threads = torch::stable::get_num_threads();
-    while (!top_.empty() && tile_ > 16 && chunk_ <= tile_ / 2 * threads)
-      tile_ = (tile_ / 2 + 7) / 8 * 8;
-    while (tile_ > 8 && tile_elements() * static_cast<int64_t>(sizeof(T)) > kTileBytes)
-      tile_ = (tile_ / 2 + 7) / 8 * 8;
-    piece_rows_.choose_runs(tree_, chunk_);
-  }
-
-  void choose_top() {
-    pieces_ = {tree_.steps - 1};
-    if (batch_ * this->macs_ < kWorthThreads) return;
-    std::vector<int64_t> cost(tree_.steps);
-    for (int64_t s = 0; s < tree_.steps; ++s) cost[s] = wanted_[s] ? macs(s) : 0;
-    auto [roots, above] = this->pieces(cost, wanted_);
-    pieces_ = std::move(roots);
-    top_ = std::move(above);
-    std::reverse(top_.begin(), top_.end());
-  }
-
-  // Where dm of a step lies: a matrix of the chunk of its own next to the top, else one of the
-  // thread's few, given back when the step is done.
-  void choose_slots() {
-    const auto own = [&](int64_t s) {
-      slot_[s] = top_columns_;
-      top_columns_ += ld_cols(s);
-    };
-    for (const int64_t s : top_) {
-      if (tree_.step[s].parent < 0) own(s);
-      for (const int64_t* c = tree_.begin(s); c < tree_.end(s); ++c)
-        if (wanted_[*c]) own(*c);
-    }
-    if (top_.empty()) own(tree_.steps - 1);
-    for (const int64_t s : top_) {
-      product_at_.push_back(top_columns_);
-      top_columns_ += dw_[s] != nullptr ? ld_rows(s) : 0;
-    }
-    for (const int64_t piece : pieces_) {
-      std::vector<int64_t> unused;
-      int64_t used = 0;
-      for (int64_t s = piece; s >= tree_.first[piece]; --s) {
-        if (!wanted_[s]) continue;
-        for (const int64_t* c = tree_.begin(s); c < tree_.end(s); ++c) {
-          if (!wanted_[*c]) continue;
-          if (unused.empty()) unused.push_back(used++);
-          slot_[*c] = unused.back();
-          unused.pop_back();
-        }
-        if (s != piece) unused.push_back(slot_[s]);
-      }
-      slots_ = std::max(slots_, used);
-    }
-  }
-
   void transpose_top() {
     int64_t size = 0, work = 0;
     std::vector<int64_t> at;
@@ -263,13 +168,6 @@ class BackwardWalk : public Walk<S, Rows> {
   void transpose_weight(int64_t s, T* to) const {
     const Step& st = tree_.step[s];
     k_.transpose(st.rows, st.cols, weight_[s], ld_cols(s), to, ld_rows(s));
-  }
-
-  // Scratch of a thread: what a tile needs, a product and a transposed weight, the slots.
-  int64_t tile_elements() const { return (kTileMatrices + most_leaves_) * tile_ * widest_; }
-  int64_t piece_elements() const {
-    return tile_elements() + chunk_ * widest_ + widest_ * widest_ + slots_ * chunk_ * widest_ +
-           piece_rows_.window_elements();
   }
 
   struct Item {  // of the gradient of a top weight
@@ -511,21 +409,11 @@ class BackwardWalk : public Walk<S, Rows> {
     }
   }
 
-  static constexpr int64_t kTileMatrices = 4;  // products and gradients of groups of children
-
-  const std::vector<T*> dw_;
-  const int64_t batch_;
   const S* const grad_;
   const T* messages_ = nullptr;
   S* const dx_;
   const int64_t x_width_;
-  std::vector<char> wanted_;  // whether a gradient at or below a step is asked for
-  std::vector<int64_t> slot_;
-  Rows piece_rows_;  // windows of a whole chunk
-  std::vector<int64_t> top_, pieces_, product_at_;
   std::vector<const T*> transposed_at_;
-  int64_t most_leaves_ = 0, top_columns_ = 0, slots_ = 0;
-  int64_t chunk_ = 0, tile_ = 0;
   Buffer<T> top_matrices_, transposed_;
 };
 
