@@ -84,7 +84,8 @@ void for_each_item(int64_t items, int64_t work, int64_t scratch_size, const F& f
   });
 }
 
-// What is computed in: bfloat16 operands are widened when they are packed.
+// What is computed in: bfloat16 operands are widened when they are packed, except the weights that
+// a walk multiplies with where the processor multiplies bfloat16 itself (PairKernels).
 template <class S>
 struct ComputeOf {
   using type = S;
