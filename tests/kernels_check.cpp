@@ -177,6 +177,22 @@ void check_pairs(const htf::PairKernels& kernels) {
                          kernels.gemm_products(m, n, k, a.data(), lda, bp.data(), ldb, to);
                        });
       }
+  for (int64_t m : {1, 3, 8, 15, 16, 17, 127, 131})
+    for (int64_t vectors = 1; vectors <= 7; ++vectors)
+      for (int64_t k : {1, 2, 3, 33, 256, 257, 515})
+        for (Store store : {Store::assign, Store::add}) {
+          const int64_t n = vectors * htf::kPad<float>, lda = m + 1, ldb = n + 3, ldc = n + 5;
+          const auto a = numbers<float>((k - 1) * lda + m), b = numbers<float>(k * ldb);
+          auto c = numbers<float>(m * ldc), want = c;
+          if (store == Store::assign)
+            for (int64_t i = 0; i < m; ++i) std::fill_n(want.begin() + i * ldc, n, 0.0f);
+          for (int64_t l = 0; l < k; ++l)
+            for (int64_t i = 0; i < m; ++i)
+              for (int64_t j = 0; j < n; ++j) want[i * ldc + j] += a[l * lda + i] * b[l * ldb + j];
+          kernels.gemm_transposed(m, n, k, a.data(), lda, b.data(), ldb, c.data(), ldc, store,
+                                  {b.data(), static_cast<int64_t>(b.size() * sizeof(float))});
+          expect(c == want, "pairs, gemm_transposed", m, n, k);
+        }
   // The deepest product, several blocks of rows; and A is rounded to the nearest, ties to even.
   const int64_t m = 19, n = htf::kPad<float>, k = htf::PairKernels::kMostDepth;
   const auto a = numbers<float>(m * k), b = numbers<float>(k * n);

@@ -106,7 +106,7 @@ constexpr int64_t pair_rows(int64_t n) { return (n + 1) / 2; }
 // padded, and every element of C is one sum in the order of B's rows. The processor takes numbers
 // below 2^-126 for zero here.
 struct PairKernels {
-  static constexpr int64_t kMostDepth = 4096;  // of k
+  static constexpr int64_t kMostDepth = 4096;  // of k, where B is in pairs
 
   void (*gemm_)(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const Pair* b,
                 int64_t ldb, float* c, int64_t ldc, Store store, Ahead ahead);
@@ -120,6 +120,16 @@ struct PairKernels {
   void gemm_products(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const Pair* b,
                      int64_t ldb, const Products<float>& to, Ahead ahead = {}) const {
     gemm_products_(m, n, k, a, lda, b, ldb, to, ahead);
+  }
+
+  // C[m x n] (=, +=) A^T B, A [k x m] and B [k x n] both float32 and rounded; any k. A sum of more
+  // than 256 terms is one of sums of 256.
+  void (*gemm_transposed_)(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda,
+                           const float* b, int64_t ldb, float* c, int64_t ldc, Store store,
+                           Ahead ahead);
+  void gemm_transposed(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
+                       int64_t ldb, float* c, int64_t ldc, Store store, Ahead ahead = {}) const {
+    gemm_transposed_(m, n, k, a, lda, b, ldb, c, ldc, store, ahead);
   }
 };
 

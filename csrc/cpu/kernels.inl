@@ -60,7 +60,7 @@ struct IntoProducts {
   const Products<T>& to;
   int64_t first = 0;  // element of each matrix
 
-  IntoProducts at(int64_t row, int64_t col) const { return {to, row * to.ld + col}; }
+  IntoProducts at(int64_t row, int64_t col) const { return {to, first + row * to.ld + col}; }
 
   template <int ROWS, int VECS, class Reg>
   HTF_INLINE void operator()(Reg (&acc)[ROWS][VECS]) const {

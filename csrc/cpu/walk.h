@@ -6,8 +6,7 @@
 // follows, the interior nodes' messages are kept; a leaf's is cheap to compute again.
 //
 // Messages are float32 where weights are bfloat16. With PairKernels they are rounded to bfloat16 as
-// operands of a product with a weight, forwards and backwards, and summed in float32; a weight's
-// gradient is a float32 product.
+// operands of a product, forwards and backwards, and summed in float32.
 #pragma once
 
 #include <type_traits>
@@ -254,6 +253,16 @@ class Walk {
         return pair_kernels()->gemm_products(n, ld, cols, dm, ld_cols(s),
                                              reinterpret_cast<const Pair*>(transposed), ld, to);
     k_.gemm_products(n, ld, cols, dm, ld_cols(s), transposed, ld, to);
+  }
+
+  // [count x cols] (=, +=) a^T d, a [n x count], d [n x cols]: rows of the gradient of W.
+  void multiply_gradient(int64_t s, int64_t count, int64_t n, const T* a, int64_t lda, const T* d,
+                         T* to, Store store, Ahead ahead) const {
+    const int64_t ld = ld_cols(s);
+    if constexpr (std::is_same_v<S, BFloat16>)
+      if (paired(s))
+        return pair_kernels()->gemm_transposed(count, ld, n, a, lda, d, ld, to, ld, store, ahead);
+    k_.gemm(count, ld, n, a, 1, lda, d, ld, to, ld, store, ahead);
   }
 
   const Tree& tree_;

@@ -99,8 +99,8 @@ class BackwardWalk : public Walk<S, Rows> {
 
  private:
   using Base::k_, Base::rows_, Base::tree_, Base::widest_;
-  using Base::ld_cols, Base::ld_rows, Base::macs, Base::multiply_back, Base::transpose_weight;
-  using Base::weighted;
+  using Base::ld_cols, Base::ld_rows, Base::macs, Base::multiply_back, Base::multiply_gradient;
+  using Base::transpose_weight, Base::weighted;
 
   // Rows that go down together.
   struct Chunk {
@@ -498,8 +498,8 @@ class BackwardWalk : public Walk<S, Rows> {
       const int64_t n = std::min(kGradientDepth, chunk.count - i);
       const Store store = chunk.fresh && i == 0 ? Store::assign : Store::add;
       const auto [a, lda] = operand(i, n);
-      k_.gemm(count, ld, n, a + first, 1, lda, d + i * ld, ld, to, ld, store,
-              i == 0 ? ahead : Ahead{});
+      multiply_gradient(s, count, n, a + first, lda, d + i * ld, to, store,
+                        i == 0 ? ahead : Ahead{});
     }
   }
 
