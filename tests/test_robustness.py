@@ -206,6 +206,45 @@ def test_same_bits_on_any_number_of_threads(threads, op, case, dtype):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.fixture
+def cpp():
+    reason = hk.backends()["cpp"]
+    if reason is not None:
+        pytest.skip(f"cpp: {reason}")
+    with hk.use_backend("cpp"):
+        yield
+
+
+@pytest.mark.parametrize("op", ["evaluate", "evaluate_at"])
+def test_bfloat16_weights_may_lie_anywhere(cpp, op):
+    """Kernels read them two at a time; not every place in memory allows that."""
+    layout = hk.Layout.make(testing.random_tree(6, 4), 6, [5, 6], out_features=2)
+    case = testing.Case("irregular", layout, 70)
+    function, arguments = testing.operation(op, case, testing.make_inputs(case, torch.bfloat16))
+    run = testing.gradients(function)
+    out = function(*arguments)
+    expected = (out, *run(torch.ones_like(out), *arguments))
+    for view in LAYOUTS:
+        viewed = [view(a) for a in arguments]
+        out = function(*viewed)
+        results = (out, *run(torch.ones_like(out), *viewed))
+        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("dim", [4096, 4097])
+def test_bfloat16_of_many_terms(cpp, dim):
+    """Beyond 4096 terms, products with bfloat16 are computed in float32."""
+    case = testing.Case("wide", hk.Layout.make(hk.ModeTree.flat(2), dim, 3), 9)
+    inputs = testing.make_inputs(case, torch.bfloat16)
+    function, arguments = testing.operation("evaluate", case, inputs)
+    expected, scale = testing.exact(function, arguments)
+    out = function(*arguments)
+    testing.assert_matches(out, expected, torch.bfloat16, "forward", scale)
+    run, given = testing.gradients(function), (torch.ones_like(out), *arguments)
+    expected, scale = testing.exact(run, given)
+    testing.assert_matches(run(*given), expected, torch.bfloat16, "backward", scale)
+
+
 _EVERY_CASE = """
 import os, sys, traceback, torch, htfkernels as hk
 from htfkernels import testing
@@ -228,8 +267,14 @@ def exact(run, given, dtype, direction):
     expected, scale = testing.exact(run, given)
     return expected, dtype, direction, scale
 
-dtype, failed = torch.float32, []
-for instructions in ("generic", "avx2", "avx512"):
+failed = []
+for instructions, dtype in (
+    ("generic", torch.float32),
+    ("avx2", torch.float32),
+    ("avx512", torch.float32),
+    ("avx512", torch.bfloat16),
+    ("avx512bf16", torch.bfloat16),
+):
     child = os.fork()  # the choice of instructions is made once in a process
     if child == 0:
         os.environ["HTF_CPU"] = instructions
@@ -240,7 +285,7 @@ for instructions in ("generic", "avx2", "avx512"):
             os._exit(1)
         os._exit(0)
     if os.waitpid(child, 0)[1]:
-        failed.append(instructions)
+        failed.append(f"{instructions} {dtype}")
 sys.exit(", ".join(failed) or 0)
 """
 

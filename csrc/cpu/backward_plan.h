@@ -27,8 +27,8 @@ class BackwardPlan : public Walk<S, Rows> {
   // dw[s]: where the gradient of weight[s] goes, or null; no two steps may share one. It is
   // overwritten.
   BackwardPlan(const Tree& tree, std::vector<const T*> weight, const Rows& rows, std::vector<T*> dw,
-               int64_t batch, bool inputs)
-      : Base(tree, std::move(weight), rows),
+               int64_t batch, bool inputs, std::vector<PairWeight> pairs)
+      : Base(tree, std::move(weight), rows, std::move(pairs)),
         dw_(std::move(dw)),
         batch_(batch),
         wanted_(tree.steps, 0),
@@ -46,7 +46,7 @@ class BackwardPlan : public Walk<S, Rows> {
 
  protected:
   using Base::ld_cols, Base::ld_rows, Base::macs;
-  using Base::tree_, Base::weight_, Base::widest_;
+  using Base::tree_, Base::weighted, Base::widest_;
 
   bool scatters(int64_t s) const { return !Rows::kDense && tree_.is_leaf(s); }
 
@@ -57,7 +57,7 @@ class BackwardPlan : public Walk<S, Rows> {
   int64_t part_rows() const {
     int64_t bytes = 0;
     for (int64_t s = 0; s < tree_.steps; ++s)
-      if (weight_[s] != nullptr) bytes += elements(s) * static_cast<int64_t>(sizeof(T));
+      if (weighted(s)) bytes += elements(s) * static_cast<int64_t>(sizeof(T));
     const bool fits = batch_ * this->kept_columns_ * static_cast<int64_t>(sizeof(T)) <= kMostKept;
     const int64_t parts =
         std::min({kMostParts, batch_ / kPartRows, kPartBytes / std::max<int64_t>(bytes, 1)});

@@ -6,6 +6,7 @@
 // the right one, the right one's fastest. A leaf's frame is its weight. Rows of one level do not
 // depend on each other and share parallel regions. In the backward pass each element of a gradient
 // has one owner that sums in the order of the rows: deterministic, whatever the number of threads.
+// bfloat16 is computed in float32 on every processor.
 #pragma once
 
 #include <limits>

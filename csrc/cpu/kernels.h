@@ -95,9 +95,49 @@ struct Kernels {
   void (*transpose)(int64_t rows, int64_t cols, const T* x, int64_t ldx, T* out, int64_t ldo);
 };
 
-// The best the processor can run; the environment variable HTF_CPU=generic|avx2|avx512 lowers it.
+// Two bfloat16 numbers, the first one in the lower half.
+using Pair = uint32_t;
+
+constexpr int64_t pair_rows(int64_t n) { return (n + 1) / 2; }
+
+// Products with a bfloat16 matrix on processors that multiply such numbers two at a time. B is
+// given as pairs of its rows, [pair_rows(k) x n], the last one's second half zero where k is odd;
+// elements of A are rounded to bfloat16, sums and results are float32. As in Kernels<float>, n is
+// padded, and every element of C is one sum in the order of B's rows. The processor takes numbers
+// below 2^-126 for zero here.
+struct PairKernels {
+  static constexpr int64_t kMostDepth = 4096;  // of k, where B is in pairs
+
+  void (*gemm_)(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const Pair* b,
+                int64_t ldb, float* c, int64_t ldc, Store store, Ahead ahead);
+  void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const Pair* b,
+            int64_t ldb, float* c, int64_t ldc, Store store, Ahead ahead = {}) const {
+    gemm_(m, n, k, a, lda, b, ldb, c, ldc, store, ahead);
+  }
+
+  void (*gemm_products_)(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda,
+                         const Pair* b, int64_t ldb, const Products<float>& to, Ahead ahead);
+  void gemm_products(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const Pair* b,
+                     int64_t ldb, const Products<float>& to, Ahead ahead = {}) const {
+    gemm_products_(m, n, k, a, lda, b, ldb, to, ahead);
+  }
+
+  // C[m x n] (=, +=) A^T B, A [k x m] and B [k x n] both float32 and rounded; any k. A sum of more
+  // than 256 terms is one of sums of 256.
+  void (*gemm_transposed_)(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda,
+                           const float* b, int64_t ldb, float* c, int64_t ldc, Store store,
+                           Ahead ahead);
+  void gemm_transposed(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
+                       int64_t ldb, float* c, int64_t ldc, Store store, Ahead ahead = {}) const {
+    gemm_transposed_(m, n, k, a, lda, b, ldb, c, ldc, store, ahead);
+  }
+};
+
+// The best the processor can run; the environment variable
+// HTF_CPU=generic|avx2|avx512|avx512bf16 lowers it.
 template <class T>
 const Kernels<T>& kernels();
+const PairKernels* pair_kernels();  // null where there are none
 
 template <class T>
 const Kernels<T>& kernels_generic();
@@ -105,5 +145,11 @@ template <class T>
 const Kernels<T>& kernels_avx2();
 template <class T>
 const Kernels<T>& kernels_avx512();
+
+// Their instructions are reached by GCC's target pragma, which Clang does not know.
+#if defined(__x86_64__) && !defined(__clang__)
+#define HTF_PAIRS 1
+const PairKernels& pair_kernels_avx512bf16();
+#endif
 
 }  // namespace htf

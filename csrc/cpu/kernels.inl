@@ -60,7 +60,7 @@ struct IntoProducts {
   const Products<T>& to;
   int64_t first = 0;  // element of each matrix
 
-  IntoProducts at(int64_t row, int64_t col) const { return {to, row * to.ld + col}; }
+  IntoProducts at(int64_t row, int64_t col) const { return {to, first + row * to.ld + col}; }
 
   template <int ROWS, int VECS, class Reg>
   HTF_INLINE void operator()(Reg (&acc)[ROWS][VECS]) const {
@@ -138,6 +138,14 @@ struct Fetch {
   const char* end = nullptr;
   int64_t bytes = 0;  // with each tile
 
+  HTF_INLINE Fetch(const Ahead& ahead, int64_t m, int64_t vectors) {
+    if (ahead.bytes <= 0) return;
+    const int64_t tiles = (vectors + 2) / 3 * (m / HTF_ROWS) + 1;
+    next = static_cast<const char*>(ahead.from);
+    end = next + ahead.bytes;
+    bytes = (ahead.bytes / tiles + 64) / 64 * 64;
+  }
+
   HTF_INLINE void some() {
     if (next == end) return;
     const char* stop = end - next > bytes ? next + bytes : end;
@@ -145,6 +153,11 @@ struct Fetch {
     next = stop;
   }
 };
+
+// Three vectors wide keeps the FMA units busiest; four left over go as two and two.
+HTF_INLINE int64_t panel_vectors(int64_t left) {
+  return left == 4 || left == 2 ? 2 : left >= 3 ? 3 : 1;
+}
 
 // A panel of VECS vectors of columns, all rows.
 template <class T, int VECS, bool UNIT, class Into>
@@ -163,16 +176,9 @@ HTF_INLINE void panels(int64_t m, int64_t n, int64_t k, const T* a, int64_t rs, 
                        const T* b, int64_t ldb, const Into& into, const Ahead& ahead) {
   constexpr int64_t W = HTF_VECTOR_BYTES / sizeof(T);
   int64_t left = n / W, j = 0;
-  Fetch fetch;
-  if (ahead.bytes > 0) {
-    const int64_t tiles = (left + 2) / 3 * (m / HTF_ROWS) + 1;
-    fetch.next = static_cast<const char*>(ahead.from);
-    fetch.end = fetch.next + ahead.bytes;
-    fetch.bytes = (ahead.bytes / tiles + 64) / 64 * 64;
-  }
+  Fetch fetch(ahead, m, left);
   while (left > 0) {
-    // Three vectors wide keeps the FMA units busiest; four left over go as two and two.
-    const int64_t take = left == 4 || left == 2 ? 2 : left >= 3 ? 3 : 1;
+    const int64_t take = panel_vectors(left);
     if (take == 3)
       panel<T, 3, UNIT>(m, k, a, rs, cs, b + j, ldb, into, j, fetch);
     else if (take == 2)

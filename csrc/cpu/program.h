@@ -66,11 +66,12 @@ struct Program {
     check(outputs == out_features, op, ": out_features must be ", outputs, ", got ", out_features);
   }
   void check_grad(const char* op, const Tensor& grad, int64_t rows, ScalarType dtype) const {
-    const bool fits = outputs == 1 ? grad.dim() == 1 && grad.size(0) == rows
-                                   : grad.dim() == 2 && grad.size(0) == rows && grad.size(1) == outputs;
-    check(grad.is_cpu() && grad.scalar_type() == dtype && fits, op,
-          ": grad must be a CPU tensor [", rows, outputs == 1 ? "" : ", F", "], F = ", outputs,
-          ", of dtype ", toString(dtype), ", got ", describe(grad));
+    const bool fits = outputs == 1
+                          ? grad.dim() == 1 && grad.size(0) == rows
+                          : grad.dim() == 2 && grad.size(0) == rows && grad.size(1) == outputs;
+    check(grad.is_cpu() && grad.scalar_type() == dtype && fits, op, ": grad must be a CPU tensor [",
+          rows, outputs == 1 ? "" : ", F", "], F = ", outputs, ", of dtype ", toString(dtype),
+          ", got ", describe(grad));
   }
 
   void check_needs(const char* op, const std::vector<int64_t>& needs, std::size_t expected) const {
@@ -82,7 +83,8 @@ struct Program {
 
   // Uninitialised, [rows], or [rows, outputs] where there are several.
   Tensor new_result(const Tensor& like, int64_t rows, ScalarType dtype) const {
-    return outputs == 1 ? new_tensor(like, {rows}, dtype) : new_tensor(like, {rows, outputs}, dtype);
+    return outputs == 1 ? new_tensor(like, {rows}, dtype)
+                        : new_tensor(like, {rows, outputs}, dtype);
   }
 
  private:

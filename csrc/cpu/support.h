@@ -51,8 +51,8 @@ inline std::ostream& operator<<(std::ostream& text, const Described& d) {
   return text << "]";
 }
 
-// A tensor whose elements lie one after the other; without a trip through PyTorch's dispatcher where
-// they do already.
+// A tensor whose elements lie one after the other; without a trip through PyTorch's dispatcher
+// where they do already.
 inline Tensor in_one_piece(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
@@ -84,7 +84,8 @@ void for_each_item(int64_t items, int64_t work, int64_t scratch_size, const F& f
   });
 }
 
-// What is computed in: bfloat16 operands are widened when they are packed.
+// What is computed in: bfloat16 operands are widened when they are packed, except the weights that
+// a walk multiplies with where the processor multiplies bfloat16 itself (PairKernels).
 template <class S>
 struct ComputeOf {
   using type = S;

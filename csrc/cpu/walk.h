@@ -4,8 +4,12 @@
 // GEMM whose epilogue multiplies it into the parent's product, so the Hadamard product costs no
 // pass, and about log2(order) buffers of a tile stay in the core's cache. Where a backward pass
 // follows, the interior nodes' messages are kept; a leaf's is cheap to compute again.
+//
+// Messages are float32 where weights are bfloat16. With PairKernels they are rounded to bfloat16 as
+// operands of a product, forwards and backwards, and summed in float32.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -40,24 +44,27 @@ class Walk {
  public:
   using T = typename ComputeOf<S>::type;
 
-  // weight[s]: the matrix of step s, [rows, padded(cols)]; null for the root of a sum.
-  Walk(const Tree& tree, std::vector<const T*> weight, const Rows& rows)
+  // weight[s]: the matrix of step s, [rows, padded(cols)]; null for the root of a sum. Where pairs
+  // has the matrix as well, it is taken from there, and weight[s] may be null.
+  Walk(const Tree& tree, std::vector<const T*> weight, const Rows& rows,
+       std::vector<PairWeight> pairs = {})
       : tree_(tree),
         rows_(rows),
         weight_(std::move(weight)),
+        pairs_(std::move(pairs)),
         k_(kernels<T>()),
         column_(tree.steps) {
-    int64_t elements = 0;  // of all weights
+    int64_t bytes = 0;  // of all weights
     for (int64_t s = 0; s < tree_.steps; ++s) {
       widest_ = std::max({widest_, ld_rows(s), ld_cols(s)});
       macs_ += macs(s);
-      elements += tree_.step[s].rows * ld_cols(s);
+      bytes += weight_of(s).bytes;
       if (kept(s)) {
         column_[s] = kept_columns_;
         kept_columns_ += ld_cols(s);
       }
     }
-    fetch_ = elements * static_cast<int64_t>(sizeof(T)) > kNearCache;
+    fetch_ = bytes > kNearCache;
   }
 
   // Elements of all interior messages of a row.
@@ -168,12 +175,12 @@ class Walk {
   // Rows b .. b+n-1 of a leaf's message.
   void leaf_message(const Rows& rows, int64_t s, int64_t b, int64_t n, T* to, Store store,
                     typename Rows::Window& window) const {
-    const Step& st = tree_.step[s];
-    const int64_t ld = ld_cols(s);
     if constexpr (Rows::kDense) {
       const auto [x, stride] = rows.operand(tree_, s, b, window, k_);
-      k_.gemm(n, ld, st.rows, x, stride, 1, weight_[s], ld, to, ld, store, weight_after(s));
+      multiply(s, n, x, stride, to, store);
     } else {
+      const Step& st = tree_.step[s];
+      const int64_t ld = ld_cols(s);
       int64_t at[kTallTile];
       rows.rows(st, b, n, at);
       k_.gather(n, ld, at, weight_[s], ld, to, ld, store);
@@ -185,14 +192,83 @@ class Walk {
     return fetch_ && s + 1 < tree_.steps ? weight_of(s + 1) : Ahead{};
   }
   Ahead weight_of(int64_t s) const {
+    if (paired(s))
+      return {pairs_[s].down,
+              pair_rows(tree_.step[s].rows) * ld_cols(s) * static_cast<int64_t>(sizeof(Pair))};
     return {weight_[s], weight_[s] == nullptr
                             ? 0
                             : tree_.step[s].rows * ld_cols(s) * static_cast<int64_t>(sizeof(T))};
   }
 
+  // Whether step s multiplies in pairs of bfloat16.
+  bool paired(int64_t s) const {
+    if constexpr (std::is_same_v<S, BFloat16>) return !pairs_.empty() && pairs_[s].down != nullptr;
+    return false;
+  }
+  bool weighted(int64_t s) const { return weight_[s] != nullptr || paired(s); }
+
+  // [n x cols] (=, *=) a W, a [n x rows].
+  void multiply(int64_t s, int64_t n, const T* a, int64_t lda, T* to, Store store) const {
+    const int64_t rows = tree_.step[s].rows, ld = ld_cols(s);
+    if constexpr (std::is_same_v<S, BFloat16>)
+      if (paired(s))
+        return pair_kernels()->gemm(n, ld, rows, a, lda, pairs_[s].down, ld, to, ld, store,
+                                    weight_after(s));
+    k_.gemm(n, ld, rows, a, lda, 1, weight_[s], ld, to, ld, store, weight_after(s));
+  }
+  void multiply(int64_t s, int64_t n, const T* a, int64_t lda, const Products<T>& to) const {
+    const int64_t rows = tree_.step[s].rows, ld = ld_cols(s);
+    if constexpr (std::is_same_v<S, BFloat16>)
+      if (paired(s))
+        return pair_kernels()->gemm_products(n, ld, rows, a, lda, pairs_[s].down, ld, to,
+                                             weight_after(s));
+    k_.gemm_products(n, ld, rows, a, lda, weight_[s], ld, to, weight_after(s));
+  }
+
+  // Of pairs as well: they move like the floats in whose memory they are put.
+  void transpose_weight(int64_t s, T* to) const {
+    const Step& st = tree_.step[s];
+    if (paired(s))
+      k_.transpose(st.rows, pair_rows(st.cols), reinterpret_cast<const T*>(pairs_[s].along),
+                   pair_rows(st.cols), to, ld_rows(s));
+    else
+      k_.transpose(st.rows, st.cols, weight_[s], ld_cols(s), to, ld_rows(s));
+  }
+
+  // [n x rows] = dm W^T, dm [n x cols], with what transpose_weight made.
+  void multiply_back(int64_t s, int64_t n, const T* dm, const T* transposed, T* to) const {
+    const int64_t cols = tree_.step[s].cols, ld = ld_rows(s);
+    if constexpr (std::is_same_v<S, BFloat16>)
+      if (paired(s))
+        return pair_kernels()->gemm(n, ld, cols, dm, ld_cols(s),
+                                    reinterpret_cast<const Pair*>(transposed), ld, to, ld,
+                                    Store::assign);
+    k_.gemm(n, ld, cols, dm, ld_cols(s), 1, transposed, ld, to, ld, Store::assign);
+  }
+  void multiply_back(int64_t s, int64_t n, const T* dm, const T* transposed,
+                     const Products<T>& to) const {
+    const int64_t cols = tree_.step[s].cols, ld = ld_rows(s);
+    if constexpr (std::is_same_v<S, BFloat16>)
+      if (paired(s))
+        return pair_kernels()->gemm_products(n, ld, cols, dm, ld_cols(s),
+                                             reinterpret_cast<const Pair*>(transposed), ld, to);
+    k_.gemm_products(n, ld, cols, dm, ld_cols(s), transposed, ld, to);
+  }
+
+  // [count x cols] (=, +=) a^T d, a [n x count], d [n x cols]: rows of the gradient of W.
+  void multiply_gradient(int64_t s, int64_t count, int64_t n, const T* a, int64_t lda, const T* d,
+                         T* to, Store store, Ahead ahead) const {
+    const int64_t ld = ld_cols(s);
+    if constexpr (std::is_same_v<S, BFloat16>)
+      if (paired(s))
+        return pair_kernels()->gemm_transposed(count, ld, n, a, lda, d, ld, to, ld, store, ahead);
+    k_.gemm(count, ld, n, a, 1, lda, d, ld, to, ld, store, ahead);
+  }
+
   const Tree& tree_;
   Rows rows_;
   const std::vector<const T*> weight_;
+  const std::vector<PairWeight> pairs_;
   const Kernels<T>& k_;
   std::vector<int64_t> column_;  // of a kept message
   int64_t kept_columns_ = 0;
@@ -244,8 +320,8 @@ class Walk {
   void interior_message(int64_t s, int64_t n, const T* product, T* to, Store store) const {
     const Step& st = tree_.step[s];
     const int64_t ld = ld_cols(s), ldp = ld_rows(s);
-    if (weight_[s] != nullptr) {
-      k_.gemm(n, ld, st.rows, product, ldp, 1, weight_[s], ld, to, ld, store, weight_after(s));
+    if (weighted(s)) {
+      multiply(s, n, product, ldp, to, store);
       return;
     }
     for (int64_t i = 0; i < n; ++i) {
@@ -289,9 +365,8 @@ class Walk {
     if (!st.first && pairs(st.parent)) {
       const int64_t ld = ld_cols(s);
       const T* other = kept_message(messages, batch, tree_.begin(st.parent)[0], i);
-      k_.gemm_products(t.n, ld, st.rows, product, ld_rows(s), weight_[s], ld,
-                       {ld, other, nullptr, to, buffer(st.parent, t), nullptr, nullptr},
-                       weight_after(s));
+      multiply(s, t.n, product, ld_rows(s),
+               {ld, other, nullptr, to, buffer(st.parent, t), nullptr, nullptr});
     } else {
       interior_message(s, t.n, product, to, Store::assign);
     }

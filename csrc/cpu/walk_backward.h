@@ -34,8 +34,9 @@ class BackwardWalk : public BackwardPlan<S, Rows> {
   // dw[s]: where the gradient of weight[s] goes, or null; no two steps may share one. It is
   // overwritten. grad [batch, outputs] contiguous; dx [batch, x_width] or null.
   BackwardWalk(const Tree& tree, std::vector<const T*> weight, const Rows& rows, std::vector<T*> dw,
-               int64_t batch, const S* grad, S* dx, int64_t x_width)
-      : Base(tree, std::move(weight), rows, std::move(dw), batch, dx != nullptr),
+               int64_t batch, const S* grad, S* dx, int64_t x_width,
+               std::vector<PairWeight> pairs = {})
+      : Base(tree, std::move(weight), rows, std::move(dw), batch, dx != nullptr, std::move(pairs)),
         grad_(grad),
         dx_(dx),
         x_width_(x_width) {}
@@ -83,8 +84,9 @@ class BackwardWalk : public BackwardPlan<S, Rows> {
  private:
   using Base::chunk_, Base::tile_, Base::tile_elements, Base::piece_elements, Base::kTileMatrices;
   using Base::dw_, Base::batch_, Base::wanted_, Base::slot_, Base::piece_rows_;
-  using Base::k_, Base::rows_, Base::tree_, Base::weight_, Base::widest_;
+  using Base::k_, Base::rows_, Base::tree_, Base::widest_;
   using Base::ld_cols, Base::ld_rows, Base::macs, Base::scatters, Base::elements;
+  using Base::multiply_back, Base::multiply_gradient, Base::transpose_weight, Base::weighted;
   using Base::top_, Base::pieces_, Base::product_at_, Base::top_columns_, Base::slots_;
 
   // Rows that go down together.
@@ -143,7 +145,7 @@ class BackwardWalk : public BackwardPlan<S, Rows> {
     std::vector<int64_t> at;
     for (const int64_t s : top_) {
       at.push_back(size);
-      if (weight_[s] != nullptr) size += tree_.step[s].cols * ld_rows(s);
+      if (weighted(s)) size += tree_.step[s].cols * ld_rows(s);
       for (const int64_t* c = tree_.begin(s); c < tree_.end(s); ++c) {
         if (!tree_.is_leaf(*c) || dx_ == nullptr) continue;
         size += tree_.step[*c].cols * ld_rows(*c);
@@ -160,14 +162,10 @@ class BackwardWalk : public BackwardPlan<S, Rows> {
         transpose_weight(v, to);
         to += tree_.step[v].cols * ld_rows(v);
       };
-      if (weight_[s] != nullptr) put(s);
+      if (weighted(s)) put(s);
       for (const int64_t* c = tree_.begin(s); c < tree_.end(s); ++c)
         if (tree_.is_leaf(*c) && dx_ != nullptr) put(*c);
     });
-  }
-  void transpose_weight(int64_t s, T* to) const {
-    const Step& st = tree_.step[s];
-    k_.transpose(st.rows, st.cols, weight_[s], ld_cols(s), to, ld_rows(s));
   }
 
   struct Item {  // of the gradient of a top weight
@@ -243,7 +241,7 @@ class BackwardWalk : public BackwardPlan<S, Rows> {
       if (!wanted_[s]) continue;
       const bool leaf = tree_.is_leaf(s);
       const bool below = !leaf || dx_ != nullptr;
-      if (below && weight_[s] != nullptr) transpose_weight(s, transposed);
+      if (below && weighted(s)) transpose_weight(s, transposed);
       for (int64_t i = 0; i < chunk.count && below; i += tile_) {
         const int64_t n = std::min(tile_, chunk.count - i);
         if (leaf)
@@ -276,7 +274,6 @@ class BackwardWalk : public BackwardPlan<S, Rows> {
   template <class F>
   void descend(int64_t s, int64_t i, int64_t n, const Chunk& chunk, const T* transposed,
                const F& d_of, T* product, T* scratch, const Rows& rows, Window& window) const {
-    const Step& st = tree_.step[s];
     const int64_t ld = ld_rows(s), count = tree_.count(s), size = tile_ * widest_;
     const int64_t* child = tree_.begin(s);
     bool below = false;
@@ -294,22 +291,22 @@ class BackwardWalk : public BackwardPlan<S, Rows> {
     const auto gradient = [&](int64_t c) -> T* {
       return wanted_[child[c]] ? d_of(child[c]) + i * ld : nullptr;
     };
-    const auto multiply_back = [&](T* dp) {  // dp = dm W^T
-      if (weight_[s] != nullptr)
-        k_.gemm(n, ld, st.cols, dm, ld_cols(s), 1, transposed, ld, dp, ld, Store::assign);
+    const auto spread = [&](T* dp) {  // dp = dm W^T
+      if (weighted(s))
+        multiply_back(s, n, dm, transposed, dp);
       else
         for (int64_t r = 0; r < n; ++r) std::fill_n(dp + r * ld, ld, dm[r * ld_cols(s)]);
     };
     if (count == 1) {
-      if (T* to = gradient(0)) multiply_back(to);
+      if (T* to = gradient(0)) spread(to);
       if (product != nullptr) message(0, product);
       return;
     }
     std::vector<const T*> m(count);
     for (int64_t c = 0; c < count; ++c) m[c] = message(c, nullptr);
     T *left = scratch, *right = left + size, *spare = right + size;
-    if (weight_[s] == nullptr) {
-      multiply_back(spare);
+    if (!weighted(s)) {
+      spread(spare);
       split(m.data(), 0, count, n, ld, spare, left, gradient);
       return;
     }
@@ -322,8 +319,7 @@ class BackwardWalk : public BackwardPlan<S, Rows> {
       return;
     }
     T *dx = half == 1 ? gradient(0) : spare, *dy = count - half == 1 ? gradient(1) : spare + size;
-    k_.gemm_products(n, ld, st.cols, dm, ld_cols(s), transposed, ld,
-                     {ld, x, y, nullptr, dy, dx, product});
+    multiply_back(s, n, dm, transposed, {ld, x, y, nullptr, dy, dx, product});
     if (half > 1) split(m.data(), 0, half, n, ld, dx, left, gradient);
     if (count - half > 1) split(m.data(), half, count, n, ld, dy, left, gradient);
   }
@@ -369,8 +365,7 @@ class BackwardWalk : public BackwardPlan<S, Rows> {
                       const T* d, T* scratch) const {
     const Step& st = tree_.step[s];
     const int64_t ld = ld_rows(s);
-    k_.gemm(n, ld, st.cols, d + i * ld_cols(s), ld_cols(s), 1, transposed, ld, scratch, ld,
-            Store::assign);
+    multiply_back(s, n, d + i * ld_cols(s), transposed, scratch);
     unpack_rows(n, st.rows, scratch, ld, dx_ + (chunk.b0 + i) * x_width_ + st.offset, x_width_);
   }
 
@@ -404,8 +399,8 @@ class BackwardWalk : public BackwardPlan<S, Rows> {
       const int64_t n = std::min(kGradientDepth, chunk.count - i);
       const Store store = chunk.fresh && i == 0 ? Store::assign : Store::add;
       const auto [a, lda] = operand(i, n);
-      k_.gemm(count, ld, n, a + first, 1, lda, d + i * ld, ld, to, ld, store,
-              i == 0 ? ahead : Ahead{});
+      multiply_gradient(s, count, n, a + first, lda, d + i * ld, to, store,
+                        i == 0 ? ahead : Ahead{});
     }
   }
 

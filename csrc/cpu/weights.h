@@ -36,16 +36,17 @@ template <class T>
 struct PackedGroup {
   int64_t rows, ld;
   const T* data;
-  const T* at(int64_t slot) const { return data + slot * rows * ld; }
+  const T* at(int64_t slot) const { return data == nullptr ? nullptr : data + slot * rows * ld; }
 };
 
-// All groups; the caller's own memory where that fits as it is, else copies, side by side.
+// All groups but those of `skip`; the caller's own memory where that fits as it is, else copies,
+// side by side.
 template <class S>
 class PackedWeights {
  public:
   using T = typename ComputeOf<S>::type;
 
-  explicit PackedWeights(const std::vector<Tensor>& weights) {
+  explicit PackedWeights(const std::vector<Tensor>& weights, const std::vector<char>& skip = {}) {
     struct Item {
       const S* from;
       int64_t to, rows, cols, ld;
@@ -64,7 +65,7 @@ class PackedWeights {
         if (ld == cols) data = x;
       }
       group_.push_back({rows, ld, data});
-      if (data != nullptr) continue;
+      if (data != nullptr || (!skip.empty() && skip[g])) continue;
       start[g] = size;
       for (int64_t f = 0; f < count; ++f, size += rows * ld)
         items.push_back({x + f * rows * cols, size, rows, cols, ld});
@@ -94,7 +95,7 @@ class PackedWeights {
   Buffer<T> copy_;
 };
 
-// The matrix of every step, rows padded; null where a step has none.
+// The matrix of every step, rows padded; null where a step has none, or only pairs.
 template <class S>
 auto weights_of(const Program& p, const PackedWeights<S>& groups) {
   std::vector<const typename ComputeOf<S>::type*> all(p.steps, nullptr);
@@ -102,6 +103,103 @@ auto weights_of(const Program& p, const PackedWeights<S>& groups) {
     if (p.step[s].group >= 0) all[s] = groups[p.step[s].group].at(p.step[s].slot);
   return all;
 }
+
+// A bfloat16 weight for PairKernels; null where a step multiplies with none.
+struct PairWeight {
+  const Pair* down = nullptr;   // pairs of rows, [pair_rows(rows)][padded(cols)]
+  const Pair* along = nullptr;  // of columns, [rows][pair_rows(cols)]: its transpose's transposed
+};
+
+// The pairs of every step, where weights are bfloat16 and the processor has kernels for them.
+// gathers: leaves take rows of their weights as they are. backward: with pairs of columns.
+template <class S>
+class PairWeights {
+ public:
+  PairWeights([[maybe_unused]] const Program& p,
+              [[maybe_unused]] const std::vector<Tensor>& weights, [[maybe_unused]] bool gathers,
+              [[maybe_unused]] bool backward) {
+    if constexpr (std::is_same_v<S, BFloat16>)
+      if (pair_kernels() != nullptr) pack(p, weights, gathers, backward);
+  }
+  const std::vector<PairWeight>& steps() const { return step_; }
+  // Whether a group is needed in pairs only.
+  const std::vector<char>& only() const { return only_; }
+
+ private:
+  void pack(const Program& p, const std::vector<Tensor>& weights, bool gathers, bool backward) {
+    std::vector<char> wanted(weights.size(), 0);
+    only_.assign(weights.size(), 1);
+    const auto multiplies = [&](const Step& st) {
+      return !(gathers && st.mode >= 0) && std::max(st.rows, st.cols) <= PairKernels::kMostDepth;
+    };
+    for (int64_t s = 0; s < p.steps; ++s) {
+      const Step& st = p.step[s];
+      if (st.group >= 0) (multiplies(st) ? wanted[st.group] : only_[st.group]) = multiplies(st);
+    }
+    struct Item {
+      const BFloat16* from;
+      int64_t rows, cols, down, along;  // along: -1 where the caller's memory serves
+    };
+    std::vector<Item> items;
+    std::vector<int64_t> start(weights.size(), -1);  // of a group's items
+    int64_t size = 0;
+    for (std::size_t g = 0; g < weights.size(); ++g) {
+      if (!wanted[g]) continue;
+      source_.push_back(in_one_piece(weights[g]));
+      const int64_t rows = weights[g].size(1), cols = weights[g].size(2);
+      const BFloat16* x = source_.back().template const_data_ptr<BFloat16>();
+      const bool fits = cols % 2 == 0 && reinterpret_cast<std::uintptr_t>(x) % sizeof(Pair) == 0;
+      start[g] = static_cast<int64_t>(items.size());
+      for (int64_t f = 0; f < weights[g].size(0); ++f) {
+        items.push_back({x + f * rows * cols, rows, cols, size, -1});
+        size += pair_rows(rows) * padded<float>(cols);
+        if (!backward || fits) continue;
+        items.back().along = size;
+        size += rows * pair_rows(cols);
+      }
+    }
+    copy_ = Buffer<Pair>(size);
+    for_each_item<Pair>(static_cast<int64_t>(items.size()), size, 0, [&](int64_t i, Pair*) {
+      const Item& it = items[i];
+      pack_down(it.rows, it.cols, it.from, copy_.get() + it.down);
+      if (it.along >= 0) pack_along(it.rows, it.cols, it.from, copy_.get() + it.along);
+    });
+    step_.resize(p.steps);
+    for (int64_t s = 0; s < p.steps; ++s) {
+      const Step& st = p.step[s];
+      if (st.group < 0 || !multiplies(st)) continue;
+      const Item& it = items[start[st.group] + st.slot];
+      step_[s].down = copy_.get() + it.down;
+      step_[s].along =
+          it.along >= 0 ? copy_.get() + it.along : reinterpret_cast<const Pair*>(it.from);
+    }
+  }
+
+  static Pair pair(BFloat16 first, BFloat16 second) {
+    return first.x | static_cast<Pair>(second.x) << 16;
+  }
+  static void pack_down(int64_t rows, int64_t cols, const BFloat16* x, Pair* out) {
+    const int64_t ld = padded<float>(cols);
+    for (int64_t i = 0; i < rows; i += 2, x += 2 * cols, out += ld) {
+      if (i + 1 < rows)
+        for (int64_t j = 0; j < cols; ++j) out[j] = pair(x[j], x[cols + j]);
+      else
+        for (int64_t j = 0; j < cols; ++j) out[j] = x[j].x;
+      std::fill_n(out + cols, ld - cols, Pair{0});
+    }
+  }
+  static void pack_along(int64_t rows, int64_t cols, const BFloat16* x, Pair* out) {
+    for (int64_t i = 0; i < rows; ++i, x += cols, out += pair_rows(cols)) {
+      for (int64_t l = 0; l < cols / 2; ++l) out[l] = pair(x[2 * l], x[2 * l + 1]);
+      if (cols % 2 != 0) out[cols / 2] = x[cols - 1].x;
+    }
+  }
+
+  std::vector<Tensor> source_;
+  std::vector<char> only_;
+  std::vector<PairWeight> step_;
+  Buffer<Pair> copy_;
+};
 
 // Gradients of the groups' weights, computed in padded rows, one matrix for every step; those of
 // steps that share a weight are summed at the end.

@@ -19,10 +19,11 @@ std::vector<Tensor> evaluate_cpu(const Program& program, const std::vector<Tenso
   return with_dtype(x.scalar_type(), "evaluate", [&](auto s) {
     using S = decltype(s);
     using T = typename ComputeOf<S>::type;
-    const PackedWeights<S> packed(weights);
+    const PairWeights<S> pairs(program, weights, false, false);
+    const PackedWeights<S> packed(weights, pairs.only());
     const Tree tree(program);
     const DenseRows<S> source(rows.const_data_ptr<S>(), rows.stride(0));
-    Walk<S, DenseRows<S>> walk(tree, weights_of(program, packed), source);
+    Walk<S, DenseRows<S>> walk(tree, weights_of(program, packed), source, pairs.steps());
     Tensor kept = keep ? kept_tensor<T>(x, batch * walk.kept_columns()) : out;
     T* messages = keep && kept.numel() > 0 ? kept.mutable_data_ptr<T>() : nullptr;
     walk.forward(batch, out.mutable_data_ptr<S>(), messages);
@@ -41,13 +42,14 @@ std::vector<Tensor> evaluate_backward_cpu(const Program& program, const Tensor& 
   return with_dtype(x.scalar_type(), "evaluate_backward", [&](auto s) {
     using S = decltype(s);
     using T = typename ComputeOf<S>::type;
-    const PackedWeights<S> packed(weights);
+    const PairWeights<S> pairs(program, weights, false, true);
+    const PackedWeights<S> packed(weights, pairs.only());
     const Tree tree(program);
     const DenseRows<S> source(rows.const_data_ptr<S>(), rows.stride(0));
     WeightGradients<S> dw(program, weights, needs);
     BackwardWalk<S, DenseRows<S>> walk(
         tree, weights_of(program, packed), source, dw.steps(), batch, g.const_data_ptr<S>(),
-        needs_x ? dx.mutable_data_ptr<S>() : nullptr, program.x_width);
+        needs_x ? dx.mutable_data_ptr<S>() : nullptr, program.x_width, pairs.steps());
     walk.run(kept_pointer<T>("evaluate_backward", kept, batch * walk.kept_columns()));
     std::vector<Tensor> grads = dw.finish();
     grads.push_back(dx);

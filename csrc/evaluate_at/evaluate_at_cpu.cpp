@@ -19,9 +19,10 @@ std::vector<Tensor> evaluate_at_cpu(const Program& program, const std::vector<Te
   return with_dtype(weights[0].scalar_type(), "evaluate_at", [&](auto s) {
     using S = decltype(s);
     using T = typename ComputeOf<S>::type;
-    const PackedWeights<S> packed(weights);
+    const PairWeights<S> pairs(program, weights, true, false);
+    const PackedWeights<S> packed(weights, pairs.only());
     const Tree tree(program);
-    Walk<S, Source> walk(tree, weights_of(program, packed), source_of(indices));
+    Walk<S, Source> walk(tree, weights_of(program, packed), source_of(indices), pairs.steps());
     Tensor kept = keep ? kept_tensor<T>(out, batch * walk.kept_columns()) : out;
     T* messages = keep && kept.numel() > 0 ? kept.mutable_data_ptr<T>() : nullptr;
     walk.forward(batch, out.mutable_data_ptr<S>(), messages);
@@ -38,11 +39,12 @@ std::vector<Tensor> evaluate_at_backward_cpu(const Program& program, const Tenso
   return with_dtype(weights[0].scalar_type(), "evaluate_at_backward", [&](auto s) {
     using S = decltype(s);
     using T = typename ComputeOf<S>::type;
-    const PackedWeights<S> packed(weights);
+    const PairWeights<S> pairs(program, weights, true, true);
+    const PackedWeights<S> packed(weights, pairs.only());
     const Tree tree(program);
     WeightGradients<S> dw(program, weights, needs);
     BackwardWalk<S, Source> walk(tree, weights_of(program, packed), source_of(indices), dw.steps(),
-                                 batch, g.const_data_ptr<S>(), nullptr, 0);
+                                 batch, g.const_data_ptr<S>(), nullptr, 0, pairs.steps());
     walk.run(kept_pointer<T>("evaluate_at_backward", kept, batch * walk.kept_columns()));
     return dw.finish();
   });
