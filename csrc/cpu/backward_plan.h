@@ -45,10 +45,8 @@ class BackwardPlan : public Walk<S, Rows> {
   }
 
  protected:
-  using Base::ld_cols, Base::ld_rows, Base::macs;
+  using Base::gathers, Base::ld_cols, Base::ld_rows, Base::macs;
   using Base::tree_, Base::weighted, Base::widest_;
-
-  bool scatters(int64_t s) const { return !Rows::kDense && tree_.is_leaf(s); }
 
   int64_t elements(int64_t s) const { return tree_.step[s].rows * ld_cols(s); }
 

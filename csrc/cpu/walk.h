@@ -54,7 +54,7 @@ class Walk {
         pairs_(std::move(pairs)),
         k_(kernels<T>()),
         column_(tree.steps) {
-    int64_t bytes = 0;  // of all weights
+    int64_t bytes = 0;  // of all weights that are multiplied with
     for (int64_t s = 0; s < tree_.steps; ++s) {
       widest_ = std::max({widest_, ld_rows(s), ld_cols(s)});
       macs_ += macs(s);
@@ -90,10 +90,9 @@ class Walk {
   int64_t ld_rows(int64_t s) const { return padded<T>(tree_.step[s].rows); }
   int64_t ld_cols(int64_t s) const { return padded<T>(tree_.step[s].cols); }
   // Multiply-adds of a row's message; of a gathered one, the elements that are moved.
-  int64_t macs(int64_t s) const {
-    const bool gathers = !Rows::kDense && tree_.is_leaf(s);
-    return (gathers ? 1 : tree_.step[s].rows) * ld_cols(s);
-  }
+  int64_t macs(int64_t s) const { return (gathers(s) ? 1 : tree_.step[s].rows) * ld_cols(s); }
+  // Whether a step takes rows of its weight, few of many perhaps.
+  bool gathers(int64_t s) const { return !Rows::kDense && tree_.is_leaf(s); }
   bool kept(int64_t s) const { return !tree_.is_leaf(s) && s + 1 < tree_.steps; }
 
   // Rows of the kept message of step s, where there are `batch` of them.
@@ -192,6 +191,7 @@ class Walk {
     return fetch_ && s + 1 < tree_.steps ? weight_of(s + 1) : Ahead{};
   }
   Ahead weight_of(int64_t s) const {
+    if (gathers(s)) return {};
     if (paired(s))
       return {pairs_[s].down,
               pair_rows(tree_.step[s].rows) * ld_cols(s) * static_cast<int64_t>(sizeof(Pair))};

@@ -85,7 +85,7 @@ class BackwardWalk : public BackwardPlan<S, Rows> {
   using Base::chunk_, Base::tile_, Base::tile_elements, Base::piece_elements, Base::kTileMatrices;
   using Base::dw_, Base::batch_, Base::wanted_, Base::slot_, Base::piece_rows_;
   using Base::k_, Base::rows_, Base::tree_, Base::widest_;
-  using Base::ld_cols, Base::ld_rows, Base::macs, Base::scatters, Base::elements;
+  using Base::ld_cols, Base::ld_rows, Base::macs, Base::gathers, Base::elements;
   using Base::multiply_back, Base::multiply_gradient, Base::transpose_weight, Base::weighted;
   using Base::top_, Base::pieces_, Base::product_at_, Base::top_columns_, Base::slots_;
 
@@ -102,7 +102,7 @@ class BackwardWalk : public BackwardPlan<S, Rows> {
   // Gradients that are added to without having been written.
   void clear(const std::vector<T*>& dw, bool all) const {
     for (int64_t s = 0; s < tree_.steps; ++s)
-      if (dw[s] != nullptr && (all || scatters(s))) std::fill_n(dw[s], elements(s), T(0));
+      if (dw[s] != nullptr && (all || gathers(s))) std::fill_n(dw[s], elements(s), T(0));
   }
   void run_parts(int64_t rows) {
     int64_t size = 0;  // of a part's gradients
@@ -181,8 +181,8 @@ class BackwardWalk : public BackwardPlan<S, Rows> {
       work += chunk.count * macs(top_[i]);
       const auto add = [&](int64_t s, int64_t product_at) {
         if (dw_[s] == nullptr) return;
-        const int64_t all = scatters(s) ? ld_cols(s) : tree_.step[s].rows;
-        const int64_t part = scatters(s) ? kScatterColumns : kGradientRows;
+        const int64_t all = gathers(s) ? ld_cols(s) : tree_.step[s].rows;
+        const int64_t part = gathers(s) ? kScatterColumns : kGradientRows;
         for (int64_t at = 0; at < all; at += part)
           items.push_back({s, at, std::min(part, all - at), product_at});
       };
@@ -257,7 +257,7 @@ class BackwardWalk : public BackwardPlan<S, Rows> {
         }
         return product_rows(s, chunk, product, i);
       };
-      weight_gradient(s, 0, scatters(s) ? ld_cols(s) : tree_.step[s].rows, chunk, d_of(s), operand,
+      weight_gradient(s, 0, gathers(s) ? ld_cols(s) : tree_.step[s].rows, chunk, d_of(s), operand,
                       this->fetch_ && s > 0 ? this->weight_of(s - 1) : Ahead{});
     }
   }
