@@ -87,13 +87,6 @@ def test_kept_or_computed_again(name):
             assert torch.equal(alone[i], once[i])
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_values_gradients_and_bits(threads, name, dtype):

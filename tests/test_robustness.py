@@ -181,13 +181,6 @@ def test_same_bits_twice(target, op, case):
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_same_bits_on_any_number_of_threads(threads, op, case, dtype):
     """The C++ kernels promise it; PyTorch's matrix products, which the reference uses, do not."""

@@ -65,7 +65,10 @@ def _no_plan(problem: Problem) -> Prepared:
 def _distinct(problem: Problem) -> Prepared:
     if problem.indices is None:
         raise Skipped("it differs at indices only")
-    prepared = _htfkernels(problem)
+    return _on_reference(_htfkernels(problem))
+
+
+def _on_reference(prepared: Prepared) -> Prepared:
     inner = prepared.forward
 
     def forward() -> Tensor:
@@ -85,15 +88,7 @@ def _reference(problem: Problem) -> Prepared:
         free = _available_bytes()
         if free is not None and needed > free:
             raise Skipped(f"it needs {needed / 2**30:.0f} GB and {free / 2**30:.0f} GB are free")
-    prepared = _engine(problem)
-    inner = prepared.forward
-
-    def forward() -> Tensor:
-        with hk.use_backend("reference"):
-            return inner()
-
-    prepared.forward = forward
-    return prepared
+    return _on_reference(_engine(problem))
 
 
 def _available_bytes() -> int | None:
