@@ -29,6 +29,7 @@ def layouts():
         "parts of the batch": (make(balanced(16), 8, 16), 1001),
         "parts, sum root": (make(hk.ModeTree.halves(8), 4, 12, root="sum"), 1027),
         "irregular": (irregular(), 300),
+        "few rows, flat": (make(hk.ModeTree.flat(400), 9, 160, root="sum"), 11),
         "flat": (make(hk.ModeTree.flat(40), 9, 100, root="sum"), 300),
         "chain": (make(hk.ModeTree.chain(12), 40, 40, root="sum"), 300),
     }

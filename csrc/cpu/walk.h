@@ -76,8 +76,7 @@ class Walk {
       unpack_rows(n, tree_.outputs, result, ld_cols(tree_.steps - 1), out + b * tree_.outputs,
                   tree_.outputs);
     };
-    const int64_t threads = torch::stable::get_num_threads();
-    if (batch > kTile / 4 * (threads - 1) || batch * macs_ < kWorthThreads || batch == 0) {
+    if (batch == 0 || batch * macs_ < kWorthThreads || !subtrees_pay(batch)) {
       walk_tiles(0, batch, batch, messages, finish);
       return;
     }
@@ -290,6 +289,24 @@ class Walk {
     int64_t tiles = (count + tile - 1) / tile;
     if (tiles > 1) tiles = (tiles + threads - 1) / threads * threads;
     return std::min(count, ((count + tiles - 1) / tiles + kUnit - 1) / kUnit * kUnit);
+  }
+
+  // Whether threads that share out subtrees are done sooner than threads that share out tiles: the
+  // multiply-adds of the thread that is last.
+  bool subtrees_pay(int64_t batch) const {
+    const int64_t threads = torch::stable::get_num_threads(), tile = tile_rows(batch);
+    const int64_t tiles = (batch + tile - 1) / tile;
+    if (tiles >= threads) return false;
+    std::vector<int64_t> below(tree_.steps);
+    for (int64_t s = 0; s < tree_.steps; ++s) below[s] = macs(s);
+    const Pieces p = pieces(below, std::vector<char>(tree_.steps, 1));
+    for (int64_t s = 0; s + 1 < tree_.steps; ++s) below[tree_.step[s].parent] += below[s];
+    int64_t heaviest = 0, shared = 0;
+    for (const int64_t root : p.roots) {
+      heaviest = std::max(heaviest, below[root]);
+      shared += below[root];
+    }
+    return batch * (macs_ - shared + std::max(heaviest, shared / threads)) < tile * macs_;
   }
 
   template <class F>
