@@ -15,7 +15,15 @@ from htfkernels.layout import Layout
 from htfkernels.memory import release_memory
 from htfkernels.nn import HTF
 from htfkernels.plan import Plan
-from htfkernels.spectra import effective_rank, numerical_rank
+from htfkernels.ranks import (
+    effective_rank,
+    entanglement_entropy,
+    nuclear_norm,
+    numerical_rank,
+    renyi2_rank,
+    schatten_norm,
+    stable_rank,
+)
 from htfkernels.tree import ModeTree, Node
 
 try:
@@ -32,11 +40,16 @@ __all__ = [
     "Plan",
     "backends",
     "effective_rank",
+    "entanglement_entropy",
     "evaluate",
     "evaluate_at",
     "full_tensor",
+    "nuclear_norm",
     "numerical_rank",
     "release_memory",
+    "renyi2_rank",
+    "schatten_norm",
     "slog_evaluate",
+    "stable_rank",
     "use_backend",
 ]

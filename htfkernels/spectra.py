@@ -16,12 +16,7 @@ from torch import Tensor
 
 from htfkernels.tree import ModeTree, Node
 
-__all__ = [
-    "effective_rank",
-    "matricization_spectra",
-    "matricization_spectrum",
-    "numerical_rank",
-]
+__all__ = ["matricization_spectra", "matricization_spectrum"]
 
 
 def matricization_spectra(
@@ -186,19 +181,3 @@ def _rows(factors: list[Tensor]) -> Tensor:
 def _triangle(matrix: Tensor) -> Tensor:
     """A matrix with the same Gram matrix and at most as many rows as columns."""
     return matrix if matrix.shape[0] <= matrix.shape[1] else torch.linalg.qr(matrix, mode="r").R
-
-
-def effective_rank(s: Tensor) -> Tensor:
-    """``exp(entropy(s / sum(s)))`` of singular values ``s [..., K]``; 0 where all are zero (Roy &
-    Vetterli, 2007)."""
-    p = s / s.sum(-1, keepdim=True).clamp_min(torch.finfo(s.dtype).tiny)
-    rank = torch.special.entr(p).sum(-1).exp()
-    return torch.where(s.sum(-1) > 0, rank, torch.zeros_like(rank))
-
-
-def numerical_rank(s: Tensor, tol: float | None = None) -> Tensor:
-    """Number of singular values ``s [..., K]`` above ``tol``; by default ``max(s) * K * eps``."""
-    if tol is None:
-        limit = s.amax(-1, keepdim=True) * s.shape[-1] * torch.finfo(s.dtype).eps
-        return (s > limit).sum(-1)
-    return (s > tol).sum(-1)

@@ -1,4 +1,4 @@
-"""Matricization spectra against singular values of the dense matricizations, and rank measures."""
+"""Matricization spectra against singular values of the dense matricizations."""
 
 from __future__ import annotations
 
@@ -240,42 +240,3 @@ def test_bad_arguments():
         model.matricization_spectra(method="svd")
     with pytest.raises(ValueError, match="is a node of another tree"):
         model.matricization_spectra([ModeTree.halves(4).nodes[0]])
-
-
-# -- rank measures --------------------------------------------------------------------------------
-
-
-def test_effective_rank():
-    ones = torch.ones(7, dtype=F64)
-    testing.assert_matches(hk.effective_rank(ones), torch.tensor(7, dtype=F64), F64, "backward")
-    testing.assert_matches(
-        hk.effective_rank(ones * 1e-200), torch.tensor(7, dtype=F64), F64, "backward"
-    )
-    one = torch.tensor([3.0, 0, 0], dtype=F64)
-    testing.assert_matches(hk.effective_rank(one), torch.tensor(1, dtype=F64), F64, "backward")
-    p = torch.tensor([0.5, 0.25, 0.25], dtype=F64)
-    expected = torch.tensor(2**1.5, dtype=F64)
-    testing.assert_matches(hk.effective_rank(p), expected, F64, "backward")
-    testing.assert_matches(hk.effective_rank(12 * p), expected, F64, "backward")
-
-
-def test_rank_measures_of_batches():
-    s = torch.tensor([[4.0, 2.0, 2.0], [1.0, 0, 0], [0, 0, 0]], dtype=F64)
-    expected = torch.tensor([2**1.5, 1, 0], dtype=F64)
-    testing.assert_matches(hk.effective_rank(s), expected, F64, "backward")
-    assert hk.numerical_rank(s).tolist() == [3, 1, 0]
-    assert hk.numerical_rank(s, tol=3.0).tolist() == [1, 0, 0]
-    assert hk.numerical_rank(s.float()).tolist() == [3, 1, 0]
-
-
-def test_numerical_rank_drops_rounding():
-    eps = torch.finfo(F64).eps
-    s = torch.tensor([1.0, 1e-10, eps / 2], dtype=F64)
-    assert hk.numerical_rank(s) == 2
-    assert hk.numerical_rank(s, tol=0.0) == 3
-    assert hk.numerical_rank(s, tol=1e-9) == 1
-
-
-def test_effective_rank_has_gradients():
-    s = torch.tensor([3.0, 2.0, 1.0], dtype=F64, requires_grad=True)
-    assert torch.autograd.gradcheck(hk.effective_rank, s)

@@ -1,0 +1,178 @@
+"""Rank measures and norms of singular values ``s [..., K]``, in any order.
+
+All are differentiable, except the numerical rank; the ranks do not change when ``s`` is scaled and
+are 0 where all singular values are. Derivatives are finite everywhere: where one does not exist (at
+vanishing singular values, or at a largest one that is not alone) a subgradient is taken.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "effective_rank",
+    "entanglement_entropy",
+    "nuclear_norm",
+    "numerical_rank",
+    "renyi2_rank",
+    "schatten_norm",
+    "stable_rank",
+]
+
+
+def numerical_rank(s: Tensor, tol: float | None = None, rtol: float | None = None) -> Tensor:
+    """Number of singular values above a tolerance.
+
+    The default is NumPy's, ``tol = max(s) * K * eps``, with the number ``K`` of singular values in
+    the place of the larger dimension of the matrix. NumPy's bounds the rounding errors of a matrix
+    with that many rows; a factored tensor of order N has matricizations of ``D ** (N - 1)`` columns
+    that nobody stores, and its singular values come from cores of at most ``R x R``.
+
+    Args:
+        s: ``[..., K]``.
+        tol: absolute tolerance.
+        rtol: tolerance relative to the largest singular value.
+
+    Returns:
+        ``[...]`` int64.
+
+    Raises:
+        ValueError: both tolerances are given, or one is negative.
+
+    Example:
+        >>> numerical_rank(torch.tensor([3.0, 1e-3, 1e-9])), numerical_rank(
+        ...     torch.tensor([3.0, 1e-3, 1e-9]), rtol=0.01
+        ... )
+        (tensor(2), tensor(1))
+    """
+    if tol is not None and rtol is not None:
+        raise ValueError(f"numerical_rank: expected tol or rtol, got both ({tol} and {rtol})")
+    given = rtol if tol is None else tol
+    if given is not None and not given >= 0:
+        raise ValueError(f"numerical_rank: a tolerance must not be negative, got {given}")
+    if s.shape[-1] == 0:
+        return torch.zeros(s.shape[:-1], dtype=torch.int64, device=s.device)
+    if tol is not None:
+        return (s > tol).sum(-1)
+    relative = s.shape[-1] * torch.finfo(s.dtype).eps if rtol is None else rtol
+    return (s > s.amax(-1, keepdim=True) * relative).sum(-1)
+
+
+def effective_rank(s: Tensor) -> Tensor:
+    """``exp(entropy(s / sum(s)))`` (Roy & Vetterli, 2007).
+
+    Example:
+        >>> effective_rank(torch.ones(5))
+        tensor(5.0000)
+    """
+    entropy = _entropy(_shares(s))
+    return torch.where(_any(s), entropy.exp(), torch.zeros_like(entropy))
+
+
+def renyi2_rank(s: Tensor) -> Tensor:
+    """``(sum s^2)^2 / sum s^4``: the exponential of the Rényi entropy of order 2 of ``s^2 / sum
+    s^2``; the inverse participation ratio. It needs traces only, see
+    :meth:`htfkernels.HTF.renyi2_ranks`.
+
+    Example:
+        >>> renyi2_rank(torch.tensor([2.0, 2.0, 0.0]))
+        tensor(2.)
+    """
+    squares = _scaled(s).square()
+    return _ratio(squares.sum(-1).square(), squares.square().sum(-1))
+
+
+def stable_rank(s: Tensor) -> Tensor:
+    """``sum s^2 / max(s)^2``, the squared Frobenius norm over the squared spectral norm (Rudelson
+    & Vershynin, 2007).
+
+    Example:
+        >>> stable_rank(torch.tensor([2.0, 1.0, 0.0]))
+        tensor(1.2500)
+    """
+    squares = _scaled(s).square()
+    return _ratio(squares.sum(-1), squares.amax(-1) if s.shape[-1] else squares.sum(-1))
+
+
+def entanglement_entropy(s: Tensor) -> Tensor:
+    """``-sum p log p`` with ``p = s^2 / sum s^2``, in nats: the von Neumann entropy of one half of
+    a pure state whose Schmidt coefficients are ``s``. 0 where all singular values are.
+
+    Example:
+        >>> entanglement_entropy(torch.ones(8)) / math.log(2)  # in bits
+        tensor(3.)
+    """
+    return _entropy(_shares(_scaled(s).square()))
+
+
+def nuclear_norm(s: Tensor) -> Tensor:
+    """``sum s``: the Schatten norm with ``p = 1``."""
+    return s.sum(-1)
+
+
+def schatten_norm(s: Tensor, p: float) -> Tensor:
+    """``(sum s^p)^(1/p)``; ``p = 1`` is the nuclear norm, 2 Frobenius, ``math.inf`` spectral.
+
+    Args:
+        s: ``[..., K]``.
+        p: positive; below 1 a quasi-norm, whose derivative grows without bound as a singular value
+            goes to 0 (at 0 it is taken for 0).
+
+    Raises:
+        ValueError: ``p`` is not positive.
+
+    Example:
+        >>> schatten_norm(torch.tensor([3.0, 4.0]), 2)
+        tensor(5.)
+    """
+    if not p > 0:
+        raise ValueError(f"schatten_norm: p must be positive, got {p}")
+    if s.shape[-1] == 0:
+        return s.sum(-1)
+    if math.isinf(p):
+        return s.amax(-1)
+    # Where s is 0 the derivative of s^p is not finite for p < 1.
+    positive = s > 0
+    scale = _largest(s)
+    powers = torch.where(positive, s / scale, torch.ones_like(s)) ** p
+    total = torch.where(positive, powers, torch.zeros_like(s)).sum(-1)
+    some = total > 0
+    root = torch.where(some, total, torch.ones_like(total)) ** (1 / p)
+    return torch.where(some, root * scale.squeeze(-1), torch.zeros_like(total))
+
+
+def _largest(s: Tensor) -> Tensor:
+    """The largest of each row as a constant, 1 where it is 0."""
+    top = s.detach().amax(-1, keepdim=True)
+    return torch.where(top > 0, top, torch.ones_like(top))
+
+
+def _scaled(s: Tensor) -> Tensor:
+    """The same up to a constant factor of each row, squares and fourth powers in range."""
+    return s / _largest(s) if s.shape[-1] else s
+
+
+def _any(s: Tensor) -> Tensor:
+    return (s.detach() > 0).any(-1)
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    some = denominator.detach() > 0
+    safe = torch.where(some, denominator, torch.ones_like(denominator))
+    return torch.where(some, numerator / safe, torch.zeros_like(numerator))
+
+
+def _shares(s: Tensor) -> Tensor:
+    s = _scaled(s)
+    total = s.sum(-1, keepdim=True)
+    return s / torch.where(total.detach() > 0, total, torch.ones_like(total))
+
+
+def _entropy(p: Tensor) -> Tensor:
+    # entr(0) = 0 too, but with an infinite derivative.
+    positive = p.detach() > 0
+    safe = torch.where(positive, p, torch.ones_like(p))
+    return -torch.where(positive, p * safe.log(), torch.zeros_like(p)).sum(-1)
