@@ -3,6 +3,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "cpu/orthogonal.h"
+
 namespace htf {
 namespace {
 
@@ -51,6 +53,14 @@ const Kernels<float>& kernels<float>() {
 template <>
 const Kernels<double>& kernels<double>() {
   return choose<double>();
+}
+
+const Orthogonal& orthogonal() {
+#if defined(__x86_64__)
+  if (level() >= 2) return orthogonal_avx512();
+  if (level() == 1) return orthogonal_avx2();
+#endif
+  return orthogonal_generic();
 }
 
 const PairKernels* pair_kernels() {

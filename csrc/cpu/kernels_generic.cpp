@@ -1,8 +1,10 @@
 #include "cpu/kernels.h"
+#include "cpu/orthogonal.h"
 
 #define HTF_VECTOR_BYTES 16
 #define HTF_ROWS 4
 #include "cpu/kernels.inl"
+#include "cpu/orthogonal.inl"
 
 namespace htf {
 
@@ -15,6 +17,11 @@ template <>
 const Kernels<double>& kernels_generic<double>() {
   static const Kernels<double> k = table<double>("generic");
   return k;
+}
+
+const Orthogonal& orthogonal_generic() {
+  static const Orthogonal o = orthogonal_table();
+  return o;
 }
 
 }  // namespace htf

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <mutex>
 #include <new>
+#include <stdexcept>
 #include <vector>
 
 #if defined(__linux__)
@@ -82,7 +83,17 @@ void* handed_out(Header* header) {
 
 std::size_t element_size(torch::headeronly::ScalarType dtype) {
   using torch::headeronly::ScalarType;
-  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::BFloat16 ? 2 : 4;
+  switch (dtype) {
+    case ScalarType::Double:
+    case ScalarType::Long:
+      return 8;
+    case ScalarType::Float:
+      return 4;
+    case ScalarType::BFloat16:
+      return 2;
+    default:
+      throw std::logic_error("new_tensor: no such element type is used here");
+  }
 }
 
 }  // namespace

@@ -1,0 +1,198 @@
+// Small matrices of the spectra: scaled weights, Khatri-Rao products and what they shrink to.
+#pragma once
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/orthogonal.h"
+#include "cpu/support.h"
+
+namespace htf {
+
+// 2^x as two factors, since x may be twice what one number holds.
+struct PowerOfTwo {
+  double half, rest;
+  explicit PowerOfTwo(int64_t x) {
+    x = std::min<int64_t>(std::max<int64_t>(x, -2200), 2000);
+    half = std::ldexp(1.0, static_cast<int>(x / 2));
+    rest = std::ldexp(1.0, static_cast<int>(x - x / 2));
+  }
+  double operator()(double v) const { return v * half * rest; }
+};
+
+// The k with 2^(k-1) <= v < 2^k; a number far below all others for 0.
+constexpr int64_t kNothing = std::numeric_limits<int64_t>::min() / 4;
+inline int64_t exponent_of(double v) {
+  if (!(v > 0)) return kNothing;
+  int k = 0;
+  std::frexp(v, &k);
+  return k;
+}
+
+// A factor: rows of `cols` numbers, padded. Triangular: rows == cols and zero below the diagonal.
+struct Factor {
+  const double* data = nullptr;
+  int64_t rows = 0;
+  bool triangular = false;
+  const double* gram = nullptr;  // [cols x ld], where Gram matrices are used
+};
+
+// What one thread works with; sizes in elements, ld the widest padded row of the tree.
+class Workshop {
+ public:
+  static constexpr int64_t kBlock = 64;  // rows taken into a triangular factor at a time
+
+  static int64_t size(int64_t ld) {
+    return ld * ld + kBlock * ld + Orthogonal::absorb_work(ld) + ld * ld +
+           Orthogonal::cholesky_work(ld);
+  }
+  Workshop(double* memory, int64_t ld)
+      : k_(kernels<double>()),
+        o_(orthogonal()),
+        t_(memory),
+        block_(t_ + ld * ld),
+        work_(block_ + kBlock * ld),
+        gram_(work_ + Orthogonal::absorb_work(ld)),
+        cholesky_(gram_ + ld * ld) {}
+
+  const Kernels<double>& kernel() const { return k_; }
+
+  // out[n x ld] = a triangular factor of x[rows x ld], rows >= n.
+  void triangle(int64_t rows, int64_t n, const double* x, double* out) {
+    const int64_t ld = padded<double>(n);
+    std::fill_n(t_, ld * ld, 0.0);
+    for (int64_t i = 0; i < rows; i += kBlock) {
+      const int64_t m = std::min(kBlock, rows - i);
+      std::copy_n(x + i * ld, m * ld, block_);
+      o_.absorb(m, ld, 0, t_, ld, block_, ld, work_);
+    }
+    std::copy_n(t_, n * ld, out);
+  }
+
+  // out = the Khatri-Rao product of x and y, of n columns, where that has at most n rows; else n
+  // rows with the same Gram matrix. Returns whether it was shrunk.
+  bool khatri_rao(int64_t n, const Factor& x, const Factor& y, bool gram, double* out) {
+    const int64_t ld = padded<double>(n);
+    if (x.rows * y.rows <= n) {
+      for (int64_t i = 0; i < x.rows; ++i)
+        k_.product(y.rows, ld, x.data + i * ld, 0, y.data, ld, out + i * y.rows * ld, ld,
+                   Store::assign);
+    } else if (gram) {
+      k_.product(n, ld, x.gram, ld, y.gram, ld, gram_, ld, Store::assign);
+      o_.cholesky(n, gram_, ld, out, ld, cholesky_);
+    } else {
+      shrink(n, ld, x, y);
+      std::copy_n(t_, n * ld, out);
+    }
+    return x.rows * y.rows > n;
+  }
+
+  void gram_of(int64_t n, const double* x, int64_t rows, double* out) {
+    const int64_t ld = padded<double>(n);
+    k_.gemm(n, ld, rows, x, 1, ld, x, ld, out, ld, Store::assign);
+  }
+
+ private:
+  // The rows (i, j) of the product begin with the later of both rows' first columns. Taken from the
+  // back, by strips of first columns, none touches columns that are zero in it.
+  void shrink(int64_t n, int64_t ld, const Factor& x, const Factor& y) {
+    std::fill_n(t_, ld * ld, 0.0);
+    for (int64_t first = (n - 1) / Orthogonal::kStrip * Orthogonal::kStrip; first >= 0;
+         first -= Orthogonal::kStrip) {
+      const int64_t x0 = begun(x, first), x1 = begun(x, first + Orthogonal::kStrip);
+      const int64_t y0 = begun(y, first), y1 = begun(y, first + Orthogonal::kStrip);
+      int64_t held = 0;
+      for (int64_t i = 0; i < x1; ++i)
+        for (int64_t j = i < x0 ? y0 : 0; j < y1;) {
+          const int64_t m = std::min(kBlock - held, y1 - j);
+          k_.product(m, ld - first, x.data + i * ld + first, 0, y.data + j * ld + first, ld,
+                     block_ + held * ld + first, ld, Store::assign);
+          held += m;
+          j += m;
+          if (held == kBlock) {
+            o_.absorb(held, ld, first, t_, ld, block_, ld, work_);
+            held = 0;
+          }
+        }
+      o_.absorb(held, ld, first, t_, ld, block_, ld, work_);
+    }
+  }
+
+  // Rows that begin before a column.
+  static int64_t begun(const Factor& f, int64_t column) {
+    return f.triangular ? std::min(f.rows, column) : column > 0 ? f.rows : 0;
+  }
+
+  const Kernels<double>& k_;
+  const Orthogonal& o_;
+  double *t_, *block_, *work_, *gram_, *cholesky_;
+};
+
+// Largest magnitude of each column.
+inline void column_maxima(int64_t rows, int64_t cols, const double* x, int64_t ld, double* out) {
+  std::fill_n(out, cols, 0.0);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < cols; ++j) out[j] = std::max(out[j], std::abs(x[i * ld + j]));
+}
+
+inline void scale_columns(int64_t rows, int64_t cols, double* x, int64_t ld, const int64_t* by) {
+  std::vector<double> half(cols), rest(cols);
+  for (int64_t j = 0; j < cols; ++j) {
+    const PowerOfTwo p(by[j]);
+    half[j] = p.half, rest[j] = p.rest;
+  }
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < cols; ++j) x[i * ld + j] = x[i * ld + j] * half[j] * rest[j];
+}
+
+// out[rows x ld] = 2^row_exponents W 2^-column_exponents for a weight's [rows x cols]; returns the
+// exponents of the columns in `exponents`, such that no entry is much above 1 and no column is lost
+// to underflow.
+template <class S>
+void scaled_weight(int64_t rows, int64_t cols, const S* w, const int64_t* row_exponents,
+                   double* out, int64_t ld, int64_t* exponents) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < cols; ++j)
+      out[i * ld + j] = w == nullptr ? 1.0 : static_cast<double>(w[i * cols + j]);
+    for (int64_t j = cols; j < ld; ++j) out[i * ld + j] = 0;
+  }
+  std::vector<double> before(cols), after(cols);
+  column_maxima(rows, cols, out, ld, before.data());
+  int64_t most = kNothing;
+  for (int64_t i = 0; i < rows; ++i) {
+    double largest = 0;
+    for (int64_t j = 0; j < cols; ++j) largest = std::max(largest, std::abs(out[i * ld + j]));
+    if (largest > 0)
+      most = std::max(most, exponent_of(largest) + (row_exponents ? row_exponents[i] : 0));
+  }
+  if (most == kNothing) most = 0;
+  std::fill_n(exponents, cols, most);
+  const auto shifted = [&](int64_t i, int64_t by) {
+    return (row_exponents != nullptr ? row_exponents[i] : 0) - by;
+  };
+  for (int64_t i = 0; i < rows; ++i) {
+    const PowerOfTwo p(shifted(i, most));
+    for (int64_t j = 0; j < cols; ++j) out[i * ld + j] = p(out[i * ld + j]);
+  }
+  column_maxima(rows, cols, out, ld, after.data());
+  for (int64_t j = 0; j < cols; ++j) {
+    // 2^-300: far from where sums would lose digits, and no factor of an ordinary model.
+    if (after[j] > 4.9e-91 || before[j] == 0) continue;
+    int64_t own = kNothing;
+    const auto entry = [&](int64_t i) {
+      return w == nullptr ? 1.0 : static_cast<double>(w[i * cols + j]);
+    };
+    for (int64_t i = 0; i < rows; ++i)
+      if (entry(i) != 0) own = std::max(own, exponent_of(std::abs(entry(i))) + shifted(i, 0));
+    exponents[j] = own;
+    for (int64_t i = 0; i < rows; ++i) {
+      int k = 0;
+      const double mantissa = std::frexp(entry(i), &k);
+      out[i * ld + j] = PowerOfTwo(k + shifted(i, own))(mantissa);
+    }
+  }
+}
+
+}  // namespace htf

@@ -1,0 +1,332 @@
+#include "spectra/factors.h"
+#include "spectra/spectra.h"
+
+namespace htf {
+namespace {
+
+// A node, or the product of two children of one that has many: two operands at most. Elements of
+// buffers are offsets.
+struct Place {
+  int64_t step = -1;  // -1: such a product; its weight is a diagonal of powers of two
+  int64_t left = -1, right = -1, parent = -1;
+  int64_t in = 0, out = 0, ld_in = 0, ld = 0;    // columns of the product and of the frame
+  int64_t product_rows = 0, rows = 0;            // of the product, of the frame
+  int64_t environment_rows = 0, above_rows = 0;  // of E, of A = E W^T
+  int64_t height = 0, depth = 0;
+  int64_t frame = 0, weight = -1, environment = -1, above = -1, exponents = 0;
+  int64_t frame_gram = -1, above_gram = -1;
+  bool wanted = false;  // environment asked for, here or below
+  bool environment_triangular = false, triangular = false, above_triangular = false;
+  int64_t scale = 0, above_scale = 0;  // powers of two of E and A
+
+  bool is_leaf() const { return left < 0; }
+};
+
+int64_t at_most(int64_t rows, int64_t n) { return std::min(rows, n); }
+
+template <class S>
+class Spectra {
+ public:
+  Spectra(const Program& program, const std::vector<Tensor>& weights,
+          const std::vector<char>& wanted, bool gram)
+      : p_(program), gram_(gram) {
+    for (const Tensor& w : weights) source_.push_back(in_one_piece(w));
+    make_places(wanted);
+    set_shapes();
+  }
+
+  std::vector<Tensor> run(const Tensor& like) {
+    const Tensor frames = new_tensor(like, {frame_size_}, ScalarType::Double);
+    const Tensor environments = new_tensor(like, {environment_size_}, ScalarType::Double);
+    frames_ = static_cast<double*>(frames.data_ptr());
+    environments_ = static_cast<double*>(environments.data_ptr());
+    inner_ = Buffer<double>(inner_size_);
+    const Tensor exponents = new_tensor(like, {exponent_size_}, ScalarType::Long);
+    exponent_ = static_cast<int64_t*>(exponents.data_ptr());
+    wave(by_height_, [&](int64_t v, Workshop& shop, double* scratch) { up(v, shop, scratch); });
+    wave(by_depth_, [&](int64_t v, Workshop& shop, double* scratch) { down(v, shop, scratch); });
+
+    const Tensor table = new_tensor(like, {p_.steps, kFactorFields}, ScalarType::Long);
+    FactorRow* row = static_cast<FactorRow*>(table.data_ptr());
+    for (const Place& v : place_)
+      if (v.step >= 0)
+        row[p_.step[v.step].node] = {v.frame,
+                                     v.rows,
+                                     v.wanted ? v.environment : 0,
+                                     v.wanted ? v.environment_rows : 0,
+                                     v.out,
+                                     v.ld,
+                                     v.exponents,
+                                     v.scale};
+    return {frames, environments, table, exponents};
+  }
+
+ private:
+  void make_places(const std::vector<char>& wanted) {
+    std::vector<std::vector<int64_t>> children(p_.steps);
+    for (int64_t s = 0; s < p_.steps; ++s) {
+      const Step& st = p_.step[s];
+      std::vector<int64_t>& ops = children[s];
+      // Many children: neighbours first, so that a node of C children is log2(C) deep.
+      while (ops.size() > 2) {
+        std::vector<int64_t> halved;
+        for (std::size_t i = 0; i + 1 < ops.size(); i += 2)
+          halved.push_back(add(-1, st.rows, st.rows, ops[i], ops[i + 1]));
+        if (ops.size() % 2 == 1) halved.push_back(ops.back());
+        ops = halved;
+      }
+      const int64_t v =
+          add(s, st.rows, st.cols, !ops.empty() ? ops[0] : -1, ops.size() > 1 ? ops[1] : -1);
+      place_[v].wanted = wanted[st.node] != 0;
+      if (st.parent >= 0) children[st.parent].push_back(v);
+    }
+  }
+
+  int64_t add(int64_t step, int64_t in, int64_t out, int64_t left, int64_t right) {
+    Place v;
+    v.step = step, v.in = in, v.out = out, v.left = left, v.right = right;
+    v.ld_in = padded<double>(in), v.ld = padded<double>(out);
+    const int64_t index = static_cast<int64_t>(place_.size());
+    for (const int64_t c : {left, right})
+      if (c >= 0) {
+        place_[c].parent = index;
+        v.height = std::max(v.height, place_[c].height + 1);
+      }
+    place_.push_back(v);
+    return index;
+  }
+
+  // Frames are triangular where they have as many rows as columns: that is what the structured
+  // product of two of them lives by.
+  bool triangulates(int64_t rows, int64_t n) const { return gram_ ? rows > n : rows >= n; }
+
+  void set_shapes() {
+    const int64_t count = static_cast<int64_t>(place_.size());
+    for (Place& v : place_) {
+      v.product_rows = v.is_leaf()   ? v.in
+                       : v.right < 0 ? place_[v.left].rows
+                                     : at_most(place_[v.left].rows * place_[v.right].rows, v.in);
+      v.rows = at_most(v.product_rows, v.out);
+      const bool shrunk = v.right >= 0 && place_[v.left].rows * place_[v.right].rows > v.in;
+      v.triangular = v.step < 0 ? shrunk && !gram_ : triangulates(v.product_rows, v.out);
+      if (shrunk) needs_gram(v.left), needs_gram(v.right);
+      v.frame = take(frame_size_, v.rows * v.ld);
+      v.exponents = take(exponent_size_, v.out);
+      if (!v.is_leaf()) v.weight = take(inner_size_, (v.step < 0 ? 1 : v.in) * v.ld);
+      widest_ = std::max({widest_, v.ld, v.ld_in});
+      const int64_t product = v.is_leaf() ? v.in * v.ld : v.product_rows * (v.ld_in + v.ld);
+      scratch_ = std::max(scratch_, product);
+    }
+    for (Place& v : place_)
+      if (v.wanted && v.parent >= 0) place_[v.parent].wanted = true;
+    for (int64_t i = count - 1; i >= 0; --i) {
+      Place& v = place_[i];
+      if (!v.wanted) continue;
+      if (v.parent < 0) {
+        v.environment_rows = v.out;
+        v.environment_triangular = true;
+      } else {
+        const Place& up = place_[v.parent];
+        v.depth = up.depth + 1;
+        const int64_t sibling = other(v.parent, i);
+        const int64_t rows = up.above_rows * (sibling < 0 ? 1 : place_[sibling].rows);
+        v.environment_rows = at_most(rows, v.out);
+        v.environment_triangular = sibling < 0 ? up.above_triangular : rows > v.out && !gram_;
+        if (sibling >= 0 && rows > v.out) {
+          needs_gram(sibling);
+          if (gram_ && up.above_gram < 0)
+            place_[v.parent].above_gram = take(inner_size_, v.out * v.ld);
+        }
+      }
+      v.environment = take(environment_size_, v.environment_rows * v.ld);
+      if (v.is_leaf()) continue;
+      v.above_rows = at_most(v.environment_rows, v.in);
+      v.above_triangular =
+          v.step < 0 ? v.environment_triangular : triangulates(v.environment_rows, v.in);
+      v.above = take(inner_size_, v.above_rows * v.ld_in);
+      scratch_ = std::max(scratch_, v.out * v.ld_in + v.environment_rows * v.ld_in);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const Place& v = place_[i];
+      put(by_height_, v.height, i);
+      if (v.wanted) put(by_depth_, v.depth, i);
+    }
+  }
+
+  void needs_gram(int64_t v) {
+    if (gram_ && place_[v].frame_gram < 0)
+      place_[v].frame_gram = take(inner_size_, place_[v].out * place_[v].ld);
+  }
+  int64_t other(int64_t parent, int64_t child) const {
+    return place_[parent].left == child ? place_[parent].right : place_[parent].left;
+  }
+  static int64_t take(int64_t& size, int64_t more) {
+    const int64_t at = size;
+    size += more;
+    return at;
+  }
+  static void put(std::vector<std::vector<int64_t>>& waves, int64_t at, int64_t v) {
+    if (static_cast<int64_t>(waves.size()) <= at) waves.resize(at + 1);
+    waves[at].push_back(v);
+  }
+
+  template <class F>
+  void wave(const std::vector<std::vector<int64_t>>& waves, const F& f) {
+    for (const std::vector<int64_t>& places : waves) {
+      int64_t work = 0;
+      for (const int64_t i : places) {
+        const Place& v = place_[i];
+        work += v.in * v.out * (std::max(v.in, v.out) + 64);
+      }
+      for_each_item<double>(static_cast<int64_t>(places.size()), work,
+                            Workshop::size(widest_) + scratch_, [&](int64_t i, double* memory) {
+                              Workshop shop(memory, widest_);
+                              f(places[i], shop, memory + Workshop::size(widest_));
+                            });
+    }
+  }
+
+  const S* weight(const Place& v) const {
+    const Step& st = p_.step[v.step];
+    if (st.group < 0) return nullptr;
+    return static_cast<const S*>(source_[st.group].const_data_ptr()) + st.slot * v.in * v.out;
+  }
+
+  Factor frame(int64_t v) const {
+    const Place& p = place_[v];
+    return {frames_ + p.frame, p.rows, p.triangular,
+            p.frame_gram < 0 ? nullptr : inner_.get() + p.frame_gram};
+  }
+  Factor above(int64_t v) const {
+    const Place& p = place_[v];
+    return {inner_.get() + p.above, p.above_rows, p.above_triangular,
+            p.above_gram < 0 ? nullptr : inner_.get() + p.above_gram};
+  }
+
+  void up(int64_t index, Workshop& shop, double* scratch) {
+    Place& v = place_[index];
+    double* out = frames_ + v.frame;
+    int64_t* exponents = exponent_ + v.exponents;
+    if (v.is_leaf()) {
+      const bool direct = !v.triangular;
+      double* x = direct ? out : scratch;
+      scaled_weight(v.in, v.out, weight(v), nullptr, x, v.ld, exponents);
+      normalise(v, x, v.in, 0, nullptr, exponents);
+      if (!direct) shop.triangle(v.in, v.out, x, out);
+    } else {
+      std::vector<int64_t> sum(v.in);
+      for (int64_t j = 0; j < v.in; ++j)
+        sum[j] = exponent_[place_[v.left].exponents + j] +
+                 (v.right >= 0 ? exponent_[place_[v.right].exponents + j] : 0);
+      const double* product = frames_ + place_[v.left].frame;
+      double* target = v.step < 0 ? out : scratch;
+      double* w = inner_.get() + v.weight;
+      if (v.right >= 0) {
+        shop.khatri_rao(v.in, frame(v.left), frame(v.right), gram_, target);
+        product = target;
+      }
+      if (v.step < 0) {
+        std::copy(sum.begin(), sum.end(), exponents);
+        std::fill_n(w, v.ld, 1.0);
+        normalise(v, out, v.rows, 1, w, exponents);
+      } else {
+        double* x = v.triangular ? scratch + v.product_rows * v.ld_in : out;
+        scaled_weight(v.in, v.out, weight(v), sum.data(), w, v.ld, exponents);
+        shop.kernel().gemm(v.product_rows, v.ld, v.in, product, v.ld_in, 1, w, v.ld, x, v.ld,
+                           Store::assign);
+        normalise(v, x, v.product_rows, v.in, w, exponents);
+        if (v.triangular) shop.triangle(v.product_rows, v.out, x, out);
+      }
+    }
+    if (v.frame_gram >= 0) shop.gram_of(v.out, out, v.rows, inner_.get() + v.frame_gram);
+  }
+
+  // Brings each column's largest entry to between a half and 1, the weight's columns with it.
+  void normalise(const Place& v, double* x, int64_t rows, int64_t weight_rows, double* w,
+                 int64_t* exponents) {
+    std::vector<double> largest(v.out);
+    std::vector<int64_t> by(v.out);
+    column_maxima(rows, v.out, x, v.ld, largest.data());
+    for (int64_t j = 0; j < v.out; ++j) {
+      const int64_t k = exponent_of(largest[j]);
+      by[j] = k == kNothing ? 0 : -k;
+      exponents[j] -= by[j];
+    }
+    scale_columns(rows, v.out, x, v.ld, by.data());
+    scale_columns(weight_rows, v.out, w, v.ld, by.data());
+  }
+
+  // The environment of a place, and A = E W^T for its children.
+  void down(int64_t index, Workshop& shop, double* scratch) {
+    Place& v = place_[index];
+    double* e = environments_ + v.environment;
+    if (v.parent < 0) {
+      outputs(v, e);
+    } else {
+      const Factor from = above(v.parent);
+      const int64_t sibling = other(v.parent, index);
+      v.scale = place_[v.parent].above_scale;
+      if (sibling < 0)
+        std::copy_n(from.data, from.rows * v.ld, e);
+      else
+        shop.khatri_rao(v.out, from, frame(sibling), gram_, e);
+    }
+    if (v.is_leaf()) return;
+    double* a = inner_.get() + v.above;
+    v.above_scale = v.scale;
+    if (v.step < 0) {
+      shop.kernel().product(v.environment_rows, v.ld, e, v.ld, inner_.get() + v.weight, 0, a, v.ld,
+                            Store::assign);
+      v.above_scale += normalise_all(a, v.environment_rows * v.ld);
+    } else {
+      double* transposed = scratch;
+      double* x = v.above_triangular ? scratch + v.out * v.ld_in : a;
+      shop.kernel().transpose(v.in, v.out, inner_.get() + v.weight, v.ld, transposed, v.ld_in);
+      shop.kernel().gemm(v.environment_rows, v.ld_in, v.out, e, v.ld, 1, transposed, v.ld_in, x,
+                         v.ld_in, Store::assign);
+      v.above_scale += normalise_all(x, v.environment_rows * v.ld_in);
+      if (v.above_triangular) shop.triangle(v.environment_rows, v.in, x, a);
+    }
+    if (v.above_gram >= 0) shop.gram_of(v.in, a, v.above_rows, inner_.get() + v.above_gram);
+  }
+
+  // The outputs are one more mode: their environment is the identity, in the frames' scale.
+  void outputs(Place& v, double* e) {
+    const int64_t* k = exponent_ + v.exponents;
+    v.scale = *std::max_element(k, k + v.out);
+    std::fill_n(e, v.out * v.ld, 0.0);
+    for (int64_t j = 0; j < v.out; ++j) e[j * v.ld + j] = PowerOfTwo(k[j] - v.scale)(1.0);
+  }
+
+  static int64_t normalise_all(double* x, int64_t size) {
+    double largest = 0;
+    for (int64_t i = 0; i < size; ++i) largest = std::max(largest, std::abs(x[i]));
+    const int64_t k = exponent_of(largest);
+    if (k == kNothing) return 0;
+    const PowerOfTwo p(-k);
+    for (int64_t i = 0; i < size; ++i) x[i] = p(x[i]);
+    return k;
+  }
+
+  const Program& p_;
+  const bool gram_;
+  std::vector<Tensor> source_;
+  std::vector<Place> place_;  // children before parents
+  std::vector<std::vector<int64_t>> by_height_, by_depth_;
+  int64_t frame_size_ = 0, environment_size_ = 0, inner_size_ = 0, exponent_size_ = 0;
+  int64_t widest_ = 0, scratch_ = 0;
+  double *frames_ = nullptr, *environments_ = nullptr;
+  int64_t* exponent_ = nullptr;
+  Buffer<double> inner_;
+};
+
+}  // namespace
+
+std::vector<Tensor> spectral_factors_cpu(const Program& program, const std::vector<Tensor>& weights,
+                                         const std::vector<char>& wanted, bool gram) {
+  return with_dtype(weights[0].scalar_type(), "spectral_factors", [&](auto type) {
+    return Spectra<decltype(type)>(program, weights, wanted, gram).run(weights[0]);
+  });
+}
+
+}  // namespace htf

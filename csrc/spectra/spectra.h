@@ -1,0 +1,54 @@
+// spectra: singular values of the matricizations at a tree's nodes, from its factors.
+//
+// The matricization at node v (rows: its modes; columns: all other modes and the outputs) is
+// M_v = U_v E_v^T, with the node's frame U_v (its message for every index tuple) and its
+// environment E_v. Both are kept as factors of at most R_out rows with the same Gram matrix, so
+// that M_v has the singular values of a small matrix:
+//
+//   leaf:                 F_v = R(W_v)                              R(X): X, or where it has more
+//   rows interior node:        F_v = R(R(KhatriRao(F_c)) W_v)            than columns a factor with
+//   R^T R = root:                 E_v = identity of the outputs             X^T X child c of v: E_c
+//   = R(KhatriRao(E_v W_v^T, F_siblings)) sigma(M_v) = sigma(F_v E_v^T)
+//
+// R is the triangular factor of a QR decomposition, or with `gram` the Cholesky factor of the
+// Hadamard product of Gram matrices, at O(R^3) instead of O(R^4) and half of the digits. Two
+// triangular factors' Khatri-Rao product has its rows sorted by their first column, which saves
+// five sixths of the work of a dense one. A node of many children takes them two at a time.
+//
+// Scale: a frame's columns are divided by powers of two, 2^k each, that the node's weights take up
+// (the tree with weights 2^k_in W 2^-k_out is the same tensor), environments by one power each; so
+// numbers stay near 1 whatever the weights' size and the tree's depth.
+//
+//   spectral_factors
+//     weights  one [F, R_in, R_out] per group                      float32, float64 or bfloat16
+//     program  the tree, see cpu/program.h
+//     wanted   nodes (indices of tree.nodes) whose environments are asked for
+//     gram     0 or 1
+//     result   frames and environments, float64, all nodes' one after the other, rows padded to
+//              eight columns; int64 table [nodes, 8] in the order of tree.nodes, see FactorRow;
+//              int64 exponents k of the frames' columns
+//   factor_values
+//     frames, environments, table as above
+//     wanted   nodes
+//     result   float64: of each wanted node min(rows) singular values, descending, between 0 and
+//              about 1; int64 [wanted]: the powers of two that belong to them
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/program.h"
+
+namespace htf {
+
+// Elements of the flat results; environment_rows is 0 where it was not asked for.
+struct FactorRow {
+  int64_t frame, frame_rows, environment, environment_rows, cols, ld, exponents, scale;
+};
+constexpr int64_t kFactorFields = 8;
+static_assert(sizeof(FactorRow) == kFactorFields * sizeof(int64_t));
+
+std::vector<Tensor> spectral_factors_cpu(const Program& program, const std::vector<Tensor>& weights,
+                                         const std::vector<char>& wanted, bool gram);
+std::vector<Tensor> factor_values_cpu(const Tensor& frames, const Tensor& environments,
+                                      const std::vector<FactorRow>& wanted);
+
+}  // namespace htf

@@ -1,0 +1,132 @@
+#include <numeric>
+
+#include "spectra/factors.h"
+#include "spectra/spectra.h"
+
+namespace htf {
+namespace {
+
+// One node's matrix F E^T, and the bidiagonal one with its singular values.
+struct Matrix {
+  FactorRow from;
+  int64_t size = 0, at = 0;  // of the values
+  int64_t exponent = 0;
+  bool longer = false;  // whether F has more rows than E
+};
+
+class Values {
+ public:
+  Values(const double* frames, const double* environments, const std::vector<FactorRow>& wanted)
+      : frames_(frames), environments_(environments), k_(kernels<double>()), o_(orthogonal()) {
+    for (const FactorRow& r : wanted) {
+      Matrix m;
+      m.from = r;
+      m.size = std::min(r.frame_rows, r.environment_rows);
+      m.longer = r.frame_rows > r.environment_rows;
+      m.at = total_;
+      total_ += m.size;
+      const int64_t most = padded<double>(std::max(r.frame_rows, r.environment_rows));
+      widest_ = std::max({widest_, most, r.ld});
+      work_ += m.size * m.size * (m.size + r.ld + 64);
+      matrix_.push_back(m);
+    }
+  }
+
+  int64_t total() const { return total_; }
+
+  void run(double* values, int64_t* exponents) {
+    const int64_t count = static_cast<int64_t>(matrix_.size()), L = Orthogonal::kLanes;
+    const Buffer<double> entries(2 * total_);
+    diagonal_ = entries.get(), side_ = diagonal_ + total_;
+    const int64_t scratch = Workshop::size(widest_) + 2 * widest_ * widest_;
+    for_each_item<double>(count, work_, scratch, [&](int64_t i, double* memory) {
+      reduce(matrix_[i], memory, memory + Workshop::size(widest_));
+      exponents[i] = matrix_[i].exponent;
+    });
+    // Matrices of like size share their sweeps.
+    std::vector<int64_t> order(count);
+    std::iota(order.begin(), order.end(), 0);
+    std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+      return matrix_[a].size != matrix_[b].size ? matrix_[a].size < matrix_[b].size : a < b;
+    });
+    const int64_t groups = (count + L - 1) / L;
+    std::atomic<bool> converged{true};
+    for_each_item<double>(groups, work_, 2 * L * widest_, [&](int64_t g, double* memory) {
+      const int64_t some = std::min(L, count - g * L);
+      if (!diagonalise(order.data() + g * L, some, values, memory)) converged = false;
+    });
+    check(converged, "factor_values: the singular values did not converge; a weight may be ",
+          "infinite or not a number");
+  }
+
+ private:
+  // The smaller side's rows first, brought to a square triangle, to a bidiagonal.
+  void reduce(Matrix& m, double* memory, double* scratch) {
+    const FactorRow& r = m.from;
+    const double *longer = frames_ + r.frame, *shorter = environments_ + r.environment;
+    int64_t rows = r.frame_rows;
+    if (!m.longer) std::swap(longer, shorter), rows = r.environment_rows;
+    const int64_t n = m.size, ld = padded<double>(n);
+    Workshop shop(memory, widest_);
+    double *transposed = scratch, *x = scratch + widest_ * widest_;
+    k_.transpose(n, r.cols, shorter, r.ld, transposed, ld);
+    k_.gemm(rows, ld, r.cols, longer, r.ld, 1, transposed, ld, x, ld, Store::assign);
+    double largest = 0;
+    for (int64_t i = 0; i < rows * ld; ++i) largest = std::max(largest, std::abs(x[i]));
+    const int64_t k = exponent_of(largest);
+    m.exponent = r.scale + (k == kNothing ? 0 : k);
+    const PowerOfTwo p(k == kNothing ? 0 : -k);
+    for (int64_t i = 0; i < rows * ld; ++i) x[i] = p(x[i]);
+    if (rows > n) {
+      shop.triangle(rows, n, x, transposed);
+      std::swap(x, transposed);
+    }
+    side_[m.at + n - 1] = 0;
+    o_.bidiagonal(n, x, ld, diagonal_ + m.at, side_ + m.at, memory);
+  }
+
+  bool diagonalise(const int64_t* which, int64_t count, double* values, double* memory) {
+    constexpr int64_t L = Orthogonal::kLanes;
+    int64_t n = 0;
+    for (int64_t l = 0; l < count; ++l) n = std::max(n, matrix_[which[l]].size);
+    double *d = memory, *e = memory + n * L;
+    std::fill_n(memory, 2 * n * L, 0.0);
+    for (int64_t l = 0; l < count; ++l) {
+      const Matrix& m = matrix_[which[l]];
+      for (int64_t i = 0; i < m.size; ++i) {
+        d[i * L + l] = diagonal_[m.at + i];
+        e[i * L + l] = side_[m.at + i];
+      }
+    }
+    const bool converged = o_.bidiagonal_values(n, d, e);
+    for (int64_t l = 0; l < count; ++l) {
+      const Matrix& m = matrix_[which[l]];
+      double* out = values + m.at;
+      for (int64_t i = 0; i < m.size; ++i) out[i] = std::abs(d[i * L + l]);
+      std::sort(out, out + m.size, std::greater<double>());
+    }
+    return converged;
+  }
+
+  const double *frames_, *environments_;
+  const Kernels<double>& k_;
+  const Orthogonal& o_;
+  std::vector<Matrix> matrix_;
+  int64_t total_ = 0, widest_ = 8, work_ = 0;
+  double *diagonal_ = nullptr, *side_ = nullptr;
+};
+
+}  // namespace
+
+std::vector<Tensor> factor_values_cpu(const Tensor& frames, const Tensor& environments,
+                                      const std::vector<FactorRow>& wanted) {
+  Values all(static_cast<const double*>(frames.const_data_ptr()),
+             static_cast<const double*>(environments.const_data_ptr()), wanted);
+  const Tensor values = new_tensor(frames, {all.total()}, ScalarType::Double);
+  const Tensor exponents =
+      new_tensor(frames, {static_cast<int64_t>(wanted.size())}, ScalarType::Long);
+  all.run(static_cast<double*>(values.data_ptr()), static_cast<int64_t*>(exponents.data_ptr()));
+  return {values, exponents};
+}
+
+}  // namespace htf
