@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from htfkernels import functional, spectra
+from htfkernels import functional, mode_sets, spectra
 from htfkernels.index_plan import IndexPlan, index_plan
 from htfkernels.layout import Layout, Ranks, RootKind
 from htfkernels.tree import ModeTree, Node
@@ -162,17 +162,77 @@ class HTF(nn.Module):
 
     def matricization_spectra(
         self, nodes: Iterable[Node] | None = None, method: str = "auto"
-    ) -> dict[Node, Tensor]:
+    ) -> spectra.Spectra:
         """Singular values of the matricizations at nodes, see
         :func:`htfkernels.spectra.matricization_spectra`."""
-        weights = {node: self.node_weight(node) for node in self.tree.nodes}
-        return spectra.matricization_spectra(self.tree, weights, nodes, method)
+        return spectra.run_spectra(self.layout, self._folded(), nodes, method)
+
+    def hierarchical_rank(self, rtol: float | None = None, method: str = "auto") -> tuple[int, ...]:
+        """The numerical ranks of the matricizations at all nodes, in the order of ``tree.nodes``
+        (leaves first, the root last): the hierarchical tensor rank (Hackbusch & Kühn, 2009).
+
+        Args:
+            rtol: counts singular values above this fraction of the node's largest; by default the
+                larger of ``K eps`` and the method's accuracy.
+            method: as in :meth:`matricization_spectra`.
+
+        Example:
+            >>> HTF(ModeTree.balanced(4), mode_dims=8, ranks=[3, 2]).hierarchical_rank()
+            (3, 3, 3, 3, 2, 2, 1)
+        """
+        found = self.matricization_spectra(self.tree.nodes, method).numerical_ranks(rtol)
+        return tuple(found[node] for node in self.tree.nodes)
+
+    def principal_frames(
+        self, nodes: Iterable[Node] | None = None, method: str = "auto"
+    ) -> dict[Node, spectra.PrincipalFrame]:
+        """Singular vectors of the matricizations at nodes, in factored form.
+
+        With the node's message ``U_v`` for every index tuple of its modes (frame) and its
+        environment ``E_v``, ``M_v = U_v E_v^T = (U_v left) diag(values) (E_v right)^T``, and the
+        columns of ``U_v left`` and of ``E_v right`` are orthonormal (those of a small singular
+        value ``sigma`` to ``1e-16 sigma_1 / sigma``). Not differentiable.
+
+        Args:
+            nodes: by default all but the root.
+            method: as in :meth:`matricization_spectra`.
+
+        Returns:
+            ``{node: (values [K], left [R, K], right [R, K])}``.
+        """
+        return spectra.run_principal_frames(self.layout, self._folded(), nodes, method)
+
+    def renyi2_ranks(self, nodes: Iterable[Node] | None = None) -> dict[Node, Tensor]:
+        """``(sum sigma^2)^2 / sum sigma^4`` of the matricizations at nodes, without any
+        decomposition.
+
+        With Gram matrices of frame and environment, ``tr(G H)^2 / tr(G H G H)``: products of
+        matrices, as cheap as an evaluation, and differentiable any number of times; a rank to
+        regularize in every step. Computed in the weights' dtype (float32 for shorter ones); 0 for a
+        zero tensor. See :func:`htfkernels.renyi2_rank`.
+
+        Args:
+            nodes: by default all but the root.
+
+        Example:
+            >>> ranks = HTF(ModeTree.balanced(4), mode_dims=8, ranks=[3, 2]).renyi2_ranks()
+            >>> sum(ranks.values()).backward()
+        """
+        return spectra.run_trace_ranks(self.layout, self._folded(), nodes, "renyi2")
+
+    def stable_ranks(self, nodes: Iterable[Node] | None = None) -> dict[Node, Tensor]:
+        """``sum sigma^2 / sigma_1^2`` of the matricizations at nodes, without any decomposition.
+
+        Like :meth:`renyi2_ranks`; the largest eigenvalue of ``G H`` comes from squaring that
+        product again and again. Differentiable once. See :func:`htfkernels.stable_rank`.
+        """
+        return spectra.run_trace_ranks(self.layout, self._folded(), nodes, "stable")
 
     def matricization_spectrum(self, modes: Iterable[int]) -> Tensor:
         """Singular values of the matricization with any set of modes as rows, see
-        :func:`htfkernels.spectra.matricization_spectrum`."""
+        :func:`htfkernels.mode_sets.matricization_spectrum`."""
         weights = {node: self.node_weight(node) for node in self.tree.nodes}
-        return spectra.matricization_spectrum(self.tree, weights, modes)
+        return mode_sets.matricization_spectrum(self.tree, weights, modes)
 
     def extra_repr(self) -> str:
         layout = self.layout

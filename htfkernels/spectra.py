@@ -1,183 +1,322 @@
 """Singular values of every matricization of a tree, from its factors, without the tensor.
 
-The matricization at a node ``v`` (rows: the modes of ``v``; columns: all others) is ``M_v = U_v
-E_v^T`` with the node's frame ``U_v`` (its message for every index tuple) and its environment
-``E_v``.
+The matricization at a node ``v`` (rows: the modes of ``v``; columns: all others, and the outputs)
+is ``M_v = U_v E_v^T`` with the node's frame ``U_v`` (its message for every index tuple) and its
+environment ``E_v``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from functools import reduce
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
+from htfkernels import grams
+from htfkernels.functional import Weights, fold
+from htfkernels.layout import Layout
+from htfkernels.ops.spectra import Factors, factors_of, singular_values
+from htfkernels.plan import Plan, plan_for
+from htfkernels.ranks import numerical_rank
 from htfkernels.tree import ModeTree, Node
 
-__all__ = ["matricization_spectra", "matricization_spectrum"]
+__all__ = ["PrincipalFrame", "Spectra", "matricization_spectra"]
+
+# How far a singular value may be off, relative to the node's largest (tests/test_spectra.py).
+ACCURACY = {"qr": 1e-13, "gram": 1e-7}
+
+
+class Spectra(dict[Node, Tensor]):
+    """Singular values of matricizations: ``{node: [K], descending}``, in the weights' dtype.
+
+    The values of a deep tree may be outside of that dtype's range, and are then 0 or infinite;
+    ``relative`` has them in range.
+
+    Attributes:
+        method: ``"qr"`` or ``"gram"``, the one that was taken.
+        accuracy: what the method guarantees, relative to each node's largest singular value.
+        relative: ``{node: [K]}``, the values divided by ``2 ** log2_scale``, the largest between a
+            half and 1 up to rounding.
+        log2_scale: ``{node: int}``.
+    """
+
+    method: str
+    accuracy: float
+    relative: dict[Node, Tensor]
+    log2_scale: dict[Node, int]
+
+    def numerical_ranks(self, rtol: float | None = None) -> dict[Node, int]:
+        """Numbers of singular values above ``rtol`` times the largest, by default the larger of
+        ``K eps`` (see :func:`htfkernels.numerical_rank`) and the method's accuracy."""
+
+        def tolerance(s: Tensor) -> float:
+            return max(len(s) * torch.finfo(s.dtype).eps, self.accuracy) if rtol is None else rtol
+
+        return {
+            node: int(numerical_rank(s, rtol=tolerance(s))) for node, s in self.relative.items()
+        }
+
+
+class PrincipalFrame(NamedTuple):
+    """Singular vectors of a node's matricization ``M_v = U_v E_v^T``, in factored form.
+
+    Attributes:
+        values: ``[K]``, the singular values, descending, without those that are zero to the
+            method's accuracy.
+        left: ``[R, K]``: the left singular vectors are ``U_v left``, with the node's message
+            ``U_v`` for every index tuple of its modes.
+        right: ``[R, K]``: the right singular vectors are ``E_v right``.
+    """
+
+    values: Tensor
+    left: Tensor
+    right: Tensor
 
 
 def matricization_spectra(
     tree: ModeTree,
-    weights: Mapping[Node, Tensor],
+    weights: Weights,
     nodes: Iterable[Node] | None = None,
     method: str = "auto",
-) -> dict[Node, Tensor]:
+    *,
+    layout: Layout | None = None,
+) -> Spectra:
     """Singular values of ``M_v`` for nodes ``v``, descending.
 
-    With ``"qr"`` frames and environments are kept as triangular factors ``F`` (``U_v = Q F_v``),
-    so that ``sigma(M_v) = sigma(F_v E_v^T)`` to full precision: ``F_leaf = R(W)``, ``F_v =
-    R(KhatriRao(F_c) W_v)``, ``E_c = R(KhatriRao(E_v W_v^T, F_siblings))``. With ``"gram"`` they
-    are Gram matrices (float64 inside), cheaper, accurate to about 1e-8 of the largest singular
-    value.
+    Frames and environments are kept as factors ``F`` of at most as many rows as columns, with the
+    same Gram matrix: ``F_leaf = R(W)``, ``F_v = R(R(KhatriRao(F_c)) W_v)``, ``E_c =
+    R(KhatriRao(E_v W_v^T, F_siblings))``, so that ``sigma(M_v) = sigma(F_v E_v^T)``. All is
+    computed in float64, whatever the weights' dtype. With ``"qr"``, ``R`` is a QR decomposition's
+    triangular factor: errors below 1e-13 of the largest singular value, ``O(N R^4)`` operations.
+    With ``"gram"`` it is a Cholesky factor of the Gram matrix: below 1e-7, ``O(N R^3)``. Where no
+    factor has more rows than columns, both are exact.
+
+    The result is differentiable with respect to the weights, once. Derivatives are finite
+    everywhere: a singular value's is ``u v^T`` with some pair of singular vectors, and 0 where it
+    is zero to the method's accuracy; one of size ``sigma`` is known to about ``1e-16 sigma_1 /
+    sigma``.
 
     Args:
         tree: the mode tree.
-        weights: ``[R_in, R_out]`` for every node.
-        nodes: which nodes; by default all but the root. At the root of a model with several outputs
-            the outputs are the columns.
-        method: ``"qr"``, ``"gram"`` or ``"auto"`` (= ``"qr"``).
+        weights: as in :func:`htfkernels.evaluate`.
+        nodes: which nodes; by default all but the root. At the root the outputs are the columns.
+        method: ``"qr"``, ``"gram"``, or ``"auto"``: ``"qr"`` for float64 weights, else ``"gram"``.
+        layout: needed with folded weights only.
 
     Returns:
         for each node at most ``min(prod D of its modes, R_out)`` singular values.
 
     Raises:
         ValueError: there is no such method, or a node is of another tree.
+
+    Example:
+        >>> model = hk.HTF(hk.ModeTree.balanced(4), mode_dims=3, ranks=2)
+        >>> spectra = model.matricization_spectra()
+        >>> spectra[model.tree.node([0, 1])].shape, spectra.method
+        (torch.Size([2]), 'gram')
     """
-    if method not in ("auto", "qr", "gram"):
-        raise ValueError(
-            f'matricization_spectra: method must be "auto", "qr" or "gram", got {method!r}'
-        )
-    wanted = [n for n in tree.nodes if not n.is_root] if nodes is None else list(nodes)
-    foreign = next((n for n in wanted if n.tree != tree), None)
-    if foreign is not None:
-        raise ValueError(f"matricization_spectra: {foreign} is a node of another tree")
-    spectrum = _by_grams if method == "gram" else _by_factors
-    return spectrum(tree, {n.index: w for n, w in weights.items()}, wanted)
+    layout, folded = fold("matricization_spectra", tree, weights, layout)
+    return run_spectra(layout, folded, nodes, method)
 
 
-def _by_factors(
-    tree: ModeTree, weights: dict[int, Tensor], wanted: list[Node]
-) -> dict[Node, Tensor]:
+def run_spectra(
+    layout: Layout, weights: Sequence[Tensor], nodes: Iterable[Node] | None, method: str
+) -> Spectra:
+    wanted = _wanted("matricization_spectra", layout, nodes)
+    indices = list(dict.fromkeys(n.index for n in wanted))
+    plan, weights, gram = _prepare("matricization_spectra", layout, weights, method)
     dtype = weights[0].dtype
-    if dtype in (torch.float16, torch.bfloat16):  # LAPACK has neither
-        weights = {i: w.float() for i, w in weights.items()}
-    frames: dict[int, Tensor] = {}
-    for node in tree.nodes:
-        w = weights[node.index]
-        frames[node.index] = _triangle(
-            w if node.is_leaf else _rows([frames[c.index] for c in node.children]) @ w
-        )
-    outputs = weights[tree.root.index].shape[1]
-    environments = {
-        tree.root.index: torch.eye(outputs, dtype=frames[0].dtype, device=frames[0].device)
-    }
-    for node in reversed(tree.interior):
-        above = environments[node.index] @ weights[node.index].T
-        for child in node.children:
-            others = [frames[c.index] for c in node.children if c != child]
-            environments[child.index] = _triangle(_rows([above, *others]))
-    return {
-        n: torch.linalg.svdvals(frames[n.index] @ environments[n.index].T).to(dtype) for n in wanted
-    }
+    flat, exponents, sizes = _values(plan, weights, indices, gram)
+    powers = exponents.repeat_interleave(
+        torch.tensor(sizes, dtype=torch.int64, device=exponents.device)
+    )
+    # In two steps: 2^k itself may be out of range.
+    half = torch.div(powers, 2, rounding_mode="floor").clamp(-1100, 1000)
+    rest = (powers - half).clamp(-1100, 1000)
+    absolute = flat * half.double().exp2() * rest.double().exp2()
+    result = Spectra()
+    result.method, result.accuracy = ("gram", ACCURACY["gram"]) if gram else ("qr", ACCURACY["qr"])
+    by_index = dict(zip(indices, absolute.to(dtype).split(sizes), strict=True))
+    relative = dict(zip(indices, flat.to(dtype).split(sizes), strict=True))
+    scale = dict(zip(indices, exponents.tolist(), strict=True))
+    result.update((n, by_index[n.index]) for n in wanted)
+    result.relative = {n: relative[n.index] for n in wanted}
+    result.log2_scale = {n: scale[n.index] for n in wanted}
+    return result
 
 
-def _by_grams(tree: ModeTree, weights: dict[int, Tensor], wanted: list[Node]) -> dict[Node, Tensor]:
-    dtype = next(iter(weights.values())).dtype
-    double = {i: w.double() for i, w in weights.items()}
-    up: dict[int, Tensor] = {}
-    for node in tree.nodes:
-        w = double[node.index]
-        inner = w if node.is_leaf else reduce(torch.mul, [up[c.index] for c in node.children]) @ w
-        up[node.index] = w.T @ inner
-    down = {
-        tree.root.index: torch.eye(
-            double[tree.root.index].shape[1], dtype=torch.float64, device=inner.device
-        )
-    }
-    for node in reversed(tree.interior):
-        w = double[node.index]
-        above = w @ down[node.index] @ w.T
-        for child in node.children:
-            down[child.index] = reduce(
-                torch.mul, [above, *(up[c.index] for c in node.children if c != child)]
-            )
-    spectra = {}
-    for node in wanted:
-        root = _root_of_gram(up[node.index])
-        squared = torch.linalg.eigvalsh(root.T @ down[node.index] @ root).flip(0)
-        size = min(math.prod(weights[m].shape[0] for m in node.modes), squared.numel())
-        spectra[node] = squared[:size].clamp_min(0).sqrt().to(dtype)
-    return spectra
+def run_principal_frames(
+    layout: Layout, weights: Sequence[Tensor], nodes: Iterable[Node] | None, method: str
+) -> dict[Node, PrincipalFrame]:
+    """See :meth:`htfkernels.HTF.principal_frames`."""
+    wanted = _wanted("principal_frames", layout, nodes)
+    plan, weights, gram = _prepare("principal_frames", layout, weights, method)
+    dtype = weights[0].dtype
+    indices = list(dict.fromkeys(n.index for n in wanted))
+    found = {}
+    with torch.no_grad():
+        for i, f in zip(indices, factors_of(plan, weights, indices, gram), strict=True):
+            u, s, vh = torch.linalg.svd(f.frame @ f.environment.T, full_matrices=False)
+            keep = int(numerical_rank(s, rtol=ACCURACY["gram" if gram else "qr"]))
+            u, s, v = u[:, :keep], s[:keep], vh[:keep].T
+            # U_v a / sigma = u for a = E_v^T v, whatever the rank of U_v.
+            columns = f.frame_exponents.double()
+            left = f.environment.T @ v / s * (-columns).exp2()[:, None]
+            right = f.frame.T @ u / s * (columns - f.scale).exp2()[:, None]
+            values = s * torch.tensor(float(f.scale), device=s.device).double().exp2()
+            found[i] = PrincipalFrame(values.to(dtype), left.to(dtype), right.to(dtype))
+    return {n: found[n.index] for n in wanted}
 
 
-def matricization_spectrum(
-    tree: ModeTree, weights: Mapping[Node, Tensor], modes: Iterable[int]
-) -> Tensor:
-    """Singular values of the matricization with any set of modes as rows, in the tree or not.
+def run_trace_ranks(
+    layout: Layout, weights: Sequence[Tensor], nodes: Iterable[Node] | None, measure: str
+) -> dict[Node, Tensor]:
+    """``"renyi2"`` or ``"stable"``: see :meth:`htfkernels.HTF.renyi2_ranks`."""
+    wanted = _wanted(f"{measure}_ranks", layout, nodes)
+    if weights[0].dtype not in (torch.float32, torch.float64):
+        weights = [w.float() for w in weights]
+    found: dict[int, Tensor] = {}
+    indices = {n.index for n in wanted}
+    for sides in grams.frames_and_environments(layout, weights, indices):
+        p = grams.squares(sides)
+        rank = p.mT.mul(p).sum((1, 2)) if measure == "renyi2" else grams.largest_eigenvalues(p)
+        # p = 0 where the tensor is: rank 0, and no derivative.
+        positive = rank.detach() > 0
+        rank = torch.where(positive, 1 / torch.where(positive, rank, torch.ones_like(rank)), rank)
+        found.update(zip(sides.nodes, rank.unbind(0), strict=True))
+    return {n: found[n.index] for n in wanted}
 
-    A node's message, rows and columns apart, is a core ``[a, b, R]`` between orthonormal bases of
-    the rows and the columns below it. Only the cores are kept: Kronecker product of the children's
-    in ``a`` and ``b``, Hadamard product in ``r``, times ``W_v``, then QR of both sides.
 
-    Args:
-        tree: the mode tree.
-        weights: ``[R_in, R_out]`` for every node.
-        modes: the rows' modes; the outputs, where there are several, are columns.
+def _wanted(op: str, layout: Layout, nodes: Iterable[Node] | None) -> list[Node]:
+    tree = layout.tree
+    if nodes is None:
+        return [n for n in tree.nodes if not n.is_root]
+    wanted = list(nodes)
+    foreign = next((n for n in wanted if not isinstance(n, Node) or n.tree != tree), None)
+    if foreign is not None:
+        raise ValueError(f"{op}: {foreign} is a node of another tree")
+    return wanted
 
-    Returns:
-        the singular values, descending.
 
-    Raises:
-        ValueError: ``modes`` is empty, or names a mode twice or one that is not there.
+def _prepare(
+    op: str, layout: Layout, weights: Sequence[Tensor], method: str
+) -> tuple[Plan, Sequence[Tensor], bool]:
+    if method not in ("auto", "qr", "gram"):
+        raise ValueError(f'{op}: method must be "auto", "qr" or "gram", got {method!r}')
+    dtype, device = weights[0].dtype, weights[0].device.type
+    plan = plan_for("spectra", layout, dtype, device)
+    gram = method == "gram" or (method == "auto" and dtype != torch.float64)
+    return plan, weights, gram
+
+
+def _values(
+    plan: Plan, weights: Sequence[Tensor], nodes: list[int], gram: bool
+) -> tuple[Tensor, Tensor, list[int]]:
+    if torch.is_grad_enabled() and any(w.requires_grad for w in weights):
+        sizes: list[int] = []
+        flat, exponents = _SingularValues.apply(plan, nodes, gram, sizes, *weights)
+        return flat, exponents, sizes
+    return singular_values(plan, [w.detach() for w in weights], nodes, gram)
+
+
+class _SingularValues(Function):
+    """Differentiated by Gram matrices: with ``u_i = U a_i / sigma_i``, ``a_i = E^T v_i``, and
+    ``v_i = E b_i / sigma_i``, ``b_i = U^T u_i``::
+
+    d sigma_i = u_i^T dM v_i = (a_i^T dG a_i + b_i^T dH b_i) / (2 sigma_i)
     """
-    rows = list(modes)
-    if not rows or len(set(rows)) < len(rows) or not set(rows) <= set(range(tree.order)):
-        raise ValueError(
-            f"matricization_spectrum: modes must be distinct, of 0..{tree.order - 1}, got {rows}"
+
+    @staticmethod
+    def forward(
+        ctx: Any, plan: Plan, nodes: list[int], gram: bool, sizes: list[int], *weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        flat, exponents, found = singular_values(plan, weights, nodes, gram)
+        sizes.extend(found)
+        ctx.plan, ctx.nodes, ctx.gram, ctx.sizes = plan, nodes, gram, found
+        ctx.save_for_backward(exponents, *weights)
+        ctx.mark_non_differentiable(exponents)
+        return flat, exponents
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        exponents, *weights = ctx.saved_tensors
+        layout, nodes = ctx.plan.layout, ctx.nodes
+        factors = factors_of(ctx.plan, weights, nodes, ctx.gram)
+        accuracy = ACCURACY["gram" if ctx.gram else "qr"]
+        pulls = _pulls(factors, exponents.tolist(), grad.split(ctx.sizes), accuracy)
+        by_node = dict(zip(nodes, pulls, strict=True))
+        leaves = [w.detach().double().requires_grad_() for w in weights]
+        with torch.enable_grad():
+            total = leaves[0].new_zeros(())
+            for sides in grams.frames_and_environments(layout, leaves, nodes):
+                total = total + _contracted(sides, by_node)
+        grads = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+        return (
+            None,
+            None,
+            None,
+            None,
+            *(g.to(w.dtype) for g, w in zip(grads, weights, strict=True)),
         )
-    dtype = weights[tree.root].dtype
-    cores: dict[int, Tensor] = {}
-    for node in tree.nodes:
-        w = weights[node].float() if dtype in (torch.float16, torch.bfloat16) else weights[node]
-        if node.is_leaf:
-            core = w[:, None] if node.index in rows else w[None]
-        else:
-            children = [cores.pop(c.index) for c in node.children]
-            core = reduce(_kronecker, children) @ w
-        cores[node.index] = _compressed(_compressed(core).transpose(0, 1)).transpose(0, 1)
-    return torch.linalg.svdvals(cores[tree.root.index].flatten(1)).to(dtype)
 
 
-def _kronecker(x: Tensor, y: Tensor) -> Tensor:
-    return (x[:, None, :, None] * y[None, :, None, :]).flatten(2, 3).flatten(0, 1)
+class _Pull(NamedTuple):
+    """``w_i / 2``, ``a_i`` and ``b_i`` of one node, and the logarithms of the frame's columns and
+    of ``M``."""
+
+    weight: Tensor
+    left: Tensor
+    right: Tensor
+    columns: Tensor
+    scale: float
 
 
-def _compressed(core: Tensor) -> Tensor:
-    """The same core on a basis of its rows: at most ``b R`` of them."""
-    return _triangle(core.flatten(1)).unflatten(1, core.shape[1:])
+def _pulls(
+    factors: list[Factors], exponents: list[int], grads: Sequence[Tensor], accuracy: float
+) -> list[_Pull]:
+    result: list[_Pull | None] = [None] * len(factors)
+    shapes: dict[tuple[torch.Size, torch.Size], list[int]] = {}
+    for i, f in enumerate(factors):
+        shapes.setdefault((f.frame.shape, f.environment.shape), []).append(i)
+    for same in shapes.values():
+        frame = torch.stack([factors[i].frame for i in same])
+        shift = torch.tensor([factors[i].scale - exponents[i] for i in same], device=frame.device)
+        environment = torch.stack([factors[i].environment for i in same])
+        environment = environment * shift.double().exp2()[:, None, None]
+        u, s, vh = torch.linalg.svd(frame @ environment.mT, full_matrices=False)
+        found = s > accuracy * s[:, :1]
+        grad = torch.stack([grads[i] for i in same])
+        weight = torch.where(found, grad / torch.where(found, s, 1) / 2, 0)
+        left, right = environment.mT @ vh.mT, frame.mT @ u
+        for slot, i in enumerate(same):
+            columns = factors[i].frame_exponents.double() * math.log(2)
+            scale = exponents[i] * math.log(2)
+            result[i] = _Pull(weight[slot], left[slot], right[slot], columns, scale)
+    return [r for r in result if r is not None]
 
 
-def _root_of_gram(gram: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(gram)
-    return vectors * values.clamp_min(0).sqrt()
+def _contracted(sides: grams.Sides, pulls: dict[int, _Pull]) -> Tensor:
+    """``sum w_i (a_i^T G a_i + b_i^T H b_i) / 2``, the vectors in the scale of ``sides``."""
+    slots = [i for i, n in enumerate(sides.nodes) if n in pulls]
+    chosen = [pulls[sides.nodes[i]] for i in slots]
+    logs = sides.frame_logs[slots]
+    columns = logs - torch.stack([p.columns for p in chosen])
+    shift = sides.environment_logs[slots] - torch.tensor(
+        [p.scale for p in chosen], dtype=torch.float64, device=logs.device
+    )
+    weight = torch.stack([p.weight for p in chosen])
+    a = torch.stack([p.left for p in chosen]) * columns.exp()[:, :, None]
+    b = torch.stack([p.right for p in chosen]) * (shift[:, None] - columns).exp()[:, :, None]
+    return _quadratic(sides.frames[slots], sides.frames_explicit, a, weight) + _quadratic(
+        sides.environments[slots], sides.environments_explicit, b, weight
+    )
 
 
-def _rows(factors: list[Tensor]) -> Tensor:
-    """Row-wise Khatri-Rao product, triangularised as it grows so that it never has more than R rows
-    too many."""
-
-    def pair(a: Tensor, b: Tensor) -> Tensor:
-        return (a[:, None, :] * b[None, :, :]).flatten(0, 1)
-
-    product = factors[0]
-    for factor in factors[1:]:
-        product = pair(_triangle(product), factor)
-    return product
-
-
-def _triangle(matrix: Tensor) -> Tensor:
-    """A matrix with the same Gram matrix and at most as many rows as columns."""
-    return matrix if matrix.shape[0] <= matrix.shape[1] else torch.linalg.qr(matrix, mode="r").R
+def _quadratic(side: Tensor, explicit: bool, vectors: Tensor, weight: Tensor) -> Tensor:
+    image = side @ vectors
+    return (image * (image if explicit else vectors) * weight[:, None, :]).sum()

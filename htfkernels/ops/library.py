@@ -236,3 +236,25 @@ def _(
     step: int,
 ) -> Tensor:
     return torch.empty_like(average)
+
+
+# -- spectra --------------------------------------------------------------------------------------
+# Sizes depend on the program; differentiated by htfkernels.spectra, which computes what it needs.
+
+
+@torch.library.register_fake("htfkernels::spectral_factors")
+def _(weights: list[Tensor], program: Tensor, wanted: list[int], gram: int) -> list[Tensor]:
+    size = torch.library.get_ctx().new_dynamic_size
+    nodes = size()
+    return [
+        weights[0].new_empty(size(), dtype=torch.float64),
+        weights[0].new_empty(size(), dtype=torch.float64),
+        program.new_empty(nodes, 8),
+        program.new_empty(size()),
+    ]
+
+
+@torch.library.register_fake("htfkernels::factor_values")
+def _(frames: Tensor, environments: Tensor, table: Tensor, wanted: list[int]) -> list[Tensor]:
+    size = torch.library.get_ctx().new_dynamic_size()
+    return [frames.new_empty(size), table.new_empty(len(wanted))]

@@ -1,0 +1,96 @@
+"""``spectra``: the matricizations at a tree's nodes as products of small factors, and their
+singular values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from htfkernels.ops import autograd
+from htfkernels.ops.spectra import reference
+from htfkernels.plan import Plan
+
+__all__ = ["Factors", "factors_of", "singular_values"]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A matricization ``M_v = U_v E_v^T``, without its many rows and columns.
+
+    Attributes:
+        frame: ``[rows, R_out]``, float64; ``Q frame 2^frame_exponents = U_v`` with ``Q^T Q = 1``.
+        environment: ``[rows, R_out]``; ``Q environment 2^(scale - frame_exponents) = E_v``.
+        frame_exponents: ``[R_out]``, int64.
+        scale: a power of two.
+    """
+
+    frame: Tensor
+    environment: Tensor
+    frame_exponents: Tensor
+    scale: int
+
+
+def singular_values(
+    plan: Plan, weights: Sequence[Tensor], nodes: Sequence[int], gram: bool
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Of some nodes (no repetitions) the singular values.
+
+    Returns:
+        all values in one flat float64 tensor, between 0 and about 1; int64 ``[nodes]``, the powers
+        of two that they are to be taken by; how many there are of each.
+    """
+    if plan.backend == "cpp":
+        packed = autograd.call(
+            "spectral_factors", weights, plan.layout.program, list(nodes), int(gram)
+        )
+        frames, environments, table, _ = packed
+        values, exponents = autograd.call("factor_values", frames, environments, table, list(nodes))
+        rows = table.tolist()
+        return values, exponents, [min(rows[n][1], rows[n][3]) for n in nodes]
+    found = [
+        reference.values(frame, environment)
+        for frame, environment in _reference_factors(plan, weights, nodes, gram)
+    ]
+    values = [s for s, _ in found]
+    flat = torch.cat(values) if values else weights[0].new_empty(0, dtype=torch.float64)
+    exponents = torch.tensor([k for _, k in found], dtype=torch.int64, device=flat.device)
+    return flat, exponents, [len(s) for s in values]
+
+
+def factors_of(
+    plan: Plan, weights: Sequence[Tensor], nodes: Sequence[int], gram: bool
+) -> list[Factors]:
+    """Of some nodes (no repetitions) the factors."""
+    if plan.backend == "cpp":
+        packed = autograd.call(
+            "spectral_factors", weights, plan.layout.program, list(nodes), int(gram)
+        )
+        frames, environments, table, exponents = packed
+        result = []
+        for row in table[list(nodes)].tolist():
+            frame, frame_rows, environment, environment_rows, cols, ld, first, scale = row
+            result.append(
+                Factors(
+                    frames.as_strided((frame_rows, cols), (ld, 1), frame),
+                    environments.as_strided((environment_rows, cols), (ld, 1), environment),
+                    exponents[first : first + cols],
+                    scale,
+                )
+            )
+        return result
+    result = []
+    for (frame, k), (environment, e) in _reference_factors(plan, weights, nodes, gram):
+        scale = int((k + e).amax())
+        powers = torch.ldexp(torch.ones_like(environment[0]), (k + e - scale).double())
+        result.append(Factors(frame, environment * powers, k, scale))
+    return result
+
+
+def _reference_factors(
+    plan: Plan, weights: Sequence[Tensor], nodes: Sequence[int], gram: bool
+) -> list[tuple[reference.Scaled, reference.Scaled]]:
+    frames, environments = reference.factors(plan.layout, weights, gram)
+    return [(frames[n], environments[n]) for n in nodes]

@@ -1,0 +1,100 @@
+"""Factors of the matricizations at a tree's nodes: the formula, in plain PyTorch.
+
+``F_leaf = R(W)``, ``F_v = R(R(KhatriRao(F_c)) W_v)``; at the root ``E = 1``, for a child ``c`` of
+``v`` ``E_c = R(KhatriRao(E_v W_v^T, F_siblings))``. ``R(X)`` is ``X``, or where it has more rows
+than columns a factor with ``R^T R = X^T X``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from htfkernels.layout import Layout
+
+Scaled = tuple[Tensor, Tensor]  # columns near 1, and the powers of two that they are to be taken by
+
+
+def factors(
+    layout: Layout, weights: Sequence[Tensor], gram: bool
+) -> tuple[list[Scaled], list[Scaled]]:
+    """Of every node the frame ``[rows, R_out]`` and the environment ``[rows, R_out]``, float64,
+    with the exponents ``[R_out]`` of their columns."""
+    tree, device = layout.tree, weights[0].device
+    shrink = _by_gram if gram else _by_qr
+    frames: list[Scaled] = []
+    for node in tree.nodes:
+        w = _weight(layout, weights, node.index)
+        if node.is_leaf:
+            product = torch.eye(len(w), dtype=torch.float64, device=device), 0 * w[:, 0].long()
+        else:
+            product = _khatri_rao([frames[c.index] for c in node.children], shrink)
+        frame, exponents = _normalised(product[0] @ (scaled := _scaled(w, product[1]))[0])
+        frames.append((_by_qr(frame), exponents + scaled[1]))
+    outputs = torch.eye(layout.out_features, dtype=torch.float64, device=device)
+    environments: list[Scaled] = [_normalised(outputs)] * len(tree.nodes)
+    for node in reversed(tree.interior):
+        w = _weight(layout, weights, node.index)
+        e, exponents = environments[node.index]
+        scaled = _scaled(w.T, exponents)
+        above, exponents = _normalised(e @ scaled[0])
+        above = _by_qr(above)
+        for child in node.children:
+            others = [frames[c.index] for c in node.children if c != child]
+            environments[child.index] = _khatri_rao(
+                [(above, exponents + scaled[1]), *others], shrink
+            )
+    return frames, environments
+
+
+def values(frame: Scaled, environment: Scaled) -> tuple[Tensor, int]:
+    """Singular values of ``F E^T``, descending, near 1, and the power of two they are to be taken
+    by."""
+    exponents = frame[1] + environment[1]
+    largest = int(exponents.amax())
+    scale = torch.ldexp(torch.ones_like(frame[0][0]), (exponents - largest).double())
+    s = torch.linalg.svdvals((frame[0] * scale) @ environment[0].T)
+    k = int(torch.frexp(s[0]).exponent)
+    return torch.ldexp(s, torch.tensor(-float(k), device=s.device)), largest + k
+
+
+def _weight(layout: Layout, weights: Sequence[Tensor], node: int) -> Tensor:
+    if node not in layout.location:
+        return torch.ones(layout.ranks[-1], 1, dtype=torch.float64, device=weights[0].device)
+    group, slot = layout.location[node]
+    return weights[group][slot].double()
+
+
+def _khatri_rao(factors: list[Scaled], shrink: Callable[[Tensor], Tensor]) -> Scaled:
+    (product, exponents), *rest = factors
+    for factor, more in rest:
+        product = shrink((product[:, None, :] * factor[None, :, :]).flatten(0, 1))
+        product, grown = _normalised(product)
+        exponents = exponents + more + grown
+    return product, exponents
+
+
+def _scaled(w: Tensor, exponents: Tensor) -> Scaled:
+    """``2^exponents W``, its columns near 1, and their exponents."""
+    mantissa, own = torch.frexp(w)
+    own = torch.where(mantissa == 0, -(2**40), own + exponents[:, None])
+    top = own.amax(0).clamp_min(-(2**30))
+    return torch.ldexp(mantissa, (own - top).clamp_min(-1100).double()), top
+
+
+def _normalised(x: Tensor) -> Scaled:
+    exponents = torch.frexp(x.abs().amax(0)).exponent.long()
+    return torch.ldexp(x, -exponents.double()), exponents
+
+
+def _by_qr(x: Tensor) -> Tensor:
+    return x if x.shape[0] <= x.shape[1] else torch.linalg.qr(x, mode="r").R
+
+
+def _by_gram(x: Tensor) -> Tensor:
+    if x.shape[0] <= x.shape[1]:
+        return x
+    values, vectors = torch.linalg.eigh(x.T @ x)
+    return (vectors * values.clamp_min(0).sqrt()).T
