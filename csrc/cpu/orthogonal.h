@@ -14,6 +14,13 @@ struct Orthogonal {
   // Householder vectors are made eight columns at a time; each such strip of a row is one vector.
   static constexpr int64_t kStrip = 8;
 
+  // Largest magnitudes of x[m x n], n padded: of each row, of each column.
+  void (*row_maxima)(int64_t m, int64_t n, const double* x, int64_t ldx, double* out);
+  void (*column_maxima)(int64_t m, int64_t n, const double* x, int64_t ldx, double* out);
+  // x[i][j] *= by_row[i] * by_column[j]; either may be null.
+  void (*scale)(int64_t m, int64_t n, double* x, int64_t ldx, const double* by_row,
+                const double* by_column);
+
   // Turns an upper triangular t[n x n] into the one with t^T t = (t^T t) + (a^T a), n a multiple of
   // kStrip. Columns of a before `first` (a multiple of kStrip) are zero and are not looked at.
   // Destroys a[m x n]. Backward stable column by column: columns may differ in size by any factor

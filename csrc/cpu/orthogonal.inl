@@ -48,8 +48,38 @@ HTF_INLINE Eight spread(Eight v) {
   return __builtin_shufflevector(v, v, K, K, K, K, K, K, K, K);
 }
 
-// -- absorb
-// -----------------------------------------------------------------------------------------
+// -- scale ----------------------------------------------------------------------------------------
+
+HTF_INLINE Eight larger8(Eight a, Eight b) { return a < b ? b : a; }
+
+void row_maxima(int64_t m, int64_t n, const double* x, int64_t ldx, double* out) {
+  for (int64_t i = 0; i < m; ++i, x += ldx) {
+    Eight most{};
+    for (int64_t j = 0; j < n; j += 8) most = larger8(most, abs8(load8(x + j)));
+    double largest = 0;
+    for (int k = 0; k < 8; ++k) largest = largest < most[k] ? most[k] : largest;
+    out[i] = largest;
+  }
+}
+
+void column_maxima(int64_t m, int64_t n, const double* x, int64_t ldx, double* out) {
+  for (int64_t j = 0; j < n; j += 8) put8(out + j, Eight{});
+  for (int64_t i = 0; i < m; ++i, x += ldx)
+    for (int64_t j = 0; j < n; j += 8) put8(out + j, larger8(load8(out + j), abs8(load8(x + j))));
+}
+
+void scale(int64_t m, int64_t n, double* x, int64_t ldx, const double* by_row,
+           const double* by_column) {
+  for (int64_t i = 0; i < m; ++i, x += ldx) {
+    const double f = by_row != nullptr ? by_row[i] : 1;
+    if (by_column != nullptr)
+      for (int64_t j = 0; j < n; j += 8) put8(x + j, load8(x + j) * f * load8(by_column + j));
+    else
+      for (int64_t j = 0; j < n; j += 8) put8(x + j, load8(x + j) * f);
+  }
+}
+
+// -- absorb ---------------------------------------------------------------------------------------
 
 constexpr int kS = Orthogonal::kStrip;
 static_assert(kS == 8);
@@ -156,8 +186,7 @@ void absorb(int64_t m, int64_t n, int64_t first, double* t, int64_t ldt, double*
   }
 }
 
-// -- cholesky
-// ---------------------------------------------------------------------------------------
+// -- cholesky -------------------------------------------------------------------------------------
 
 void cholesky(int64_t n, const double* g, int64_t ldg, double* t, int64_t ldt, double* work) {
   const int64_t ld = padded<double>(n);
@@ -214,8 +243,7 @@ void cholesky(int64_t n, const double* g, int64_t ldg, double* t, int64_t ldt, d
                                      : Eight{});
 }
 
-// -- singular values
-// --------------------------------------------------------------------------------
+// -- singular values ------------------------------------------------------------------------------
 
 // Rows of at most this many vectors keep two vectors of their length in registers.
 #if HTF_VECTOR_BYTES == 64
@@ -454,7 +482,7 @@ bool bidiagonal_values(int64_t n, double* d, double* e) {
 }
 
 constexpr Orthogonal orthogonal_table() {
-  return {&absorb, &cholesky, &bidiagonal, &bidiagonal_values};
+  return {&row_maxima, &column_maxima, &scale, &absorb, &cholesky, &bidiagonal, &bidiagonal_values};
 }
 
 }  // namespace

@@ -45,7 +45,7 @@ class Workshop {
   static constexpr int64_t kBlock = 64;  // rows taken into a triangular factor at a time
 
   static int64_t size(int64_t ld) {
-    return ld * ld + kBlock * ld + Orthogonal::absorb_work(ld) + ld * ld +
+    return ld * ld + kBlock * ld + Orthogonal::absorb_work(ld) + std::max(ld, kBlock) * ld +
            Orthogonal::cholesky_work(ld);
   }
   Workshop(double* memory, int64_t ld)
@@ -55,7 +55,7 @@ class Workshop {
         block_(t_ + ld * ld),
         work_(block_ + kBlock * ld),
         gram_(work_ + Orthogonal::absorb_work(ld)),
-        cholesky_(gram_ + ld * ld) {}
+        cholesky_(gram_ + std::max(ld, kBlock) * ld) {}
 
   const Kernels<double>& kernel() const { return k_; }
 
@@ -87,6 +87,23 @@ class Workshop {
       std::copy_n(t_, n * ld, out);
     }
     return x.rows * y.rows > n;
+  }
+
+  // out[m x ldm] = a triangular factor of the Khatri-Rao product of x and y, of n columns, times
+  // w[n x ldm]; the product has more than m rows.
+  void khatri_rao_through(int64_t n, const Factor& x, const Factor& y, const double* w, int64_t m,
+                          double* out) {
+    const int64_t ld = padded<double>(n), ldm = padded<double>(m);
+    double* product = gram_;  // [kBlock x ld]; not used otherwise meanwhile
+    std::fill_n(t_, ldm * ldm, 0.0);
+    for (int64_t i = 0; i < x.rows; ++i)
+      for (int64_t j = 0; j < y.rows; j += kBlock) {
+        const int64_t rows = std::min(kBlock, y.rows - j);
+        k_.product(rows, ld, x.data + i * ld, 0, y.data + j * ld, ld, product, ld, Store::assign);
+        k_.gemm(rows, ldm, n, product, ld, 1, w, ldm, block_, ldm, Store::assign);
+        o_.absorb(rows, ldm, 0, t_, ldm, block_, ldm, work_);
+      }
+    std::copy_n(t_, m * ldm, out);
   }
 
   void gram_of(int64_t n, const double* x, int64_t rows, double* out) {
@@ -130,26 +147,32 @@ class Workshop {
   double *t_, *block_, *work_, *gram_, *cholesky_;
 };
 
-// Largest magnitude of each column.
-inline void column_maxima(int64_t rows, int64_t cols, const double* x, int64_t ld, double* out) {
-  std::fill_n(out, cols, 0.0);
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < cols; ++j) out[j] = std::max(out[j], std::abs(x[i * ld + j]));
+// x[i][j] *= 2^(rows[i] + columns[j]), either null for none; the padding stays zero. Twice a factor
+// of half the power, where one number could not hold it.
+inline void scale_by_powers(int64_t m, int64_t n, double* x, int64_t ld, const int64_t* rows,
+                            const int64_t* columns) {
+  std::vector<double> by_row(rows != nullptr ? 2 * m : 0),
+      by_column(columns != nullptr ? 2 * ld : 0);
+  bool twice = false;
+  const auto fill = [&](std::vector<double>& by, const int64_t* k, int64_t count, int64_t stride) {
+    for (int64_t i = 0; i < count; ++i) {
+      const bool fits = k[i] >= -1000 && k[i] <= 1000;
+      const PowerOfTwo p(k[i]);
+      by[i] = fits ? p(1.0) : p.half;
+      by[stride + i] = fits ? 1.0 : p.rest;
+      twice |= !fits;
+    }
+  };
+  if (rows != nullptr) fill(by_row, rows, m, m);
+  if (columns != nullptr) fill(by_column, columns, n, ld);
+  for (int64_t pass = 0; pass < (twice ? 2 : 1); ++pass)
+    orthogonal().scale(m, ld, x, ld, rows != nullptr ? by_row.data() + pass * m : nullptr,
+                       columns != nullptr ? by_column.data() + pass * ld : nullptr);
 }
 
-inline void scale_columns(int64_t rows, int64_t cols, double* x, int64_t ld, const int64_t* by) {
-  std::vector<double> half(cols), rest(cols);
-  for (int64_t j = 0; j < cols; ++j) {
-    const PowerOfTwo p(by[j]);
-    half[j] = p.half, rest[j] = p.rest;
-  }
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < cols; ++j) x[i * ld + j] = x[i * ld + j] * half[j] * rest[j];
-}
-
-// out[rows x ld] = 2^row_exponents W 2^-column_exponents for a weight's [rows x cols]; returns the
-// exponents of the columns in `exponents`, such that no entry is much above 1 and no column is lost
-// to underflow.
+// out[rows x ld] = 2^row_exponents W 2^-exponents for a weight's [rows x cols], ones without one;
+// the exponents of the columns are chosen such that no entry is above 1 and no column is lost to
+// underflow.
 template <class S>
 void scaled_weight(int64_t rows, int64_t cols, const S* w, const int64_t* row_exponents,
                    double* out, int64_t ld, int64_t* exponents) {
@@ -158,39 +181,34 @@ void scaled_weight(int64_t rows, int64_t cols, const S* w, const int64_t* row_ex
       out[i * ld + j] = w == nullptr ? 1.0 : static_cast<double>(w[i * cols + j]);
     for (int64_t j = cols; j < ld; ++j) out[i * ld + j] = 0;
   }
-  std::vector<double> before(cols), after(cols);
-  column_maxima(rows, cols, out, ld, before.data());
+  const auto exponent = [&](int64_t i) { return row_exponents != nullptr ? row_exponents[i] : 0; };
+  std::vector<double> largest(std::max(rows, ld));
+  orthogonal().row_maxima(rows, ld, out, ld, largest.data());
   int64_t most = kNothing;
-  for (int64_t i = 0; i < rows; ++i) {
-    double largest = 0;
-    for (int64_t j = 0; j < cols; ++j) largest = std::max(largest, std::abs(out[i * ld + j]));
-    if (largest > 0)
-      most = std::max(most, exponent_of(largest) + (row_exponents ? row_exponents[i] : 0));
-  }
+  for (int64_t i = 0; i < rows; ++i)
+    if (largest[i] > 0) most = std::max(most, exponent_of(largest[i]) + exponent(i));
   if (most == kNothing) most = 0;
   std::fill_n(exponents, cols, most);
-  const auto shifted = [&](int64_t i, int64_t by) {
-    return (row_exponents != nullptr ? row_exponents[i] : 0) - by;
+  std::vector<int64_t> by(rows);
+  for (int64_t i = 0; i < rows; ++i) by[i] = exponent(i) - most;
+  scale_by_powers(rows, cols, out, ld, by.data(), nullptr);
+  orthogonal().column_maxima(rows, ld, out, ld, largest.data());
+  const auto entry = [&](int64_t i, int64_t j) {
+    return w == nullptr ? 1.0 : static_cast<double>(w[i * cols + j]);
   };
-  for (int64_t i = 0; i < rows; ++i) {
-    const PowerOfTwo p(shifted(i, most));
-    for (int64_t j = 0; j < cols; ++j) out[i * ld + j] = p(out[i * ld + j]);
-  }
-  column_maxima(rows, cols, out, ld, after.data());
   for (int64_t j = 0; j < cols; ++j) {
-    // 2^-300: far from where sums would lose digits, and no factor of an ordinary model.
-    if (after[j] > 4.9e-91 || before[j] == 0) continue;
+    // 2^-300: no column of an ordinary model is so far below the others, and sums of larger numbers
+    // are far from where they would lose digits.
+    if (largest[j] > 4.9e-91) continue;
     int64_t own = kNothing;
-    const auto entry = [&](int64_t i) {
-      return w == nullptr ? 1.0 : static_cast<double>(w[i * cols + j]);
-    };
     for (int64_t i = 0; i < rows; ++i)
-      if (entry(i) != 0) own = std::max(own, exponent_of(std::abs(entry(i))) + shifted(i, 0));
+      if (entry(i, j) != 0) own = std::max(own, exponent_of(std::abs(entry(i, j))) + exponent(i));
+    if (own == kNothing) continue;
     exponents[j] = own;
     for (int64_t i = 0; i < rows; ++i) {
       int k = 0;
-      const double mantissa = std::frexp(entry(i), &k);
-      out[i * ld + j] = PowerOfTwo(k + shifted(i, own))(mantissa);
+      const double mantissa = std::frexp(entry(i, j), &k);
+      out[i * ld + j] = PowerOfTwo(k + exponent(i) - own)(mantissa);
     }
   }
 }

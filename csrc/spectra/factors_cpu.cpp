@@ -15,7 +15,9 @@ struct Place {
   int64_t height = 0, depth = 0;
   int64_t frame = 0, weight = -1, environment = -1, above = -1, exponents = 0;
   int64_t frame_gram = -1, above_gram = -1;
-  bool wanted = false;  // environment asked for, here or below
+  bool asked = false, wanted = false;  // the environment is: here, or here or below
+  bool needed = false;                 // the frame is
+  bool direct = false;                 // the product goes through the weight before it shrinks
   bool environment_triangular = false, triangular = false, above_triangular = false;
   int64_t scale = 0, above_scale = 0;  // powers of two of E and A
 
@@ -51,9 +53,9 @@ class Spectra {
     for (const Place& v : place_)
       if (v.step >= 0)
         row[p_.step[v.step].node] = {v.frame,
-                                     v.rows,
-                                     v.wanted ? v.environment : 0,
-                                     v.wanted ? v.environment_rows : 0,
+                                     v.needed ? v.rows : 0,
+                                     v.asked ? v.environment : 0,
+                                     v.asked ? v.environment_rows : 0,
                                      v.out,
                                      v.ld,
                                      v.exponents,
@@ -77,7 +79,7 @@ class Spectra {
       }
       const int64_t v =
           add(s, st.rows, st.cols, !ops.empty() ? ops[0] : -1, ops.size() > 1 ? ops[1] : -1);
-      place_[v].wanted = wanted[st.node] != 0;
+      place_[v].asked = wanted[st.node] != 0;
       if (st.parent >= 0) children[st.parent].push_back(v);
     }
   }
@@ -100,25 +102,34 @@ class Spectra {
   // product of two of them lives by.
   bool triangulates(int64_t rows, int64_t n) const { return gram_ ? rows > n : rows >= n; }
 
+  // Of few outputs, as the root has. Multiply-adds: all rows through the weight and into a triangle
+  // of v.out columns, against into one of v.in columns.
+  bool direct_is_cheaper(const Place& v, int64_t rows) const {
+    const int64_t through = rows * v.out * (v.in + 2 * v.out);
+    const int64_t shrunk = gram_ ? 3 * v.in * v.in * v.in : rows * v.in * v.in / 3;
+    return through < shrunk;
+  }
+
   void set_shapes() {
     const int64_t count = static_cast<int64_t>(place_.size());
+    set_needs(count);
     for (Place& v : place_) {
-      v.product_rows = v.is_leaf()   ? v.in
-                       : v.right < 0 ? place_[v.left].rows
-                                     : at_most(place_[v.left].rows * place_[v.right].rows, v.in);
+      const int64_t rows = v.is_leaf()   ? v.in
+                           : v.right < 0 ? place_[v.left].rows
+                                         : place_[v.left].rows * place_[v.right].rows;
+      const bool shrinks = v.right >= 0 && rows > v.in;
+      v.direct = shrinks && v.step >= 0 && direct_is_cheaper(v, rows);
+      v.product_rows = shrinks ? v.in : rows;
       v.rows = at_most(v.product_rows, v.out);
-      const bool shrunk = v.right >= 0 && place_[v.left].rows * place_[v.right].rows > v.in;
-      v.triangular = v.step < 0 ? shrunk && !gram_ : triangulates(v.product_rows, v.out);
-      if (shrunk) needs_gram(v.left), needs_gram(v.right);
+      v.triangular =
+          v.step < 0 ? shrinks && !gram_ : v.direct || triangulates(v.product_rows, v.out);
+      if (shrinks && !v.direct && v.needed) needs_gram(v.left), needs_gram(v.right);
       v.frame = take(frame_size_, v.rows * v.ld);
       v.exponents = take(exponent_size_, v.out);
       if (!v.is_leaf()) v.weight = take(inner_size_, (v.step < 0 ? 1 : v.in) * v.ld);
       widest_ = std::max({widest_, v.ld, v.ld_in});
-      const int64_t product = v.is_leaf() ? v.in * v.ld : v.product_rows * (v.ld_in + v.ld);
-      scratch_ = std::max(scratch_, product);
+      scratch_ = std::max(scratch_, v.is_leaf() ? v.in * v.ld : v.product_rows * (v.ld_in + v.ld));
     }
-    for (Place& v : place_)
-      if (v.wanted && v.parent >= 0) place_[v.parent].wanted = true;
     for (int64_t i = count - 1; i >= 0; --i) {
       Place& v = place_[i];
       if (!v.wanted) continue;
@@ -150,6 +161,22 @@ class Spectra {
       const Place& v = place_[i];
       put(by_height_, v.height, i);
       if (v.wanted) put(by_depth_, v.depth, i);
+    }
+  }
+
+  // Environments of what is asked for and of all above it; frames of what is asked for, of the
+  // siblings of wanted environments, and of all below them.
+  void set_needs(int64_t count) {
+    for (Place& v : place_) {
+      v.wanted = v.wanted || v.asked;
+      if (v.wanted && v.parent >= 0) place_[v.parent].wanted = true;
+    }
+    for (int64_t i = count - 1; i >= 0; --i) {
+      Place& v = place_[i];
+      v.needed = v.asked;
+      if (v.parent < 0) continue;
+      const int64_t sibling = other(v.parent, i);
+      v.needed |= place_[v.parent].needed || (sibling >= 0 && place_[sibling].wanted);
     }
   }
 
@@ -214,46 +241,59 @@ class Spectra {
       normalise(v, x, v.in, 0, nullptr, exponents);
       if (!direct) shop.triangle(v.in, v.out, x, out);
     } else {
-      std::vector<int64_t> sum(v.in);
-      for (int64_t j = 0; j < v.in; ++j)
-        sum[j] = exponent_[place_[v.left].exponents + j] +
-                 (v.right >= 0 ? exponent_[place_[v.right].exponents + j] : 0);
-      const double* product = frames_ + place_[v.left].frame;
-      double* target = v.step < 0 ? out : scratch;
-      double* w = inner_.get() + v.weight;
-      if (v.right >= 0) {
-        shop.khatri_rao(v.in, frame(v.left), frame(v.right), gram_, target);
-        product = target;
-      }
-      if (v.step < 0) {
-        std::copy(sum.begin(), sum.end(), exponents);
-        std::fill_n(w, v.ld, 1.0);
-        normalise(v, out, v.rows, 1, w, exponents);
-      } else {
-        double* x = v.triangular ? scratch + v.product_rows * v.ld_in : out;
-        scaled_weight(v.in, v.out, weight(v), sum.data(), w, v.ld, exponents);
-        shop.kernel().gemm(v.product_rows, v.ld, v.in, product, v.ld_in, 1, w, v.ld, x, v.ld,
-                           Store::assign);
-        normalise(v, x, v.product_rows, v.in, w, exponents);
-        if (v.triangular) shop.triangle(v.product_rows, v.out, x, out);
-      }
+      join(v, shop, scratch, out, exponents);
     }
-    if (v.frame_gram >= 0) shop.gram_of(v.out, out, v.rows, inner_.get() + v.frame_gram);
+    if (v.frame_gram >= 0 && v.needed)
+      shop.gram_of(v.out, out, v.rows, inner_.get() + v.frame_gram);
+  }
+
+  void join(Place& v, Workshop& shop, double* scratch, double* out, int64_t* exponents) {
+    std::vector<int64_t> sum(v.in);
+    for (int64_t j = 0; j < v.in; ++j)
+      sum[j] = exponent_[place_[v.left].exponents + j] +
+               (v.right >= 0 ? exponent_[place_[v.right].exponents + j] : 0);
+    double* w = inner_.get() + v.weight;
+    if (v.step < 0) {
+      std::copy(sum.begin(), sum.end(), exponents);
+      std::fill_n(w, v.ld, 1.0);
+      if (!v.needed) return;
+      shop.khatri_rao(v.in, frame(v.left), frame(v.right), gram_, out);
+      normalise(v, out, v.rows, 1, w, exponents);
+      return;
+    }
+    // Where no frame is needed, the weight alone says how large its columns may be.
+    scaled_weight(v.in, v.out, weight(v), sum.data(), w, v.ld, exponents);
+    if (!v.needed) return;
+    if (v.direct) {
+      shop.khatri_rao_through(v.in, frame(v.left), frame(v.right), w, v.out, out);
+      normalise(v, out, v.rows, v.in, w, exponents);
+      return;
+    }
+    const double* product = frames_ + place_[v.left].frame;
+    if (v.right >= 0) {
+      shop.khatri_rao(v.in, frame(v.left), frame(v.right), gram_, scratch);
+      product = scratch;
+    }
+    double* x = v.triangular ? scratch + v.product_rows * v.ld_in : out;
+    shop.kernel().gemm(v.product_rows, v.ld, v.in, product, v.ld_in, 1, w, v.ld, x, v.ld,
+                       Store::assign);
+    normalise(v, x, v.product_rows, v.in, w, exponents);
+    if (v.triangular) shop.triangle(v.product_rows, v.out, x, out);
   }
 
   // Brings each column's largest entry to between a half and 1, the weight's columns with it.
   void normalise(const Place& v, double* x, int64_t rows, int64_t weight_rows, double* w,
                  int64_t* exponents) {
-    std::vector<double> largest(v.out);
+    std::vector<double> largest(v.ld);
     std::vector<int64_t> by(v.out);
-    column_maxima(rows, v.out, x, v.ld, largest.data());
+    orthogonal().column_maxima(rows, v.ld, x, v.ld, largest.data());
     for (int64_t j = 0; j < v.out; ++j) {
       const int64_t k = exponent_of(largest[j]);
       by[j] = k == kNothing ? 0 : -k;
       exponents[j] -= by[j];
     }
-    scale_columns(rows, v.out, x, v.ld, by.data());
-    scale_columns(weight_rows, v.out, w, v.ld, by.data());
+    scale_by_powers(rows, v.out, x, v.ld, nullptr, by.data());
+    if (w != nullptr) scale_by_powers(weight_rows, v.out, w, v.ld, nullptr, by.data());
   }
 
   // The environment of a place, and A = E W^T for its children.
@@ -277,14 +317,14 @@ class Spectra {
     if (v.step < 0) {
       shop.kernel().product(v.environment_rows, v.ld, e, v.ld, inner_.get() + v.weight, 0, a, v.ld,
                             Store::assign);
-      v.above_scale += normalise_all(a, v.environment_rows * v.ld);
+      v.above_scale += normalise_all(a, v.environment_rows, v.ld);
     } else {
       double* transposed = scratch;
       double* x = v.above_triangular ? scratch + v.out * v.ld_in : a;
       shop.kernel().transpose(v.in, v.out, inner_.get() + v.weight, v.ld, transposed, v.ld_in);
       shop.kernel().gemm(v.environment_rows, v.ld_in, v.out, e, v.ld, 1, transposed, v.ld_in, x,
                          v.ld_in, Store::assign);
-      v.above_scale += normalise_all(x, v.environment_rows * v.ld_in);
+      v.above_scale += normalise_all(x, v.environment_rows, v.ld_in);
       if (v.above_triangular) shop.triangle(v.environment_rows, v.in, x, a);
     }
     if (v.above_gram >= 0) shop.gram_of(v.in, a, v.above_rows, inner_.get() + v.above_gram);
@@ -298,13 +338,13 @@ class Spectra {
     for (int64_t j = 0; j < v.out; ++j) e[j * v.ld + j] = PowerOfTwo(k[j] - v.scale)(1.0);
   }
 
-  static int64_t normalise_all(double* x, int64_t size) {
-    double largest = 0;
-    for (int64_t i = 0; i < size; ++i) largest = std::max(largest, std::abs(x[i]));
-    const int64_t k = exponent_of(largest);
+  static int64_t normalise_all(double* x, int64_t rows, int64_t ld) {
+    std::vector<double> largest(rows);
+    orthogonal().row_maxima(rows, ld, x, ld, largest.data());
+    const int64_t k = exponent_of(*std::max_element(largest.begin(), largest.end()));
     if (k == kNothing) return 0;
-    const PowerOfTwo p(-k);
-    for (int64_t i = 0; i < size; ++i) x[i] = p(x[i]);
+    const std::vector<int64_t> by(rows, -k);
+    scale_by_powers(rows, ld, x, ld, by.data(), nullptr);
     return k;
   }
 
