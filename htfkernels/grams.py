@@ -10,9 +10,10 @@ products alone::
 so that traces of ``G_v H_v``, whose eigenvalues are the squared singular values, cost no
 decomposition, and neither do their derivatives.
 
-Scale: the columns of every frame are divided by their norms and environments by their largest
-entry, whose logarithms are carried apart. These divisors are constants: the tree with weights
-``e^log_in W e^-log_out`` is the same tensor, so derivatives do not change.
+Scale: the columns of every frame and every environment as a whole are divided by powers of two
+that bring them near 1. These are constants: the tree with weights ``2^k_in W 2^-k_out`` is the same
+tensor, so derivatives do not change. The exponents are whole numbers in the weights' dtype, whose
+differences are exact.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from htfkernels.layout import Layout
+from htfkernels.ops.autograd import only_once
 
 __all__ = ["Sides", "frames_and_environments", "largest_eigenvalues", "squares"]
 
@@ -86,23 +87,23 @@ class Sides:
 
     Attributes:
         nodes: the nodes' indices.
-        frames: ``[F, rows, R]``, or Gram matrices ``[F, R, R]``; the frame is that times
-            ``exp(frame_logs)`` (of a Gram matrix: the columns' factors on both sides).
+        frames: ``[F, rows, R]``, or Gram matrices ``[F, R, R]``; a frame is that times
+            ``2^frame_exponents``, a Gram matrix times that on both sides.
         frames_explicit: whether they are frames.
-        frame_logs: ``[F, R]``.
-        environments: likewise; the environment is that times ``exp(-frame_logs)`` in its columns
-            and ``exp(environment_logs)``.
+        frame_exponents: ``[F, R]``.
+        environments: likewise; an environment is that times ``2^(environment_exponents -
+            frame_exponents)``.
         environments_explicit: whether they are environments.
-        environment_logs: ``[F]``.
+        environment_exponents: ``[F]``.
     """
 
     nodes: tuple[int, ...]
     frames: Tensor
     frames_explicit: bool
-    frame_logs: Tensor
+    frame_exponents: Tensor
     environments: Tensor
     environments_explicit: bool
-    environment_logs: Tensor
+    environment_exponents: Tensor
 
 
 def frames_and_environments(
@@ -120,21 +121,21 @@ def frames_and_environments(
     """
     batches = _batches(layout)
     frames: list[Tensor] = []
-    logs: list[Tensor] = []
+    exponents: list[Tensor] = []
     scaled: list[Tensor] = []
     for b in batches:
         w = _weight(layout, weights, b)
         product: Tensor | None = None
-        log_in = torch.zeros_like(w[:, :, 0]).detach()
+        k_in = torch.zeros_like(w[:, :, 0])
         if b.children:
             below = [pick(frames) for pick in b.children]
-            log_in = reduce(torch.add, [pick(logs) for pick in b.children])
+            k_in = reduce(torch.add, [pick(exponents) for pick in b.children])
             if not b.product_explicit:
                 below = [_gram(x, e) for x, e in zip(below, b.child_explicit, strict=True)]
             product = reduce(_khatri_rao if b.product_explicit else torch.mul, below)
-        frame, log, weight = _through_weight(product, b.product_explicit, w, log_in)
+        frame, k, weight = _through_weight(product, b.product_explicit, w, k_in)
         frames.append(_gram(frame, True) if b.product_explicit and not b.explicit else frame)
-        logs.append(log)
+        exponents.append(k)
         scaled.append(weight)
 
     wanted = set(wanted)
@@ -145,14 +146,14 @@ def frames_and_environments(
     for i in reversed(range(len(batches))):
         if i not in needed:
             continue
-        b, w, frame, log = batches[i], scaled[i], frames[i], logs[i]
+        b, w, frame, k = batches[i], scaled[i], frames[i], exponents[i]
         if b.environment is None:
-            scale = log.amax(-1)
-            e = torch.diag_embed((log - scale[:, None]).exp())
+            scale = k.amax(-1)
+            e = torch.diag_embed((k - scale[:, None]).exp2())
         else:
             e, scale = b.environment(environments), b.environment(scales)
         if not wanted.isdisjoint(b.nodes):
-            sides.append(Sides(b.nodes, frame, b.explicit, log, e, b.environment_explicit, scale))
+            sides.append(Sides(b.nodes, frame, b.explicit, k, e, b.environment_explicit, scale))
         if not b.children:
             continue
         above, scale = _above(e, b, w, scale)
@@ -203,14 +204,14 @@ class _LargestEigenvalues(Function):
             projection = square
             if not bool(change > 4 * eps):
                 break
-        ctx.save_for_backward(projection)
+        ctx.save_for_backward(p, projection)
         return (projection.mT * p).sum((1, 2))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (projection,) = ctx.saved_tensors
-        return grad[:, None, None] * projection.mT
+        p, projection = ctx.saved_tensors
+        result = grad.detach()[:, None, None] * projection.mT
+        return only_once("stable ranks", (p,), (result,))[0]
 
 
 def _trace(p: Tensor) -> Tensor:
@@ -238,36 +239,41 @@ def _positive(x: Tensor) -> Tensor:
     return torch.where(x > 0, x, torch.ones_like(x))
 
 
+def _exponent(x: Tensor) -> Tensor:
+    """``k`` with ``2^(k-1) <= x < 2^k``, 0 where ``x`` is 0."""
+    return torch.frexp(x).exponent.to(x.dtype)
+
+
 def _through_weight(
-    product: Tensor | None, explicit: bool, w: Tensor, log_in: Tensor
+    product: Tensor | None, explicit: bool, w: Tensor, k_in: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The frame, its columns' logarithms, and the weight with these scales taken in."""
-    top = log_in.amax(-1, keepdim=True)
-    rows = w * (log_in - top).exp()[:, :, None]
-    size = _positive(rows.detach().abs().amax((1, 2), keepdim=True))
-    rows, log = rows / size, (top[:, :, None] + size.log()).squeeze(1)
-    frame, norms = _times(product, explicit, rows)
+    """The frame, its columns' exponents, and the weight with these scales taken in."""
+    top = k_in.amax(-1, keepdim=True)
+    size = _exponent(w.detach().abs().amax((1, 2)))[:, None]
+    scaled, k = w * (k_in - top - size).exp2()[:, :, None], (top + size).expand(-1, w.shape[2])
+    frame, norms = _times(product, explicit, scaled)
     if not bool((norms > _smallest(w.dtype)).all()):
         # Factors far apart: each column by its own largest entry, so that none underflows.
-        entries = log_in[:, :, None] + w.detach().abs().log()
-        own = entries.amax(1, keepdim=True).nan_to_num(neginf=0.0)
-        factor = (log_in[:, :, None] - own).clamp(max=_exponents(w.dtype))
-        half = (factor / 2).exp()
-        rows, log = w * half * half, own.squeeze(1)
-        frame, norms = _times(product, explicit, rows)
-    norms = _positive(norms)
-    frame = frame / norms[:, None, :]
+        entries = torch.where(w == 0, -torch.inf, k_in[:, :, None] + _exponent(w.detach().abs()))
+        k = entries.amax(1).nan_to_num(neginf=0.0)
+        by = (k_in[:, :, None] - k[:, None, :]).clamp(max=2 * _largest(w.dtype))
+        half = (by / 2).floor()
+        scaled = w * half.exp2() * (by - half).exp2()
+        frame, norms = _times(product, explicit, scaled)
+    grown = _exponent(norms)
+    shrink = (-grown).exp2()
+    frame = frame * shrink[:, None, :]
     if not explicit:
-        frame = frame / norms[:, :, None]
-    return frame, log + norms.log(), rows / norms[:, None, :]
+        frame = frame * shrink[:, :, None]
+    return frame, k + grown, scaled * shrink[:, None, :]
 
 
 def _smallest(dtype: torch.dtype) -> float:
     return 1e-140 if dtype == torch.float64 else 1e-15
 
 
-def _exponents(dtype: torch.dtype) -> float:
-    return 1400.0 if dtype == torch.float64 else 170.0
+def _largest(dtype: torch.dtype) -> float:
+    return 1000.0 if dtype == torch.float64 else 120.0
 
 
 def _times(product: Tensor | None, explicit: bool, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -281,18 +287,19 @@ def _times(product: Tensor | None, explicit: bool, w: Tensor) -> tuple[Tensor, T
 
 
 def _above(e: Tensor, b: _Batch, w: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """``E W^T`` or its Gram matrix, its largest entry 1."""
+    """``E W^T`` or its Gram matrix, its largest entry near 1."""
     if b.environment_explicit:
         above = e @ w.mT
-        size = _positive(above.detach().abs().amax((1, 2)))
-        above = above / size[:, None, None]
+        size = _exponent(above.detach().abs().amax((1, 2)))
+        above = above * (-size).exp2()[:, None, None]
         if not b.above_explicit:
             above = _gram(above, True)
     else:
         above = w @ e @ w.mT
-        size = _positive(above.detach().diagonal(dim1=1, dim2=2).amax(-1)).sqrt()
-        above = above / size[:, None, None] / size[:, None, None]
-    return above, scale + size.log()
+        diagonal = above.detach().diagonal(dim1=1, dim2=2)
+        size = _exponent(diagonal.amax(-1).clamp_min(0).sqrt())
+        above = above * (-2 * size).exp2()[:, None, None]
+    return above, scale + size
 
 
 def _environments(above: Tensor, below: list[Tensor], b: _Batch) -> list[Tensor]:

@@ -190,8 +190,8 @@ class HTF(nn.Module):
 
         With the node's message ``U_v`` for every index tuple of its modes (frame) and its
         environment ``E_v``, ``M_v = U_v E_v^T = (U_v left) diag(values) (E_v right)^T``, and the
-        columns of ``U_v left`` and of ``E_v right`` are orthonormal (those of a small singular
-        value ``sigma`` to ``1e-16 sigma_1 / sigma``). Not differentiable.
+        columns of ``U_v left`` and of ``E_v right`` are orthonormal (in ill-conditioned frames
+        that of a singular value ``sigma`` to about ``1e-16 sigma_1 / sigma``). Not differentiable.
 
         Args:
             nodes: by default all but the root.

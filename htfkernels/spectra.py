@@ -7,18 +7,17 @@ environment ``E_v``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from htfkernels import grams
 from htfkernels.functional import Weights, fold
 from htfkernels.layout import Layout
+from htfkernels.ops.autograd import only_once
 from htfkernels.ops.spectra import Factors, factors_of, singular_values
 from htfkernels.plan import Plan, plan_for
 from htfkernels.ranks import numerical_rank
@@ -97,8 +96,7 @@ def matricization_spectra(
 
     The result is differentiable with respect to the weights, once. Derivatives are finite
     everywhere: a singular value's is ``u v^T`` with some pair of singular vectors, and 0 where it
-    is zero to the method's accuracy; one of size ``sigma`` is known to about ``1e-16 sigma_1 /
-    sigma``.
+    is zero to the method's accuracy.
 
     Args:
         tree: the mode tree.
@@ -157,17 +155,16 @@ def run_principal_frames(
     plan, weights, gram = _prepare("principal_frames", layout, weights, method)
     dtype = weights[0].dtype
     indices = list(dict.fromkeys(n.index for n in wanted))
+    accuracy = ACCURACY["gram" if gram else "qr"]
     found = {}
     with torch.no_grad():
         for i, f in zip(indices, factors_of(plan, weights, indices, gram), strict=True):
-            u, s, vh = torch.linalg.svd(f.frame @ f.environment.T, full_matrices=False)
-            keep = int(numerical_rank(s, rtol=ACCURACY["gram" if gram else "qr"]))
-            u, s, v = u[:, :keep], s[:keep], vh[:keep].T
-            # U_v a / sigma = u for a = E_v^T v, whatever the rank of U_v.
+            s, left, right = _singular_vectors(f.frame, f.environment, accuracy)
+            keep = int((s > 0).sum())
             columns = f.frame_exponents.double()
-            left = f.environment.T @ v / s * (-columns).exp2()[:, None]
-            right = f.frame.T @ u / s * (columns - f.scale).exp2()[:, None]
-            values = s * torch.tensor(float(f.scale), device=s.device).double().exp2()
+            left = left[:, :keep] * (-columns).exp2()[:, None]
+            right = right[:, :keep] * (columns - f.scale).exp2()[:, None]
+            values = s[:keep] * columns.new_tensor(f.scale).exp2()
             found[i] = PrincipalFrame(values.to(dtype), left.to(dtype), right.to(dtype))
     return {n: found[n.index] for n in wanted}
 
@@ -242,38 +239,53 @@ class _SingularValues(Function):
         return flat, exponents
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        exponents, *weights = ctx.saved_tensors
-        layout, nodes = ctx.plan.layout, ctx.nodes
-        factors = factors_of(ctx.plan, weights, nodes, ctx.gram)
+        exponents, *arguments = ctx.saved_tensors
+        weights = [w.detach() for w in arguments]
+        plan, nodes = ctx.plan, ctx.nodes
+        factors = factors_of(plan, weights, nodes, ctx.gram)
         accuracy = ACCURACY["gram" if ctx.gram else "qr"]
-        pulls = _pulls(factors, exponents.tolist(), grad.split(ctx.sizes), accuracy)
+        pulls = _pulls(factors, exponents.tolist(), grad.detach().split(ctx.sizes), accuracy)
         by_node = dict(zip(nodes, pulls, strict=True))
-        leaves = [w.detach().double().requires_grad_() for w in weights]
+        leaves = [w.double().requires_grad_() for w in weights]
         with torch.enable_grad():
-            total = leaves[0].new_zeros(())
-            for sides in grams.frames_and_environments(layout, leaves, nodes):
-                total = total + _contracted(sides, by_node)
-        grads = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
-        return (
-            None,
-            None,
-            None,
-            None,
-            *(g.to(w.dtype) for g, w in zip(grads, weights, strict=True)),
-        )
+            sides = grams.frames_and_environments(plan.layout, leaves, nodes)
+            total = sum((_contracted(s, by_node) for s in sides), torch.zeros(()))
+            grads = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+        result = tuple(g.to(w.dtype) for g, w in zip(grads, weights, strict=True))
+        return (None, None, None, None, *only_once("singular values", arguments, result))
+
+
+def _singular_vectors(
+    frame: Tensor, environment: Tensor, accuracy: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``s``, and ``left``, ``right`` with orthonormal ``F left`` and ``E right`` such that
+    ``F E^T = (F left) diag(s) (E right)^T``; all zero where ``s`` is below the accuracy.
+
+    ``F a / sigma = u`` for ``a = E^T v``, whatever the rank of ``F``; but of a small ``sigma`` that
+    is off by ``1e-16 sigma_1 / sigma``, along the vectors of the large ones. What is missing of
+    ``u`` is put together from those.
+    """
+    u, s, vh = torch.linalg.svd(frame @ environment.mT, full_matrices=False)
+    v = vh.mT
+    found = s > accuracy * s[..., :1]
+    inverse = torch.where(found, 1 / torch.where(found, s, 1), 0)[..., None, :]
+    left, right = environment.mT @ v * inverse, frame.mT @ u * inverse
+    for _ in range(2):
+        left = left + left @ (u.mT @ (u - frame @ left))
+        right = right + right @ (v.mT @ (v - environment @ right))
+    return torch.where(found, s, 0), left * found[..., None, :], right * found[..., None, :]
 
 
 class _Pull(NamedTuple):
-    """``w_i / 2``, ``a_i`` and ``b_i`` of one node, and the logarithms of the frame's columns and
-    of ``M``."""
+    """``grad_i sigma_i / 2``, ``a_i / sigma_i`` and ``b_i / sigma_i`` of one node, the exponents of
+    the frame's columns and of ``M``."""
 
     weight: Tensor
     left: Tensor
     right: Tensor
     columns: Tensor
-    scale: float
+    scale: int
 
 
 def _pulls(
@@ -288,30 +300,23 @@ def _pulls(
         shift = torch.tensor([factors[i].scale - exponents[i] for i in same], device=frame.device)
         environment = torch.stack([factors[i].environment for i in same])
         environment = environment * shift.double().exp2()[:, None, None]
-        u, s, vh = torch.linalg.svd(frame @ environment.mT, full_matrices=False)
-        found = s > accuracy * s[:, :1]
-        grad = torch.stack([grads[i] for i in same])
-        weight = torch.where(found, grad / torch.where(found, s, 1) / 2, 0)
-        left, right = environment.mT @ vh.mT, frame.mT @ u
+        s, left, right = _singular_vectors(frame, environment, accuracy)
+        weight = torch.stack([grads[i] for i in same]) * s / 2
         for slot, i in enumerate(same):
-            columns = factors[i].frame_exponents.double() * math.log(2)
-            scale = exponents[i] * math.log(2)
-            result[i] = _Pull(weight[slot], left[slot], right[slot], columns, scale)
+            columns = factors[i].frame_exponents
+            result[i] = _Pull(weight[slot], left[slot], right[slot], columns, exponents[i])
     return [r for r in result if r is not None]
 
 
 def _contracted(sides: grams.Sides, pulls: dict[int, _Pull]) -> Tensor:
-    """``sum w_i (a_i^T G a_i + b_i^T H b_i) / 2``, the vectors in the scale of ``sides``."""
+    """``sum grad_i (a_i^T G a_i + b_i^T H b_i) / (2 sigma_i)``, in the scale of ``sides``."""
     slots = [i for i, n in enumerate(sides.nodes) if n in pulls]
     chosen = [pulls[sides.nodes[i]] for i in slots]
-    logs = sides.frame_logs[slots]
-    columns = logs - torch.stack([p.columns for p in chosen])
-    shift = sides.environment_logs[slots] - torch.tensor(
-        [p.scale for p in chosen], dtype=torch.float64, device=logs.device
-    )
+    columns = sides.frame_exponents[slots] - torch.stack([p.columns for p in chosen])
+    shift = sides.environment_exponents[slots] - columns.new_tensor([p.scale for p in chosen])
     weight = torch.stack([p.weight for p in chosen])
-    a = torch.stack([p.left for p in chosen]) * columns.exp()[:, :, None]
-    b = torch.stack([p.right for p in chosen]) * (shift[:, None] - columns).exp()[:, :, None]
+    a = torch.stack([p.left for p in chosen]) * columns.exp2()[:, :, None]
+    b = torch.stack([p.right for p in chosen]) * (shift[:, None] - columns).exp2()[:, :, None]
     return _quadratic(sides.frames[slots], sides.frames_explicit, a, weight) + _quadratic(
         sides.environments[slots], sides.environments_explicit, b, weight
     )

@@ -18,7 +18,7 @@ from torch.autograd import Function, forward_ad
 
 from htfkernels.layout import Layout
 
-__all__ = ["Kernel", "apply", "call", "squeeze"]
+__all__ = ["Kernel", "apply", "call", "only_once", "squeeze"]
 
 Tensors = tuple[Tensor, ...]
 
@@ -100,6 +100,26 @@ def apply(kernel: Kernel, *tensors: Tensor) -> Tensor:
 def squeeze(layout: Layout, result: Tensor) -> Tensor:
     """``[B, 1]`` as ``[B]``."""
     return result.squeeze(-1) if layout.out_features == 1 else result
+
+
+def only_once(what: str, arguments: Sequence[Tensor], grads: Tensors) -> Tensors:
+    """Gradients that raise when they are differentiated with respect to the arguments. PyTorch's
+    ``once_differentiable`` lets those pass as constants whose cotangent is a constant: a wrong
+    second derivative in silence."""
+    if not torch.is_grad_enabled():
+        return grads
+    return _OnlyOnce.apply(what, len(arguments), *arguments, *grads)
+
+
+class _OnlyOnce(Function):
+    @staticmethod
+    def forward(ctx: Any, what: str, count: int, *tensors: Tensor) -> Tensors:
+        ctx.what = what
+        return tuple(g.view_as(g) for g in tensors[count:])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        raise RuntimeError(f"htfkernels: {ctx.what} have no second derivatives")
 
 
 def _optional(grads: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
