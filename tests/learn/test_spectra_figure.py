@@ -38,7 +38,7 @@ PICTURES: dict[str, Callable[[], hk.HTF]] = {
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_no_text_of_a_picture_hides_another(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    figure = _figure(measure(PICTURES[name]()), name)
+    figure = _figure(measure(PICTURES[name]()), f"the run {name} in a long folder, iteration 1,000")
     whole, boxes = figure.bbox, []
     real = Text.draw
 
@@ -49,7 +49,7 @@ def test_no_text_of_a_picture_hides_another(name: str, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Text, "draw", draw)
     figure.canvas.draw()
-    assert len(boxes) > 10
+    assert len(boxes) > 10 and any("iteration 1,000" in text for text, _ in boxes)
     for i, (first, a) in enumerate(boxes):
         assert whole.x0 <= a.x0 and a.x1 <= whole.x1, first
         assert whole.y0 <= a.y0 and a.y1 <= whole.y1, first

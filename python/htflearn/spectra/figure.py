@@ -15,7 +15,7 @@ import numpy as np
 
 from htflearn.figures import save_figure
 from htflearn.spectra.measure import Measured, NodeSpectrum
-from htflearn.spectra.places import Places, Sizes, place_tree
+from htflearn.spectra.places import LEAST_HEIGHT, Places, Sizes, place_tree
 from htflearn.spectra.table import describe, level_groups, short_label
 
 __all__ = ["draw_spectra"]
@@ -25,7 +25,7 @@ _LINE = 1.25  # of text, in font sizes
 _SMALLEST = 1e-16  # nothing of float64 is to be seen below it, relative to the largest
 _WIDEST_EDGE, _THINNEST_EDGE = 6.0, 0.25
 _MARGIN, _TITLE, _SIDE = 0.15, 0.56, 1.45
-_LEAST_HEIGHT, _LEAST_WIDTH = 2.95, 3.7
+_LEAST_WIDTH = 3.7
 _PANEL, _PANEL_GAP, _PANEL_LABELS, _MOST_PANELS = 1.15, 0.12, 0.62, 12
 _AXIS, _LEAST_PANEL = 0.55, 0.85
 _GROUND, _CUT = "#F4F6F8", "#D55E00"
@@ -47,6 +47,7 @@ dashed: where the
 numerical rank ends"""
 _SMALL_TEXT = 5.5
 _LABEL_WIDTH = 0.62  # of a digit, in font sizes, a little more than it is
+_TITLE_WIDTH, _SMALLEST_TITLE = 0.56, 6.0  # of a letter, on average
 
 
 def draw_spectra(measured: Measured, path: Path, title: str = "") -> None:
@@ -74,7 +75,7 @@ def _figure(measured: Measured, title: str) -> Any:
     if not places.sizes.cards:
         panels = min(int((tree_width - _AXIS) / _LEAST_PANEL), _MOST_PANELS)
         groups = level_groups(measured.spectra, panels)
-    tree_height = max(places.height, _LEAST_HEIGHT)
+    tree_height = max(places.height, LEAST_HEIGHT)
     beneath = _PANEL + 2 * _PANEL_LABELS if groups else 0.0
     width = tree_width + _SIDE + 2 * _MARGIN
     height = _TITLE + tree_height + beneath + 2 * _MARGIN
@@ -86,7 +87,7 @@ def _figure(measured: Measured, title: str) -> Any:
 
     bottom = _MARGIN + beneath
     tree = axes(_MARGIN, bottom, tree_width, tree_height)
-    left, low = (tree_width - places.width) / 2, (tree_height - places.height) / 2
+    left, low = (tree_width - places.width) / 2, tree_height - places.height
     tree.set_xlim(-left, tree_width - left)
     tree.set_ylim(-low, tree_height - low)
     tree.axis("off")
@@ -151,13 +152,14 @@ def _draw_edges(axes: Any, measured: Measured, places: Places) -> None:
     codes = [Curve.MOVETO, Curve.LINETO, Curve.CURVE4, Curve.CURVE4, Curve.CURVE4]
     for node in tree.interior:
         drawn = [max(points * ranks.get(c.index, 0.0), _THINNEST_EDGE) for c in node.children]
-        port = places.x[node.index] - sum(drawn) / 144
+        squeezed = min(1.0, room / sum(drawn)) / 72
+        port = places.x[node.index] - sum(drawn) * squeezed / 2
         top = places.y[node.index] - places.half[node.index]
         order = sorted(range(len(drawn)), key=lambda i: places.x[node.children[i].index])
         for i in order:
             child = node.children[i].index
-            x, end = places.x[child], port + drawn[i] / 144
-            port += drawn[i] / 72
+            x, end = places.x[child], port + drawn[i] * squeezed / 2
+            port += drawn[i] * squeezed
             start = places.y[child] + places.half[child]
             turn = max(places.turns[node.level - 1], start)
             middle = (top + turn) / 2
@@ -359,11 +361,11 @@ def _draw_key(figure: Any, axes: Any, left: float, top: float, sizes: Sizes, sca
             "singular values\n/ the largest", fontsize=7, color=_INK, loc="left", pad=4
         )
         below = 2.3
-    text = axes(left, top - _LEAST_HEIGHT, 1.0, _LEAST_HEIGHT)
+    text = axes(left, top - LEAST_HEIGHT, 1.0, LEAST_HEIGHT)
     text.axis("off")
-    text.set_ylim(0.0, _LEAST_HEIGHT)
+    text.set_ylim(0.0, LEAST_HEIGHT)
     lines = _KEY_OF_CARDS if sizes.cards else _KEY_OF_MARKERS
-    _write(text, 0.0, _LEAST_HEIGHT - below, lines, 6.5, _FAINT, corner=True)
+    _write(text, 0.0, LEAST_HEIGHT - below, lines, 6.5, _FAINT, corner=True)
 
 
 def _draw_title(figure: Any, measured: Measured, title: str, width: float, height: float) -> None:
@@ -372,10 +374,13 @@ def _draw_title(figure: Any, measured: Measured, title: str, width: float, heigh
     room = width - 2 * _MARGIN
 
     def fit(text: str, font: float) -> tuple[str, float]:
-        """Smaller, then shorter, where the figure is narrow."""
-        needed = 0.56 * len(text) / 72
-        font = max(min(font, room / needed), 6.0)
-        return text[: int(room / (0.56 * font / 72))], font
+        """Smaller, then without its middle, where the figure is narrow."""
+        width = _TITLE_WIDTH / 72
+        font = max(min(font, room / (width * len(text))), _SMALLEST_TITLE)
+        most = int(room / (width * font))
+        if len(text) > most:
+            text = f"{text[: most - most // 2 - 1]}…{text[-(most // 2) :]}"
+        return text, font
 
     text, font = fit(heading, 9.5)
     figure.text(_MARGIN / width, top, text, fontsize=font, color=_INK, va="top")

@@ -13,7 +13,10 @@ from dataclasses import dataclass
 
 import htfkernels as hk
 
-__all__ = ["Places", "Sizes", "place_tree"]
+__all__ = ["LEAST_HEIGHT", "Places", "Sizes", "place_tree"]
+
+LEAST_HEIGHT = 2.95
+"""Of a picture, since its key is as high."""
 
 _MOST_LEAVES, _MOST_LEVELS = 32, 32
 # For so many leaves: their distance, font, height of a curve.
@@ -91,12 +94,16 @@ def place_tree(tree: hk.ModeTree, measured: Collection[int]) -> Places:
     if cards:
         _, unit, font, curve = next(c for c in _CARDS if tree.order <= c[0])
         line = _LINE * font / 72
+        gaps = [min(_LEAST_GAP + 0.07 * r * unit, _MOST_GAP) for r in reach]
+        drawn = [any(n.index in measured for n in nodes) for nodes in tree.levels]
+        others = sum(gaps) + line * sum(2.0 if d else 1.3 for d in drawn)
+        if any(drawn):  # taller curves, where that leaves no page empty
+            curve = min(max((LEAST_HEIGHT - others) / sum(drawn), curve), 2 * curve)
         sizes = Sizes(True, unit, font, 0.86 * unit, curve + 2 * line, 1.3 * line, 0.7 * unit)
         half = [
             (sizes.card_height if n.index in measured else sizes.empty_height) / 2
             for n in tree.nodes
         ]
-        gaps = [min(_LEAST_GAP + 0.07 * r * unit, _MOST_GAP) for r in reach]
         side, bottom, top = sizes.card_width / 2 + 0.03, 0.03, 0.03
     else:
         unit = min(max(_LEAF_DISTANCE * tree.order, _MARKERS_WIDTH[0]), _MARKERS_WIDTH[1])
