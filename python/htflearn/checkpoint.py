@@ -8,6 +8,7 @@ only then pointed at; older ones go last. Whenever the process dies, ``latest`` 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -23,6 +24,8 @@ import htfkernels as hk
 from htflearn.errors import UserError
 
 __all__ = [
+    "find_weights",
+    "layout_to_dict",
     "load_checkpoint",
     "load_model",
     "replace_file",
@@ -130,7 +133,7 @@ def save_model(path: _Path, model: nn.Module) -> None:
     tensors = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
     metadata = {"format": "pt"}
     if isinstance(model, hk.HTF):
-        metadata["htf"] = json.dumps(_layout_to_dict(model.layout))
+        metadata["htf"] = json.dumps(layout_to_dict(model.layout))
     save_file(tensors, path, metadata)
     with open(path, "rb+") as file:
         _sync(file)
@@ -153,8 +156,16 @@ def load_model(path: _Path) -> hk.HTF:
         >>> load_model("model.safetensors").full_tensor().shape
         torch.Size([6, 5])
     """
-    file = Path(path) if Path(path).is_file() else _find(path) / _WEIGHTS
-    tensors, metadata = _read_weights(file)
+    last = None
+    while True:  # as in load_checkpoint
+        file = find_weights(path)
+        try:
+            tensors, metadata = _read_weights(file)
+            break
+        except FileNotFoundError as error:
+            if file == last:
+                raise UserError(f"there is no file {file}") from error
+            last = file
     if "htf" not in metadata:
         raise UserError(f"{file} holds weights, but not those of an htfkernels.HTF")
     try:
@@ -172,6 +183,26 @@ def load_model(path: _Path) -> hk.HTF:
     )
     _load_weights(model, tensors, file, assign=True)
     return model
+
+
+def find_weights(path: _Path) -> Path:
+    """The file that :func:`load_model` reads: of a folder of checkpoints that of the newest one.
+
+    Args:
+        path: a file, a checkpoint, a folder of checkpoints, or the folder around a ``checkpoints``.
+
+    Returns:
+        the file. A running trainer may replace it at any moment.
+
+    Raises:
+        UserError: there is no checkpoint.
+
+    Example:
+        >>> _ = save_checkpoint("run/checkpoints", matrix_factorization(6, 5))
+        >>> find_weights("run").parent.name
+        'step-000000000'
+    """
+    return Path(path) if Path(path).is_file() else _find(path) / _WEIGHTS
 
 
 def replace_file(path: _Path, text: str) -> None:
@@ -203,6 +234,8 @@ def _find(path: _Path) -> Path:
             return folder / (folder / _LATEST).read_text(encoding="utf-8").strip()
         except (FileNotFoundError, NotADirectoryError):
             continue
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{folder / _LATEST} cannot be read: {error}") from error
     raise UserError(f"there is no checkpoint in {given}")
 
 
@@ -231,7 +264,9 @@ def _read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {k: weights.get_tensor(k) for k in weights.keys()}, weights.metadata() or {}
     except FileNotFoundError:
         raise
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:
+        if not file.exists():  # removed while it was being opened: safetensors tells it in two ways
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file)) from error
         raise UserError(f"{file} cannot be read as safetensors: {error}") from error
 
 
@@ -245,7 +280,8 @@ def _load_weights(
         raise UserError(f"{source} holds the weights of another model: {detail}") from error
 
 
-def _layout_to_dict(layout: hk.Layout) -> dict[str, Any]:
+def layout_to_dict(layout: hk.Layout) -> dict[str, Any]:
+    """A layout as JSON holds it."""
     return {
         "tree": json.loads(layout.tree.to_json()),
         "mode_dims": list(layout.mode_dims),

@@ -23,6 +23,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "htflearn.commands.complete:complete",
         "Fill in the missing entries of a tensor, a table or a picture.",
     ),
+    "spectra": (
+        "htflearn.commands.spectra:spectra",
+        "Measure the ranks of a checkpoint at every node of its tree; draw them; follow a run.",
+    ),
     "bench": (
         "htflearn.commands.bench:bench",
         "Time the kernels against PyTorch and other libraries; compare two runs.",

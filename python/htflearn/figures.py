@@ -6,7 +6,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-__all__ = ["draw_dynamics"]
+__all__ = ["FORMATS", "draw_dynamics", "save_figure"]
+
+FORMATS: dict[str, dict[str, None]] = {
+    ".png": {},
+    ".svg": {"Date": None},
+    ".pdf": {"CreationDate": None},
+}
+"""Suffix -> metadata that would tell two equal pictures apart."""
 
 # Okabe and Ito: tells apart under every common colour blindness, and in print.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#F0E442")
@@ -38,9 +45,27 @@ def draw_dynamics(panels: list[dict[str, Any]], path: Path) -> None:
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, panel in zip(axes, panels, strict=True):
         _draw_panel(axis, panel)
-    draft = path.with_name(f".{path.name}.draft.png")
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes a figure, whole or not at all.
+
+    Args:
+        figure: of matplotlib.
+        path: the file, replaced as a whole; its suffix, one of :data:`FORMATS`, says in which
+            format. The same figure gives the same bytes.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    from matplotlib import rc_context
+
+    kind = path.suffix.lower()
+    draft = path.with_name(f".{path.name}.draft{kind}")
     try:
-        figure.savefig(draft)
+        with rc_context({"svg.hashsalt": "htf"}):
+            figure.savefig(draft, format=kind[1:], metadata=FORMATS[kind])
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)

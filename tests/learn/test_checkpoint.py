@@ -205,3 +205,27 @@ def test_weights_that_are_no_htf(tmp_path: Path) -> None:
     save_model(tmp_path / "model.safetensors", nn.Linear(2, 2))
     with pytest.raises(UserError, match=r"not those of an htfkernels\.HTF"):
         load_model(tmp_path / "model.safetensors")
+
+
+def test_a_model_whose_checkpoint_is_replaced_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the file is gone before safetensors looks for it, or between its look and its
+    reading."""
+    model, _ = make()
+    real = module.safe_open
+    for gone in (FileNotFoundError("gone"), RuntimeError("unable to open file")):
+        save_checkpoint(tmp_path, model, state={"iteration": 0})
+        errors = [gone]
+
+        def replaced(file: Path, *arguments: Any, errors: Any = errors, **options: Any) -> Any:
+            if errors:
+                save_checkpoint(tmp_path, model, state={"iteration": 1})
+                raise errors.pop()
+            return real(file, *arguments, **options)
+
+        monkeypatch.setattr(module, "safe_open", replaced)
+        assert same(load_model(tmp_path), model) and not errors
+    (module.find_weights(tmp_path)).unlink()
+    with pytest.raises(UserError, match="there is no file"):
+        load_model(tmp_path)
