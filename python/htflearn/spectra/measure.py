@@ -31,8 +31,6 @@ __all__ = [
 
 METHODS = ("auto", "qr", "gram")
 
-# Singular values from Gram matrices are roots: in float64 those below this fraction are rounding.
-_GRAM_EPS = torch.finfo(torch.float64).eps ** 0.5
 # In half precision "count x eps" would leave no singular value at all.
 _LARGEST_RTOL = 0.01
 # Largest and smallest power of two within which JSON holds singular values as they are.
@@ -219,8 +217,8 @@ def measure(
             matrix of one column has but a norm).
         method: see :meth:`htfkernels.HTF.matricization_spectra`.
         rtol: the numerical rank counts singular values above this fraction of the largest. By
-            default their number times the machine epsilon of the weights' dtype (or of what a Gram
-            matrix tells, where that is more), and 1% at most.
+            default their number times the machine epsilon of the weights' dtype (or the method's
+            accuracy, where that is more), and 1% at most.
 
     Raises:
         UserError: weights that are not finite.
@@ -239,12 +237,9 @@ def measure(
     dtype = next((p.dtype for p in model.parameters()), torch.float64)
     double = model if dtype == torch.float64 else copy.deepcopy(model).double()
     spectra = double.matricization_spectra(nodes, method)
-    method = getattr(spectra, "method", method)
-    relative = getattr(spectra, "relative", spectra)
-    scales: dict[hk.Node, int] = getattr(spectra, "log2_scale", dict.fromkeys(nodes, 0))
     bounds = rank_bounds(layout)
-    values = {n: relative[n][: bounds[n]].double().cpu() for n in nodes}
-    eps = max(torch.finfo(dtype).eps, _GRAM_EPS if method == "gram" else 0.0)
+    values = {n: spectra.relative[n][: bounds[n]].cpu() for n in nodes}
+    eps = torch.finfo(dtype).eps
     rows: dict[int, int] = {}
     for node in tree.nodes:
         below = math.prod(rows[c.index] for c in node.children)
@@ -258,7 +253,8 @@ def measure(
     measured: dict[hk.Node, NodeSpectrum] = {}
     for count, members in same.items():
         stacked = torch.stack([values[n] for n in members])
-        tolerance = min(count * eps, _LARGEST_RTOL) if rtol is None else rtol
+        accurate = min(max(count * eps, spectra.accuracy), _LARGEST_RTOL)
+        tolerance = accurate if rtol is None else rtol
         measures = zip(
             members,
             hk.ranks.numerical_rank(stacked, rtol=tolerance).tolist(),
@@ -276,7 +272,7 @@ def measure(
                 local_rank=None if node.is_leaf else layout.shape(node)[0],
                 bound=bounds[node],
                 values=values[node],
-                log2_scale=int(scales[node]),
+                log2_scale=spectra.log2_scale[node],
                 rtol=tolerance,
                 numerical_rank=numerical,
                 effective_rank=effective,
@@ -284,7 +280,7 @@ def measure(
                 renyi2_rank=renyi2,
                 entanglement_entropy=entropy,
             )
-    return Measured(layout, dtype, method, rtol, tuple(measured[n] for n in nodes))
+    return Measured(layout, dtype, spectra.method, rtol, tuple(measured[n] for n in nodes))
 
 
 def to_json(measured: Measured, top: int | None = None) -> dict[str, Any]:
