@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from htflearn.losses import LOSSES
     from htflearn.models import matrix_factorization, tensor_factorization
     from htflearn.optim import GroupRMSprop
+    from htflearn.regularizers import RankRegularizer
     from htflearn.tasks import CompletionTask, SensingTask, completion, make_target, sensing
     from htflearn.train import TrainConfig, Trainer, TrainResult
 
@@ -18,6 +19,7 @@ __all__ = [
     "LOSSES",
     "CompletionTask",
     "GroupRMSprop",
+    "RankRegularizer",
     "SensingTask",
     "TrainConfig",
     "TrainResult",
@@ -37,6 +39,7 @@ _HOME = {
     "LOSSES": "losses",
     "CompletionTask": "tasks",
     "GroupRMSprop": "optim",
+    "RankRegularizer": "regularizers",
     "SensingTask": "tasks",
     "TrainConfig": "train",
     "TrainResult": "train",

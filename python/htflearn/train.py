@@ -122,6 +122,8 @@ class Trainer:
             value are kept.
         restore_best: gives the model these weights at the end.
         title: shown with the progress.
+        regularizer: ``model -> scalar`` added to each step's loss, for example a
+            :class:`htflearn.RankRegularizer`. The losses in the metrics are without it.
 
     Raises:
         UserError: ``out`` cannot be written.
@@ -146,10 +148,11 @@ class Trainer:
         watch: Callable[[Any], float] | None = None,
         restore_best: bool = False,
         title: str = "training",
+        regularizer: Callable[[Any], Tensor] | None = None,
     ) -> None:
         self.model, self.task, self.optimizer, self.config = model, task, optimizer, config
         self.trackers, self.watch, self.restore_best = list(trackers), watch, restore_best
-        self.progress, self.title = progress, title
+        self.progress, self.title, self.regularizer = progress, title, regularizer
         self.out = None if out is None else writable_directory(out)
         names = [tracker.name for tracker in self.trackers]
         if len(set(names)) < len(names):
@@ -229,9 +232,9 @@ class Trainer:
             late = now >= end
             last = late or state.iteration >= config.iterations
             if (last or state.iteration % config.log_every == 0) and state.logged < state.iteration:
-                loss = self._log(state, metrics)
-                progress.update(state.iteration, loss)
-                state.reason = "" if math.isfinite(loss) else "not finite"
+                logged = self._log(state, metrics)
+                progress.update(state.iteration, logged)
+                state.reason = "" if math.isfinite(logged) else "not finite"
                 state.reason = state.reason or self._reason(state)
             if not state.reason and last:
                 state.reason = "time" if late else "iterations"
@@ -245,7 +248,10 @@ class Trainer:
                 saved_at = time.monotonic()
             for p in parameters:
                 p.grad = None
-            loss_of(model, batches.next()).backward()
+            loss = loss_of(model, batches.next())
+            if self.regularizer is not None:
+                loss = loss + self.regularizer(model)
+            loss.backward()
             optimizer.step()
             state.iteration += 1
 
