@@ -168,11 +168,13 @@ class Spectra:
     def measure(self, model: hk.HTF, task: Any) -> dict[str, Any]:
         """``{label of the node: {"singular_values", "effective_rank", "numerical_rank"}}``."""
         spectra = model.matricization_spectra(self.nodes)
+        # Values of deep trees may be out of range, their ratios are not.
+        ranks = spectra.numerical_ranks(self.tolerance)
         return {
             node_label(node): {
                 "singular_values": s[: self.top].tolist(),
-                "effective_rank": float(hk.effective_rank(s)),
-                "numerical_rank": int(hk.numerical_rank(s, self.tolerance * float(s.max()))),
+                "effective_rank": float(hk.effective_rank(spectra.relative[node])),
+                "numerical_rank": ranks[node],
             }
             for node, s in spectra.items()
         }
