@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from htfkernels import functional, spectra
+from htfkernels import functional, mode_sets, spectra
 from htfkernels.index_plan import IndexPlan, index_plan
 from htfkernels.layout import Layout, Ranks, RootKind
 from htfkernels.tree import ModeTree, Node
@@ -168,11 +168,22 @@ class HTF(nn.Module):
         weights = {node: self.node_weight(node) for node in self.tree.nodes}
         return spectra.matricization_spectra(self.tree, weights, nodes, method)
 
-    def matricization_spectrum(self, modes: Iterable[int]) -> Tensor:
+    def matricization_spectrum(
+        self,
+        modes: Iterable[int],
+        method: str = "auto",
+        max_cost: tuple[float, float] | float | None = None,
+    ) -> Tensor:
         """Singular values of the matricization with any set of modes as rows, see
-        :func:`htfkernels.spectra.matricization_spectrum`."""
+        :func:`htfkernels.mode_sets.matricization_spectrum`.
+
+        Example:
+            >>> model = HTF(ModeTree.balanced(8), mode_dims=2, ranks=3)
+            >>> model.matricization_spectrum([0, 2, 4, 6]).shape
+            torch.Size([16])
+        """
         weights = {node: self.node_weight(node) for node in self.tree.nodes}
-        return spectra.matricization_spectrum(self.tree, weights, modes)
+        return mode_sets.matricization_spectrum(self.tree, weights, modes, method, max_cost)
 
     def extra_repr(self) -> str:
         layout = self.layout
