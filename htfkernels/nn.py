@@ -228,11 +228,22 @@ class HTF(nn.Module):
         """
         return spectra.run_trace_ranks(self.layout, self._folded(), nodes, "stable")
 
-    def matricization_spectrum(self, modes: Iterable[int]) -> Tensor:
+    def matricization_spectrum(
+        self,
+        modes: Iterable[int],
+        method: str = "auto",
+        max_cost: tuple[float, float] | float | None = None,
+    ) -> Tensor:
         """Singular values of the matricization with any set of modes as rows, see
-        :func:`htfkernels.mode_sets.matricization_spectrum`."""
+        :func:`htfkernels.mode_sets.matricization_spectrum`.
+
+        Example:
+            >>> model = HTF(ModeTree.balanced(8), mode_dims=2, ranks=3)
+            >>> model.matricization_spectrum([0, 2, 4, 6]).shape
+            torch.Size([16])
+        """
         weights = {node: self.node_weight(node) for node in self.tree.nodes}
-        return mode_sets.matricization_spectrum(self.tree, weights, modes)
+        return mode_sets.matricization_spectrum(self.tree, weights, modes, method, max_cost)
 
     def extra_repr(self) -> str:
         layout = self.layout

@@ -43,7 +43,6 @@ MAY_IMPORT = {
     "functional": {"dispatch", "index_plan", "layout", "ops.*", "plan", "tree"},
     "ranks": set(),
     "grams": {"layout", "ops.autograd"},
-    "mode_sets": {"tree"},
     "spectra": {
         "functional",
         "grams",
@@ -54,6 +53,10 @@ MAY_IMPORT = {
         "ranks",
         "tree",
     },
+    "balance": {"tree"},
+    "mode_cores": {"tree"},
+    "mode_grams": {"mode_cores", "tree"},
+    "mode_sets": {"balance", "layout", "mode_cores", "mode_grams", "tree", "tree_checks"},
     "nn": {"functional", "index_plan", "layout", "mode_sets", "spectra", "tree"},
     "testing": {"dispatch", "functional", "layout", "tree"},
     "info": {"", "_C", "dispatch"},

@@ -325,7 +325,17 @@ def test_bad_models():
 
 @pytest.mark.parametrize(
     "module",
-    ["dispatch", "functional", "layout", "nn", "spectra", "testing", "tree"],
+    [
+        "balance",
+        "dispatch",
+        "functional",
+        "layout",
+        "mode_sets",
+        "nn",
+        "spectra",
+        "testing",
+        "tree",
+    ],
 )
 def test_examples_in_docstrings_run(module):
     import doctest

@@ -120,34 +120,6 @@ def test_only_the_nodes_asked_for():
     assert model.matricization_spectra([]) == {}
 
 
-SETS = [(0, 2), (2, 0), (0, 3), (1,), (0, 1), (1, 2, 3), (0, 1, 2, 3)]
-
-
-@pytest.mark.parametrize("modes", SETS, ids=str)
-def test_any_set_of_modes(modes):
-    """``matricization_spectrum``: in the tree or not."""
-    for layout in LAYOUTS:
-        if max(modes) >= layout.tree.order or layout.out_features > 1:
-            continue
-        model = module(layout)
-        tensor = model.full_tensor().detach()
-        if set(modes) == set(range(tensor.dim())):
-            expected = tensor.norm().reshape(1)
-        else:
-            expected = dense(tensor, sorted(modes))
-        s = model.matricization_spectrum(modes).detach()
-        assert len(s) <= len(expected)
-        padded = torch.nn.functional.pad(s, (0, len(expected) - len(s)))
-        testing.assert_matches(padded, expected, F64, "backward")
-
-
-def test_a_set_of_modes_that_is_none():
-    model = module(LAYOUTS[0])
-    for modes in ((), (4,), (-1,), (0, 0)):
-        with pytest.raises((ValueError, KeyError), match="mode"):
-            model.matricization_spectrum(modes)
-
-
 @pytest.mark.parametrize("method", ["qr", "gram"])
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_planted_rank(method, rank):
