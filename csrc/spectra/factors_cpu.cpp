@@ -1,39 +1,30 @@
 #include "spectra/factors.h"
+#include "spectra/places.h"
 #include "spectra/spectra.h"
 
 namespace htf {
 namespace {
 
-// A node, or the product of two children of one that has many: two operands at most. Elements of
-// buffers are offsets.
-struct Place {
-  int64_t step = -1;  // -1: such a product; its weight is a diagonal of powers of two
-  int64_t left = -1, right = -1, parent = -1;
-  int64_t in = 0, out = 0, ld_in = 0, ld = 0;    // columns of the product and of the frame
+// Elements of buffers are offsets.
+struct FactorPlace : Place {
   int64_t product_rows = 0, rows = 0;            // of the product, of the frame
   int64_t environment_rows = 0, above_rows = 0;  // of E, of A = E W^T
-  int64_t height = 0, depth = 0;
   int64_t frame = 0, weight = -1, environment = -1, above = -1, exponents = 0;
   int64_t frame_gram = -1, above_gram = -1;
-  bool asked = false, wanted = false;  // the environment is: here, or here or below
-  bool needed = false;                 // the frame is
-  bool direct = false;                 // the product goes through the weight before it shrinks
+  bool direct = false;  // the product goes through the weight before it shrinks
   bool environment_triangular = false, triangular = false, above_triangular = false;
   int64_t scale = 0, above_scale = 0;  // powers of two of E and A
-
-  bool is_leaf() const { return left < 0; }
 };
 
 int64_t at_most(int64_t rows, int64_t n) { return std::min(rows, n); }
 
 template <class S>
-class Spectra {
+class Spectra : Places<FactorPlace> {
  public:
   Spectra(const Program& program, const std::vector<Tensor>& weights,
           const std::vector<char>& wanted, bool gram)
-      : p_(program), gram_(gram) {
+      : Places(program, wanted), gram_(gram) {
     for (const Tensor& w : weights) source_.push_back(in_one_piece(w));
-    make_places(wanted);
     set_shapes();
   }
 
@@ -45,12 +36,21 @@ class Spectra {
     inner_ = Buffer<double>(inner_size_);
     const Tensor exponents = new_tensor(like, {exponent_size_}, ScalarType::Long);
     exponent_ = static_cast<int64_t*>(exponents.data_ptr());
-    wave(by_height_, [&](int64_t v, Workshop& shop, double* scratch) { up(v, shop, scratch); });
-    wave(by_depth_, [&](int64_t v, Workshop& shop, double* scratch) { down(v, shop, scratch); });
+    const int64_t shop_size = Workshop::size(widest_);
+    for (const std::vector<int64_t>& places : by_height_)
+      wave(places, shop_size + scratch_, [&](int64_t v, double* memory) {
+        Workshop shop(memory, widest_);
+        up(v, shop, memory + shop_size);
+      });
+    for (const std::vector<int64_t>& places : by_depth_)
+      wave(places, shop_size + scratch_, [&](int64_t v, double* memory) {
+        Workshop shop(memory, widest_);
+        down(v, shop, memory + shop_size);
+      });
 
     const Tensor table = new_tensor(like, {p_.steps, kFactorFields}, ScalarType::Long);
     FactorRow* row = static_cast<FactorRow*>(table.data_ptr());
-    for (const Place& v : place_)
+    for (const FactorPlace& v : place_)
       if (v.step >= 0)
         row[p_.step[v.step].node] = {v.frame,
                                      v.needed ? v.rows : 0,
@@ -64,56 +64,20 @@ class Spectra {
   }
 
  private:
-  void make_places(const std::vector<char>& wanted) {
-    std::vector<std::vector<int64_t>> children(p_.steps);
-    for (int64_t s = 0; s < p_.steps; ++s) {
-      const Step& st = p_.step[s];
-      std::vector<int64_t>& ops = children[s];
-      // Many children: neighbours first, so that a node of C children is log2(C) deep.
-      while (ops.size() > 2) {
-        std::vector<int64_t> halved;
-        for (std::size_t i = 0; i + 1 < ops.size(); i += 2)
-          halved.push_back(add(-1, st.rows, st.rows, ops[i], ops[i + 1]));
-        if (ops.size() % 2 == 1) halved.push_back(ops.back());
-        ops = halved;
-      }
-      const int64_t v =
-          add(s, st.rows, st.cols, !ops.empty() ? ops[0] : -1, ops.size() > 1 ? ops[1] : -1);
-      place_[v].asked = wanted[st.node] != 0;
-      if (st.parent >= 0) children[st.parent].push_back(v);
-    }
-  }
-
-  int64_t add(int64_t step, int64_t in, int64_t out, int64_t left, int64_t right) {
-    Place v;
-    v.step = step, v.in = in, v.out = out, v.left = left, v.right = right;
-    v.ld_in = padded<double>(in), v.ld = padded<double>(out);
-    const int64_t index = static_cast<int64_t>(place_.size());
-    for (const int64_t c : {left, right})
-      if (c >= 0) {
-        place_[c].parent = index;
-        v.height = std::max(v.height, place_[c].height + 1);
-      }
-    place_.push_back(v);
-    return index;
-  }
-
   // Frames are triangular where they have as many rows as columns: that is what the structured
   // product of two of them lives by.
   bool triangulates(int64_t rows, int64_t n) const { return gram_ ? rows > n : rows >= n; }
 
   // Of few outputs, as the root has. Multiply-adds: all rows through the weight and into a triangle
   // of v.out columns, against into one of v.in columns.
-  bool direct_is_cheaper(const Place& v, int64_t rows) const {
+  bool direct_is_cheaper(const FactorPlace& v, int64_t rows) const {
     const int64_t through = rows * v.out * (v.in + 2 * v.out);
     const int64_t shrunk = gram_ ? 3 * v.in * v.in * v.in : rows * v.in * v.in / 3;
     return through < shrunk;
   }
 
   void set_shapes() {
-    const int64_t count = static_cast<int64_t>(place_.size());
-    set_needs(count);
-    for (Place& v : place_) {
+    for (FactorPlace& v : place_) {
       const int64_t rows = v.is_leaf()   ? v.in
                            : v.right < 0 ? place_[v.left].rows
                                          : place_[v.left].rows * place_[v.right].rows;
@@ -130,16 +94,15 @@ class Spectra {
       widest_ = std::max({widest_, v.ld, v.ld_in});
       scratch_ = std::max(scratch_, v.is_leaf() ? v.in * v.ld : v.product_rows * (v.ld_in + v.ld));
     }
-    for (int64_t i = count - 1; i >= 0; --i) {
-      Place& v = place_[i];
+    for (int64_t i = count() - 1; i >= 0; --i) {
+      FactorPlace& v = place_[i];
       if (!v.wanted) continue;
       if (v.parent < 0) {
         v.environment_rows = v.out;
         v.environment_triangular = true;
       } else {
-        const Place& up = place_[v.parent];
-        v.depth = up.depth + 1;
-        const int64_t sibling = other(v.parent, i);
+        const FactorPlace& up = place_[v.parent];
+        const int64_t sibling = other(i);
         const int64_t rows = up.above_rows * (sibling < 0 ? 1 : place_[sibling].rows);
         v.environment_rows = at_most(rows, v.out);
         v.environment_triangular = sibling < 0 ? up.above_triangular : rows > v.out && !gram_;
@@ -157,81 +120,27 @@ class Spectra {
       v.above = take(inner_size_, v.above_rows * v.ld_in);
       scratch_ = std::max(scratch_, v.out * v.ld_in + v.environment_rows * v.ld_in);
     }
-    for (int64_t i = 0; i < count; ++i) {
-      const Place& v = place_[i];
-      put(by_height_, v.height, i);
-      if (v.wanted) put(by_depth_, v.depth, i);
-    }
-  }
-
-  // Environments of what is asked for and of all above it; frames of what is asked for, of the
-  // siblings of wanted environments, and of all below them.
-  void set_needs(int64_t count) {
-    for (Place& v : place_) {
-      v.wanted = v.wanted || v.asked;
-      if (v.wanted && v.parent >= 0) place_[v.parent].wanted = true;
-    }
-    for (int64_t i = count - 1; i >= 0; --i) {
-      Place& v = place_[i];
-      v.needed = v.asked;
-      if (v.parent < 0) continue;
-      const int64_t sibling = other(v.parent, i);
-      v.needed |= place_[v.parent].needed || (sibling >= 0 && place_[sibling].wanted);
-    }
   }
 
   void needs_gram(int64_t v) {
     if (gram_ && place_[v].frame_gram < 0)
       place_[v].frame_gram = take(inner_size_, place_[v].out * place_[v].ld);
   }
-  int64_t other(int64_t parent, int64_t child) const {
-    return place_[parent].left == child ? place_[parent].right : place_[parent].left;
-  }
-  static int64_t take(int64_t& size, int64_t more) {
-    const int64_t at = size;
-    size += more;
-    return at;
-  }
-  static void put(std::vector<std::vector<int64_t>>& waves, int64_t at, int64_t v) {
-    if (static_cast<int64_t>(waves.size()) <= at) waves.resize(at + 1);
-    waves[at].push_back(v);
-  }
-
-  template <class F>
-  void wave(const std::vector<std::vector<int64_t>>& waves, const F& f) {
-    for (const std::vector<int64_t>& places : waves) {
-      int64_t work = 0;
-      for (const int64_t i : places) {
-        const Place& v = place_[i];
-        work += v.in * v.out * (std::max(v.in, v.out) + 64);
-      }
-      for_each_item<double>(static_cast<int64_t>(places.size()), work,
-                            Workshop::size(widest_) + scratch_, [&](int64_t i, double* memory) {
-                              Workshop shop(memory, widest_);
-                              f(places[i], shop, memory + Workshop::size(widest_));
-                            });
-    }
-  }
-
-  const S* weight(const Place& v) const {
-    const Step& st = p_.step[v.step];
-    if (st.group < 0) return nullptr;
-    return static_cast<const S*>(source_[st.group].const_data_ptr()) + st.slot * v.in * v.out;
-  }
+  const S* weight(const FactorPlace& v) const { return weight_of<S>(p_, source_, v.step); }
 
   Factor frame(int64_t v) const {
-    const Place& p = place_[v];
+    const FactorPlace& p = place_[v];
     return {frames_ + p.frame, p.rows, p.triangular,
             p.frame_gram < 0 ? nullptr : inner_.get() + p.frame_gram};
   }
   Factor above(int64_t v) const {
-    const Place& p = place_[v];
+    const FactorPlace& p = place_[v];
     return {inner_.get() + p.above, p.above_rows, p.above_triangular,
             p.above_gram < 0 ? nullptr : inner_.get() + p.above_gram};
   }
 
   void up(int64_t index, Workshop& shop, double* scratch) {
-    Place& v = place_[index];
+    FactorPlace& v = place_[index];
     double* out = frames_ + v.frame;
     int64_t* exponents = exponent_ + v.exponents;
     if (v.is_leaf()) {
@@ -247,7 +156,7 @@ class Spectra {
       shop.gram_of(v.out, out, v.rows, inner_.get() + v.frame_gram);
   }
 
-  void join(Place& v, Workshop& shop, double* scratch, double* out, int64_t* exponents) {
+  void join(FactorPlace& v, Workshop& shop, double* scratch, double* out, int64_t* exponents) {
     std::vector<int64_t> sum(v.in);
     for (int64_t j = 0; j < v.in; ++j)
       sum[j] = exponent_[place_[v.left].exponents + j] +
@@ -282,7 +191,7 @@ class Spectra {
   }
 
   // Brings each column's largest entry to between a half and 1, the weight's columns with it.
-  void normalise(const Place& v, double* x, int64_t rows, int64_t weight_rows, double* w,
+  void normalise(const FactorPlace& v, double* x, int64_t rows, int64_t weight_rows, double* w,
                  int64_t* exponents) {
     std::vector<double> largest(v.ld);
     std::vector<int64_t> by(v.out);
@@ -298,13 +207,13 @@ class Spectra {
 
   // The environment of a place, and A = E W^T for its children.
   void down(int64_t index, Workshop& shop, double* scratch) {
-    Place& v = place_[index];
+    FactorPlace& v = place_[index];
     double* e = environments_ + v.environment;
     if (v.parent < 0) {
       outputs(v, e);
     } else {
       const Factor from = above(v.parent);
-      const int64_t sibling = other(v.parent, index);
+      const int64_t sibling = other(index);
       v.scale = place_[v.parent].above_scale;
       if (sibling < 0)
         std::copy_n(from.data, from.rows * v.ld, e);
@@ -331,7 +240,7 @@ class Spectra {
   }
 
   // The outputs are one more mode: their environment is the identity, in the frames' scale.
-  void outputs(Place& v, double* e) {
+  void outputs(FactorPlace& v, double* e) {
     const int64_t* k = exponent_ + v.exponents;
     v.scale = *std::max_element(k, k + v.out);
     std::fill_n(e, v.out * v.ld, 0.0);
@@ -348,11 +257,8 @@ class Spectra {
     return k;
   }
 
-  const Program& p_;
   const bool gram_;
   std::vector<Tensor> source_;
-  std::vector<Place> place_;  // children before parents
-  std::vector<std::vector<int64_t>> by_height_, by_depth_;
   int64_t frame_size_ = 0, environment_size_ = 0, inner_size_ = 0, exponent_size_ = 0;
   int64_t widest_ = 0, scratch_ = 0;
   double *frames_ = nullptr, *environments_ = nullptr;
