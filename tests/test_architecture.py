@@ -67,6 +67,7 @@ MAY_IMPORT = {
     },
 }
 NOT_AT_IMPORT = ["triton", "matplotlib", "typer", "rich", "scipy", "sklearn", "skimage", "htflearn"]
+NOT_AT_IMPORT += ["tensap", "tensorly", "pyttb", "hiepy"]
 
 
 def modules(package):
