@@ -21,13 +21,11 @@ def module(layout, dtype=F64, seed=0):
     return hk.HTF.from_weights(layout.tree, inputs.weights, layout)
 
 
-def like(layout, ranks, root=None, share=None):
-    """The same tree, dimensions and outputs with other ranks."""
+def like(layout, ranks):
+    """The same layout with other ranks."""
     ranks = {node: ranks[i % len(ranks)] for i, node in enumerate(layout.tree.interior)}
-    root = layout.root if root is None else root
-    share = layout.share_weights if share is None else share
-    dims, outputs = layout.mode_dims, layout.out_features
-    return hk.Layout.make(layout.tree, dims, ranks, outputs, root, share)
+    same = layout.out_features, layout.root, layout.share_weights
+    return hk.Layout.make(layout.tree, layout.mode_dims, ranks, *same)
 
 
 def dense(model):
@@ -378,6 +376,20 @@ def test_values_out_of_range():
     tiny = hk.HTF(ModeTree.balanced(64), 4, 3, init_std=1e-30, dtype=F64)
     assert hk.norm(tiny) == 0 and hk.log_norm(tiny).isfinite()
     assert hk.inner(huge, tiny).isfinite()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    layout = hk.Layout.make(ModeTree.balanced(8), 4, [5, 4, 3])
+    a, b = module(layout), module(like(layout, (2, 5, 3)), seed=1)
+    expected = scalars(a, b)
+    grads = [by_weights(e, a, b) for e in expected]
+    for found, e, g in zip(scalars(a.cuda(), b.cuda()), expected, grads, strict=True):
+        testing.assert_matches(found, e, F64, "second")
+        testing.assert_matches(by_weights(found, a, b), g, F64, "second")
+    assert hk.add(a, hk.scale(b, 2.0)).weights[0].is_cuda
 
 
 # -- models ---------------------------------------------------------------------------------------
