@@ -8,6 +8,16 @@ import torch
 if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11):
     raise ImportError(f"htfkernels needs PyTorch 2.11 or newer, and this is {torch.__version__}")
 
+from htfkernels.algebra import (
+    add,
+    distance,
+    inner,
+    log_distance,
+    log_norm,
+    norm,
+    scale,
+    slog_inner,
+)
 from htfkernels.dispatch import backends, use_backend
 from htfkernels.functional import evaluate, evaluate_at, full_tensor, slog_evaluate
 from htfkernels.index_plan import IndexPlan
@@ -38,18 +48,26 @@ __all__ = [
     "ModeTree",
     "Node",
     "Plan",
+    "add",
     "backends",
+    "distance",
     "effective_rank",
     "entanglement_entropy",
     "evaluate",
     "evaluate_at",
     "full_tensor",
+    "inner",
+    "log_distance",
+    "log_norm",
+    "norm",
     "nuclear_norm",
     "numerical_rank",
     "release_memory",
     "renyi2_rank",
+    "scale",
     "schatten_norm",
     "slog_evaluate",
+    "slog_inner",
     "stable_rank",
     "use_backend",
 ]

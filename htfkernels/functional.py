@@ -166,7 +166,7 @@ def run_full_tensor(layout: Layout, weights: Sequence[Tensor]) -> Tensor:
 
 def run_slog(layout: Layout, weights: Sequence[Tensor], vectors: Vectors) -> tuple[Tensor, Tensor]:
     x = pack_vectors("slog", layout, vectors)
-    _check_same("slog", weights, x)
+    check_same("slog", weights, x)
     sign, logabs = _slog(layout, weights, x)
     return _squeeze(layout, sign), _squeeze(layout, logabs)
 
@@ -285,7 +285,7 @@ def _check_indices(layout: Layout, indices: Tensor) -> None:
 def _prepare(
     op: str, layout: Layout, weights: Sequence[Tensor], x: Tensor | None
 ) -> tuple[Plan, Sequence[Tensor], Tensor]:
-    _check_same(op, weights, x)
+    check_same(op, weights, x)
     first = weights[0]
     device = first.device.type
     if torch.is_autocast_enabled(device) and first.dtype != torch.float64:
@@ -296,7 +296,7 @@ def _prepare(
     return plan_for(op, layout, first.dtype, device), weights, first if x is None else x
 
 
-def _check_same(op: str, weights: Sequence[Tensor], x: Tensor | None) -> None:
+def check_same(op: str, weights: Sequence[Tensor], x: Tensor | None) -> None:
     first = weights[0]
     if not first.is_floating_point():
         raise ValueError(f"{op}: weights must be floating point, got {first.dtype}")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from htfkernels import functional, mode_sets, spectra
+from htfkernels import functional, inner_products, mode_sets, spectra
 from htfkernels.index_plan import IndexPlan, index_plan
 from htfkernels.layout import Layout, Ranks, RootKind
 from htfkernels.tree import ModeTree, Node
@@ -74,6 +74,40 @@ class HTF(nn.Module):
             for g in self.layout.groups
         )
         self.reset_parameters()
+
+    @classmethod
+    def from_weights(
+        cls, tree: ModeTree, weights: functional.Weights, layout: Layout | None = None
+    ) -> HTF:
+        """A model with copies of given weights as its parameters.
+
+        Args:
+            tree: the mode tree.
+            weights: as in :func:`htfkernels.evaluate`: ``{node: [R_in, R_out]}``, the matrices in
+                the order of ``tree.nodes`` (without the root's: ``root="sum"``), or folded tensors
+                of a layout.
+            layout: needed with folded weights only.
+
+        Raises:
+            ValueError: shapes that do not fit the tree or each other, or several dtypes.
+
+        Example:
+            >>> tree = ModeTree.flat(3)
+            >>> HTF.from_weights(tree, [torch.randn(5, 2) for _ in tree.leaves]).layout.root
+            'sum'
+        """
+        layout, folded = functional.fold("from_weights", tree, weights, layout)
+        functional.check_same("from_weights", folded, None)
+        ranks = dict(zip(tree.interior, layout.ranks, strict=True))
+        # On "meta", so that the initial weights neither take time nor draw random numbers.
+        model = cls(
+            tree, layout.mode_dims, ranks, layout.out_features, layout.root,
+            layout.share_weights, dtype=folded[0].dtype, device="meta",
+        )  # fmt: skip
+        model.weights = nn.ParameterList(
+            nn.Parameter(w.detach().clone(memory_format=torch.contiguous_format)) for w in folded
+        )
+        return model
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draws new initial weights."""
@@ -145,6 +179,11 @@ class HTF(nn.Module):
         group, slot = self.layout.location[node.index]
         weight: Tensor = self.weights[group][slot]
         return weight
+
+    def norm(self) -> Tensor:
+        """The end tensor's Euclidean norm, all outputs together, see :func:`htfkernels.norm`."""
+        first = self.weights[0]
+        return inner_products.norm([(1.0, (self.layout, self._folded()))]).value(first.dtype)
 
     def local_component_norms(self) -> dict[Node, Tensor]:
         """For each interior node ``v`` the norms ``[R_v]`` of its local components.

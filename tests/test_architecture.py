@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "memory": {"_C"},
     "index_build": {"_plan", "layout"},
     "index_plan": {"index_build", "layout", "tree", "tree_checks"},
+    "exponents": set(),
     "ops": set(),
     "ops.library": {"_C"},
     "ops.autograd": {"layout"},
@@ -38,7 +39,7 @@ MAY_IMPORT = {
         "plan",
     },
     "ops.*.planned_reference": {"index_plan", "layout"},
-    "ops.*.reference": {"layout", "ops.*.reference"},
+    "ops.*.reference": {"exponents", "layout", "ops.*.reference"},
     "ops.*.triton": {"layout"},
     "functional": {"dispatch", "index_plan", "layout", "ops.*", "plan", "tree"},
     "ranks": set(),
@@ -57,11 +58,23 @@ MAY_IMPORT = {
     "mode_cores": {"tree"},
     "mode_grams": {"mode_cores", "tree"},
     "mode_sets": {"balance", "layout", "mode_cores", "mode_grams", "tree", "tree_checks"},
-    "nn": {"functional", "index_plan", "layout", "mode_sets", "spectra", "tree"},
+    "inner_products": {"exponents", "layout"},
+    "nn": {
+        "functional",
+        "index_plan",
+        "inner_products",
+        "layout",
+        "mode_sets",
+        "spectra",
+        "tree",
+    },
+    "algebra": {"inner_products", "layout", "nn"},
+    "convert": {"nn", "tree"},
     "testing": {"dispatch", "functional", "layout", "tree"},
     "info": {"", "_C", "dispatch"},
     "__main__": {"info"},
     "": {
+        "algebra",
         "dispatch",
         "functional",
         "index_plan",
@@ -76,6 +89,7 @@ MAY_IMPORT = {
     },
 }
 NOT_AT_IMPORT = ["triton", "matplotlib", "typer", "rich", "scipy", "sklearn", "skimage", "htflearn"]
+NOT_AT_IMPORT += ["tensap", "tensorly", "pyttb", "hiepy"]
 
 
 def modules(package):

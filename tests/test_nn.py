@@ -90,6 +90,49 @@ def test_initial_weights():
     assert all(bool((p == 0).all()) for p in zeros.parameters())
 
 
+@pytest.mark.parametrize("root", ["linear", "sum"])
+def test_from_weights(root):
+    """By node, in a list, or folded; the parameters are copies."""
+    tree = ModeTree.from_nested(((0, 1), (2,), 3))
+    ranks = dict(zip(tree.interior, (4, 3, 2), strict=True))
+    model = hk.HTF(tree, [2, 3, 4, 5], ranks, root=root, share_weights=True, dtype=torch.float64)
+    nodes = tree.nodes if root == "linear" else tree.nodes[:-1]
+    by_node = {node: model.node_weight(node) for node in nodes}
+    state = torch.get_rng_state()
+    made = [
+        hk.HTF.from_weights(tree, by_node),
+        hk.HTF.from_weights(tree, list(by_node.values())),
+        hk.HTF.from_weights(tree, model.weights, model.layout),
+    ]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [m.layout.share_weights for m in made] == [False, False, True]
+    for other in made:
+        assert other.layout.root == root and other.layout.ranks == model.layout.ranks
+        assert torch.equal(other.full_tensor(), model.full_tensor())
+        assert all(isinstance(w, torch.nn.Parameter) and w.is_leaf for w in other.weights)
+        with torch.no_grad():
+            other.weights[0].zero_()
+    assert bool((model.weights[0] != 0).all())
+
+
+def test_from_weights_that_do_not_fit():
+    tree = ModeTree.flat(3)
+    leaf, root = torch.randn(5, 2), torch.randn(2, 1)
+    bad = [
+        ([leaf, leaf, torch.randn(5, 3), root], "from_weights: the weight of .* must be"),
+        ([leaf, leaf], "from_weights: expected a weight for each of 4 nodes"),
+        ([leaf, leaf, leaf, root.double()], "from_weights: weights are torch.float32 on cpu and"),
+    ]
+    for weights, message in bad:
+        with pytest.raises(ValueError, match=message):
+            hk.HTF.from_weights(tree, weights)
+
+
+def test_norm(model):
+    with torch.no_grad():
+        assert model.norm() == hk.norm(model)
+
+
 def test_reset_parameters(model):
     before = [p.detach().clone() for p in model.parameters()]
     model.reset_parameters()

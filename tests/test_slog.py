@@ -194,6 +194,21 @@ def test_a_zero_row_leaves_the_gradients_of_others_alone():
     assert all(bool(p.grad.isfinite().all()) for p in model.parameters())
 
 
+@pytest.mark.parametrize("order", [2, 5, 9])
+def test_a_zero_factor_has_its_gradient(order):
+    """One zero among the factors of a component: the only gradient it has is the zero's own."""
+    tree = ModeTree.flat(order)
+    model = hk.HTF(tree, 3, 4, dtype=torch.float64)
+    with torch.no_grad():
+        model.node_weight(tree.leaves[1])[:, 0] = 0
+    x = torch.randn(5, order, 3, dtype=torch.float64)
+    actual = torch.autograd.grad(model.slog(x)[1].sum(), list(model.parameters()))
+    with hk.use_backend("reference"):
+        value = model(x)
+    expected = torch.autograd.grad(value.abs().log().sum(), list(model.parameters()))
+    testing.assert_matches(actual, expected, torch.float64, "second")
+
+
 def test_cancellation_gives_an_exact_zero():
     weights = [torch.ones(1, 2), torch.ones(1, 2), torch.tensor([[1.0], [-1.0]])]
     sign, logabs = hk.slog_evaluate(ModeTree.flat(2), weights, torch.ones(1, 2, 1))

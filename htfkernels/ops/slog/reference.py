@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from htfkernels.exponents import leading, power, split
 from htfkernels.layout import Layout
 
 
@@ -30,11 +31,11 @@ def slog(layout: Layout, weights: Sequence[Tensor], x: Tensor) -> tuple[Tensor, 
         for i, c in enumerate(nodes[1:], start=1):
             p, exponent = p * messages[c], exponent + exponents[c]
             if i % 4 == 0:
-                p, extra = _split(p)
+                p, extra = split(p)
                 own = extra if own is None else own + extra
         if own is not None:
-            largest = own.amax(-1, keepdim=True)
-            p, exponent = p * _power(own - largest, p), exponent + largest.squeeze(-1)
+            largest = leading(p, own, -1)
+            p, exponent = p * power(own - largest, p), exponent + largest.squeeze(-1)
         return p, exponent
 
     for group, raw in zip(layout.groups, weights, strict=True):
@@ -65,17 +66,4 @@ def _scaled(t: Tensor, dim: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """``t / 2**e``, its largest magnitude along ``dim`` in [1/2, 1), and ``e`` (no gradient)."""
     exponent = torch.frexp(t.detach().abs().amax(dim, keepdim=True)).exponent.to(torch.float64)
     half = torch.floor(exponent / 2)  # in two steps: 2**-e itself may be out of range
-    return t * _power(-half, t) * _power(half - exponent, t), exponent.squeeze(-1)
-
-
-def _split(t: Tensor) -> tuple[Tensor, Tensor]:
-    """Each entry's mantissa and exponent (float64, no grad); a zero's exponent is far below all."""
-    exponent = torch.frexp(t.detach()).exponent.to(torch.float64)
-    half = torch.floor(exponent / 2)
-    mantissa = t * _power(-half, t) * _power(half - exponent, t)
-    return mantissa, exponent.masked_fill(t.detach() == 0, -(2.0**40))
-
-
-def _power(exponent: Tensor, like: Tensor) -> Tensor:
-    """``2**exponent`` in the dtype of ``like``; 0 below its range."""
-    return torch.exp2(exponent).to(like.dtype)
+    return t * power(-half, t) * power(half - exponent, t), exponent.squeeze(-1)
