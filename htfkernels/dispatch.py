@@ -14,7 +14,7 @@ __all__ = ["BACKENDS", "Spec", "backends", "choose", "requested", "use_backend",
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
 _PREFERENCE = ("cuda", "triton", "cpp", "reference")
-_CPP_OPS = {"evaluate", "evaluate_at", "full_tensor", "group_rmsprop", "spectra"}
+_CPP_OPS = {"evaluate", "evaluate_at", "full_tensor", "group_rmsprop", "spectra", "trace_ranks"}
 _CPP_DTYPES = {torch.float32, torch.float64, torch.bfloat16}
 
 # Loaded here, not on first use: a compiled graph must find the operators with their fake kernels

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from htfkernels import functional, inner_products, mode_sets, spectra
 from htfkernels.index_plan import IndexPlan, index_plan
 from htfkernels.layout import Layout, Ranks, RootKind
+from htfkernels.trace_ranks import run_trace_ranks
 from htfkernels.tree import ModeTree, Node
 
 __all__ = ["HTF"]
@@ -247,8 +248,8 @@ class HTF(nn.Module):
 
         With Gram matrices of frame and environment, ``tr(G H)^2 / tr(G H G H)``: products of
         matrices, as cheap as an evaluation, and differentiable any number of times; a rank to
-        regularize in every step. Computed in the weights' dtype (float32 for shorter ones); 0 for a
-        zero tensor. See :func:`htfkernels.renyi2_rank`.
+        regularize in every step. Computed in float64; 0 for a zero tensor. See
+        :func:`htfkernels.renyi2_rank`.
 
         Args:
             nodes: by default all but the root.
@@ -257,7 +258,7 @@ class HTF(nn.Module):
             >>> ranks = HTF(ModeTree.balanced(4), mode_dims=8, ranks=[3, 2]).renyi2_ranks()
             >>> sum(ranks.values()).backward()
         """
-        return spectra.run_trace_ranks(self.layout, self._folded(), nodes, "renyi2")
+        return run_trace_ranks(self.layout, self._folded(), nodes, stable=False)
 
     def stable_ranks(self, nodes: Iterable[Node] | None = None) -> dict[Node, Tensor]:
         """``sum sigma^2 / sigma_1^2`` of the matricizations at nodes, without any decomposition.
@@ -265,7 +266,7 @@ class HTF(nn.Module):
         Like :meth:`renyi2_ranks`; the largest eigenvalue of ``G H`` comes from squaring that
         product again and again. Differentiable once. See :func:`htfkernels.stable_rank`.
         """
-        return spectra.run_trace_ranks(self.layout, self._folded(), nodes, "stable")
+        return run_trace_ranks(self.layout, self._folded(), nodes, stable=True)
 
     def matricization_spectrum(
         self,

@@ -124,7 +124,7 @@ def matricization_spectra(
 def run_spectra(
     layout: Layout, weights: Sequence[Tensor], nodes: Iterable[Node] | None, method: str
 ) -> Spectra:
-    wanted = _wanted("matricization_spectra", layout, nodes)
+    wanted = wanted_nodes("matricization_spectra", layout, nodes)
     indices = list(dict.fromkeys(n.index for n in wanted))
     plan, weights, gram = _prepare("matricization_spectra", layout, weights, method)
     dtype = weights[0].dtype
@@ -151,7 +151,7 @@ def run_principal_frames(
     layout: Layout, weights: Sequence[Tensor], nodes: Iterable[Node] | None, method: str
 ) -> dict[Node, PrincipalFrame]:
     """See :meth:`htfkernels.HTF.principal_frames`."""
-    wanted = _wanted("principal_frames", layout, nodes)
+    wanted = wanted_nodes("principal_frames", layout, nodes)
     plan, weights, gram = _prepare("principal_frames", layout, weights, method)
     dtype = weights[0].dtype
     indices = list(dict.fromkeys(n.index for n in wanted))
@@ -169,26 +169,7 @@ def run_principal_frames(
     return {n: found[n.index] for n in wanted}
 
 
-def run_trace_ranks(
-    layout: Layout, weights: Sequence[Tensor], nodes: Iterable[Node] | None, measure: str
-) -> dict[Node, Tensor]:
-    """``"renyi2"`` or ``"stable"``: see :meth:`htfkernels.HTF.renyi2_ranks`."""
-    wanted = _wanted(f"{measure}_ranks", layout, nodes)
-    if weights[0].dtype not in (torch.float32, torch.float64):
-        weights = [w.float() for w in weights]
-    found: dict[int, Tensor] = {}
-    indices = {n.index for n in wanted}
-    for sides in grams.frames_and_environments(layout, weights, indices):
-        p = grams.squares(sides)
-        rank = p.mT.mul(p).sum((1, 2)) if measure == "renyi2" else grams.largest_eigenvalues(p)
-        # p = 0 where the tensor is: rank 0, and no derivative.
-        positive = rank.detach() > 0
-        rank = torch.where(positive, 1 / torch.where(positive, rank, torch.ones_like(rank)), rank)
-        found.update(zip(sides.nodes, rank.unbind(0), strict=True))
-    return {n: found[n.index] for n in wanted}
-
-
-def _wanted(op: str, layout: Layout, nodes: Iterable[Node] | None) -> list[Node]:
+def wanted_nodes(op: str, layout: Layout, nodes: Iterable[Node] | None) -> list[Node]:
     tree = layout.tree
     if nodes is None:
         return [n for n in tree.nodes if not n.is_root]

@@ -258,3 +258,26 @@ def _(weights: list[Tensor], program: Tensor, wanted: list[int], gram: int) -> l
 def _(frames: Tensor, environments: Tensor, table: Tensor, wanted: list[int]) -> list[Tensor]:
     size = torch.library.get_ctx().new_dynamic_size()
     return [frames.new_empty(size), table.new_empty(len(wanted))]
+
+
+@torch.library.register_fake("htfkernels::trace_ranks")
+def _(weights: list[Tensor], program: Tensor, wanted: list[int], stable: int) -> list[Tensor]:
+    size = torch.library.get_ctx().new_dynamic_size
+    return [
+        weights[0].new_empty(len(wanted), dtype=torch.float64),
+        weights[0].new_empty(size(), dtype=torch.float64),
+        program.new_empty(size()),
+    ]
+
+
+@torch.library.register_fake("htfkernels::trace_ranks_backward")
+def _(
+    grad: Tensor,
+    weights: list[Tensor],
+    program: Tensor,
+    wanted: list[int],
+    numbers: Tensor,
+    exponents: Tensor,
+    stable: int,
+) -> list[Tensor]:
+    return [torch.empty_like(w) for w in weights]
