@@ -190,12 +190,12 @@ def largest_eigenvalues(p: Tensor) -> Tensor:
     trace with it, and so is its derivative (a second one would need more). Eigenvalues that 40
     squarings cannot tell apart agree to rounding.
     """
-    return _LargestEigenvalues.apply(p)
+    return _LargestEigenvalues.apply(p)[0]
 
 
 class _LargestEigenvalues(Function):
     @staticmethod
-    def forward(ctx: Any, p: Tensor) -> Tensor:
+    def forward(p: Tensor) -> tuple[Tensor, Tensor]:
         projection, eps = p, torch.finfo(p.dtype).eps
         for _ in range(40):
             square = projection @ projection
@@ -204,11 +204,15 @@ class _LargestEigenvalues(Function):
             projection = square
             if not bool(change > 4 * eps):
                 break
-        ctx.save_for_backward(p, projection)
-        return (projection.mT * p).sum((1, 2))
+        return (projection.mT * p).sum((1, 2)), projection
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(inputs[0], output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> Tensor:
         p, projection = ctx.saved_tensors
         result = grad.detach()[:, None, None] * projection.mT
         return only_once("stable ranks", (p,), (result,))[0]

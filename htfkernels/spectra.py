@@ -17,7 +17,6 @@ from torch.autograd import Function
 from htfkernels import grams
 from htfkernels.functional import Weights, fold
 from htfkernels.layout import Layout
-from htfkernels.ops.autograd import only_once
 from htfkernels.ops.spectra import Factors, factors_of, singular_values
 from htfkernels.plan import Plan, plan_for
 from htfkernels.ranks import numerical_rank
@@ -194,10 +193,10 @@ def _prepare(
 def _values(
     plan: Plan, weights: Sequence[Tensor], nodes: list[int], gram: bool
 ) -> tuple[Tensor, Tensor, list[int]]:
-    if torch.is_grad_enabled() and any(w.requires_grad for w in weights):
-        sizes: list[int] = []
-        flat, exponents = _SingularValues.apply(plan, nodes, gram, sizes, *weights)
-        return flat, exponents, sizes
+    transformed = torch._C._are_functorch_transforms_active()
+    if transformed or (torch.is_grad_enabled() and any(w.requires_grad for w in weights)):
+        flat, exponents, sizes = _SingularValues.apply(plan, nodes, gram, *weights)
+        return flat, exponents, sizes.tolist()
     return singular_values(plan, [w.detach() for w in weights], nodes, gram)
 
 
@@ -205,36 +204,57 @@ class _SingularValues(Function):
     """Differentiated by Gram matrices: with ``u_i = U a_i / sigma_i``, ``a_i = E^T v_i``, and
     ``v_i = E b_i / sigma_i``, ``b_i = U^T u_i``::
 
-    d sigma_i = u_i^T dM v_i = (a_i^T dG a_i + b_i^T dH b_i) / (2 sigma_i)
+        d sigma_i = u_i^T dM v_i = (a_i^T dG a_i + b_i^T dH b_i) / (2 sigma_i)
     """
 
     @staticmethod
     def forward(
-        ctx: Any, plan: Plan, nodes: list[int], gram: bool, sizes: list[int], *weights: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        flat, exponents, found = singular_values(plan, weights, nodes, gram)
-        sizes.extend(found)
-        ctx.plan, ctx.nodes, ctx.gram, ctx.sizes = plan, nodes, gram, found
-        ctx.save_for_backward(exponents, *weights)
-        ctx.mark_non_differentiable(exponents)
-        return flat, exponents
+        plan: Plan, nodes: list[int], gram: bool, *weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        flat, exponents, sizes = singular_values(plan, weights, nodes, gram)
+        return flat, exponents, torch.tensor(sizes, dtype=torch.int64)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        exponents, *arguments = ctx.saved_tensors
-        weights = [w.detach() for w in arguments]
-        plan, nodes = ctx.plan, ctx.nodes
-        factors = factors_of(plan, weights, nodes, ctx.gram)
-        accuracy = ACCURACY["gram" if ctx.gram else "qr"]
-        pulls = _pulls(factors, exponents.tolist(), grad.detach().split(ctx.sizes), accuracy)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.plan, ctx.nodes, ctx.gram, *weights = inputs
+        ctx.save_for_backward(*output[1:], *weights)
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        return (None, None, None, *_Gradients.apply(ctx.plan, ctx.nodes, ctx.gram, grad, *saved))
+
+
+class _Gradients(Function):
+    @staticmethod
+    def forward(
+        plan: Plan,
+        nodes: list[int],
+        gram: bool,
+        grad: Tensor,
+        exponents: Tensor,
+        sizes: Tensor,
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
+        factors = factors_of(plan, weights, nodes, gram)
+        accuracy = ACCURACY["gram" if gram else "qr"]
+        pulls = _pulls(factors, exponents.tolist(), grad.split(sizes.tolist()), accuracy)
         by_node = dict(zip(nodes, pulls, strict=True))
-        leaves = [w.double().requires_grad_() for w in weights]
+        leaves = [w.detach().double().requires_grad_() for w in weights]
         with torch.enable_grad():
             sides = grams.frames_and_environments(plan.layout, leaves, nodes)
             total = sum((_contracted(s, by_node) for s in sides), torch.zeros(()))
             grads = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
-        result = tuple(g.to(w.dtype) for g, w in zip(grads, weights, strict=True))
-        return (None, None, None, None, *only_once("singular values", arguments, result))
+        return tuple(g.to(w.dtype) for g, w in zip(grads, weights, strict=True))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        raise RuntimeError("htfkernels: singular values have no second derivatives")
 
 
 def _singular_vectors(

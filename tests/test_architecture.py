@@ -49,7 +49,6 @@ MAY_IMPORT = {
         "grams",
         "layout",
         "ops.*",
-        "ops.autograd",
         "plan",
         "ranks",
         "tree",

@@ -113,9 +113,12 @@ def only_once(what: str, arguments: Sequence[Tensor], grads: Tensors) -> Tensors
 
 class _OnlyOnce(Function):
     @staticmethod
-    def forward(ctx: Any, what: str, count: int, *tensors: Tensor) -> Tensors:
-        ctx.what = what
+    def forward(what: str, count: int, *tensors: Tensor) -> Tensors:
         return tuple(g.view_as(g) for g in tensors[count:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        ctx.what = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:

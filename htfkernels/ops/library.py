@@ -29,6 +29,13 @@ def _no_second(ctx: Any, *grads: Any) -> Any:
     )
 
 
+def _no_gradient(ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError(
+        "htfkernels: this operator has no derivative of its own; call matricization_spectra, "
+        "renyi2_ranks or stable_ranks of a model"
+    )
+
+
 def _ignore(ctx: Any, inputs: Any, output: Any) -> None:
     pass
 
@@ -281,3 +288,7 @@ def _(
     stable: int,
 ) -> list[Tensor]:
     return [torch.empty_like(w) for w in weights]
+
+
+for _name in ("spectral_factors", "factor_values", "trace_ranks", "trace_ranks_backward"):
+    torch.library.register_autograd(f"htfkernels::{_name}", _no_gradient, setup_context=_ignore)
