@@ -35,9 +35,9 @@ def test_opcheck(small_case, dtype):
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     weights, program, nodes = arguments(small_case, dtype)
     for gram in (0, 1):
-        found = OPS.spectral_factors(weights, program, nodes, gram)
+        found = OPS.spectral_factors(weights, program, nodes, gram, gram)
         torch.library.opcheck(
-            OPS.spectral_factors.default, (weights, program, nodes, gram), test_utils=utils
+            OPS.spectral_factors.default, (weights, program, nodes, gram, gram), test_utils=utils
         )
         torch.library.opcheck(OPS.factor_values.default, (*found[:3], nodes), test_utils=utils)
     for stable in (0, 1):
@@ -56,7 +56,7 @@ def test_called_directly_they_have_no_gradient_and_say_so(small_case):
     weights, program, nodes = arguments(small_case, requires_grad=True)
     for result in (
         OPS.trace_ranks(weights, program, nodes, 0)[0],
-        OPS.spectral_factors(weights, program, nodes, 0)[0],
+        OPS.spectral_factors(weights, program, nodes, 0, 1)[0],
     ):
         with pytest.raises(RuntimeError, match="no derivative of its own"):
             result.sum().backward()
@@ -69,14 +69,14 @@ def test_bad_arguments():
     for wanted in ([count], [-1]):
         message = f"wanted must be .*nodes, 0 to {count - 1}, got {wanted[0]}"
         with pytest.raises(RuntimeError, match=message):
-            OPS.spectral_factors(weights, program, wanted, 0)
+            OPS.spectral_factors(weights, program, wanted, 0, 0)
         with pytest.raises(RuntimeError, match=message):
             OPS.trace_ranks(weights, program, wanted, 0)
     with pytest.raises(RuntimeError, match="must be distinct nodes"):
         OPS.trace_ranks(weights, program, [0, 0], 0)
     with pytest.raises(RuntimeError, match=r"expected \d+ folded weights, got 1"):
-        OPS.spectral_factors(weights[:1], program, [0], 0)
-    frames, environments, table, _ = OPS.spectral_factors(weights, program, [0], 0)
+        OPS.spectral_factors(weights[:1], program, [0], 0, 0)
+    frames, environments, table, _ = OPS.spectral_factors(weights, program, [0], 0, 1)
     with pytest.raises(RuntimeError, match="node 1 has no environment in this table"):
         OPS.factor_values(frames, environments, table, [1])
     with pytest.raises(RuntimeError, match="frames must be what spectral_factors returned"):
@@ -107,7 +107,7 @@ def results(layout):
     nodes = [n.index for n in layout.tree.nodes]
     for gram in (0, 1):
         frames, environments, table, exponents = OPS.spectral_factors(
-            weights, layout.program, nodes, gram
+            weights, layout.program, nodes, gram, 0
         )
         yield from OPS.factor_values(frames, environments, table, nodes)
         yield exponents

@@ -14,6 +14,9 @@ struct FactorPlace : Place {
   bool direct = false;  // the product goes through the weight before it shrinks
   bool environment_triangular = false, triangular = false, above_triangular = false;
   int64_t scale = 0, above_scale = 0;  // powers of two of E and A
+  // Whose rows are index tuples of which this place's rows are a part, see spectra.h.
+  bool reported = false;
+  int64_t anchor = -1, after = 1;
 };
 
 int64_t at_most(int64_t rows, int64_t n) { return std::min(rows, n); }
@@ -22,10 +25,14 @@ template <class S>
 class Spectra : Places<FactorPlace> {
  public:
   Spectra(const Program& program, const std::vector<Tensor>& weights,
-          const std::vector<char>& wanted, bool gram)
+          const std::vector<char>& wanted, bool gram, bool keep)
       : Places(program, wanted), gram_(gram) {
     for (const Tensor& w : weights) source_.push_back(in_one_piece(w));
-    set_shapes();
+    set_rows();
+    set_anchors(keep);
+    set_needs();
+    set_frames();
+    set_environments();
   }
 
   std::vector<Tensor> run(const Tensor& like) {
@@ -50,16 +57,21 @@ class Spectra : Places<FactorPlace> {
 
     const Tensor table = new_tensor(like, {p_.steps, kFactorFields}, ScalarType::Long);
     FactorRow* row = static_cast<FactorRow*>(table.data_ptr());
-    for (const FactorPlace& v : place_)
-      if (v.step >= 0)
-        row[p_.step[v.step].node] = {v.frame,
-                                     v.needed ? v.rows : 0,
-                                     v.asked ? v.environment : 0,
-                                     v.asked ? v.environment_rows : 0,
-                                     v.out,
-                                     v.ld,
-                                     v.exponents,
-                                     v.scale};
+    for (const FactorPlace& v : place_) {
+      if (v.step < 0) continue;
+      const FactorPlace& from = v.anchor >= 0 ? place_[v.anchor] : v;
+      const bool there = v.reported && from.asked;
+      row[p_.step[v.step].node] = {from.frame,
+                                   from.needed ? from.rows : 0,
+                                   there ? from.environment : 0,
+                                   there ? from.environment_rows : 0,
+                                   from.out,
+                                   from.ld,
+                                   v.exponents,
+                                   from.scale,
+                                   v.rows,
+                                   v.after};
+    }
     return {frames, environments, table, exponents};
   }
 
@@ -76,24 +88,53 @@ class Spectra : Places<FactorPlace> {
     return through < shrunk;
   }
 
-  void set_shapes() {
+  int64_t rows_below(const FactorPlace& v) const {
+    if (v.is_leaf()) return v.in;
+    return place_[v.left].rows * (v.right < 0 ? 1 : place_[v.right].rows);
+  }
+  bool shrinks(const FactorPlace& v) const { return v.right >= 0 && rows_below(v) > v.in; }
+
+  void set_rows() {
     for (FactorPlace& v : place_) {
-      const int64_t rows = v.is_leaf()   ? v.in
-                           : v.right < 0 ? place_[v.left].rows
-                                         : place_[v.left].rows * place_[v.right].rows;
-      const bool shrinks = v.right >= 0 && rows > v.in;
-      v.direct = shrinks && v.step >= 0 && direct_is_cheaper(v, rows);
-      v.product_rows = shrinks ? v.in : rows;
+      v.direct = shrinks(v) && v.step >= 0 && direct_is_cheaper(v, rows_below(v));
+      v.product_rows = shrinks(v) ? v.in : rows_below(v);
       v.rows = at_most(v.product_rows, v.out);
       v.triangular =
-          v.step < 0 ? shrinks && !gram_ : v.direct || triangulates(v.product_rows, v.out);
-      if (shrinks && !v.direct && v.needed) needs_gram(v.left), needs_gram(v.right);
-      v.frame = take(frame_size_, v.rows * v.ld);
+          v.step < 0 ? shrinks(v) && !gram_ : v.direct || triangulates(v.product_rows, v.out);
+    }
+  }
+
+  void set_anchors(bool keep) {
+    for (FactorPlace& v : place_) v.reported = v.asked;
+    for (int64_t i = count() - 1; i >= 0 && !keep; --i) {
+      FactorPlace& v = place_[i];
+      if (v.parent < 0) continue;
+      const FactorPlace& up = place_[v.parent];
+      if (up.triangular || shrinks(up)) continue;
+      v.anchor = up.anchor >= 0 ? up.anchor : v.parent;
+      v.after = up.after * (i == up.left && up.right >= 0 ? place_[up.right].rows : 1);
+      if (!v.asked) continue;
+      v.asked = false;
+      place_[v.anchor].asked = true;
+    }
+  }
+
+  void set_frames() {
+    for (FactorPlace& v : place_) {
+      if (shrinks(v) && !v.direct && v.needed) needs_gram(v.left), needs_gram(v.right);
+      if (v.needed) v.frame = take(frame_size_, v.rows * v.ld);
       v.exponents = take(exponent_size_, v.out);
       if (!v.is_leaf()) v.weight = take(inner_size_, (v.step < 0 ? 1 : v.in) * v.ld);
       widest_ = std::max({widest_, v.ld, v.ld_in});
       scratch_ = std::max(scratch_, v.is_leaf() ? v.in * v.ld : v.product_rows * (v.ld_in + v.ld));
     }
+  }
+
+  bool hands_on(const FactorPlace& v) const {
+    return (v.left >= 0 && place_[v.left].wanted) || (v.right >= 0 && place_[v.right].wanted);
+  }
+
+  void set_environments() {
     for (int64_t i = count() - 1; i >= 0; --i) {
       FactorPlace& v = place_[i];
       if (!v.wanted) continue;
@@ -101,19 +142,18 @@ class Spectra : Places<FactorPlace> {
         v.environment_rows = v.out;
         v.environment_triangular = true;
       } else {
-        const FactorPlace& up = place_[v.parent];
+        FactorPlace& up = place_[v.parent];
         const int64_t sibling = other(i);
         const int64_t rows = up.above_rows * (sibling < 0 ? 1 : place_[sibling].rows);
         v.environment_rows = at_most(rows, v.out);
         v.environment_triangular = sibling < 0 ? up.above_triangular : rows > v.out && !gram_;
         if (sibling >= 0 && rows > v.out) {
           needs_gram(sibling);
-          if (gram_ && up.above_gram < 0)
-            place_[v.parent].above_gram = take(inner_size_, v.out * v.ld);
+          if (gram_ && up.above_gram < 0) up.above_gram = take(inner_size_, v.out * v.ld);
         }
       }
       v.environment = take(environment_size_, v.environment_rows * v.ld);
-      if (v.is_leaf()) continue;
+      if (!hands_on(v)) continue;
       v.above_rows = at_most(v.environment_rows, v.in);
       v.above_triangular =
           v.step < 0 ? v.environment_triangular : triangulates(v.environment_rows, v.in);
@@ -143,7 +183,10 @@ class Spectra : Places<FactorPlace> {
     FactorPlace& v = place_[index];
     double* out = frames_ + v.frame;
     int64_t* exponents = exponent_ + v.exponents;
-    if (v.is_leaf()) {
+    if (v.is_leaf() && !v.needed) {
+      std::vector<double> unused(v.in * v.ld);
+      scaled_weight(v.in, v.out, weight(v), nullptr, unused.data(), v.ld, exponents);
+    } else if (v.is_leaf()) {
       const bool direct = !v.triangular;
       double* x = direct ? out : scratch;
       scaled_weight(v.in, v.out, weight(v), nullptr, x, v.ld, exponents);
@@ -220,7 +263,7 @@ class Spectra : Places<FactorPlace> {
       else
         shop.khatri_rao(v.out, from, frame(sibling), gram_, e);
     }
-    if (v.is_leaf()) return;
+    if (!hands_on(v)) return;
     double* a = inner_.get() + v.above;
     v.above_scale = v.scale;
     if (v.step < 0) {
@@ -269,9 +312,9 @@ class Spectra : Places<FactorPlace> {
 }  // namespace
 
 std::vector<Tensor> spectral_factors_cpu(const Program& program, const std::vector<Tensor>& weights,
-                                         const std::vector<char>& wanted, bool gram) {
+                                         const std::vector<char>& wanted, bool gram, bool keep) {
   return with_dtype(weights[0].scalar_type(), "spectral_factors", [&](auto type) {
-    return Spectra<decltype(type)>(program, weights, wanted, gram).run(weights[0]);
+    return Spectra<decltype(type)>(program, weights, wanted, gram, keep).run(weights[0]);
   });
 }
 

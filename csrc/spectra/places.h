@@ -43,11 +43,6 @@ class Places {
       place_[v].asked = asked[st.node] != 0;
       if (st.parent >= 0) children[st.parent].push_back(v);
     }
-    set_needs();
-    for (int64_t i = 0; i < count(); ++i) {
-      put(by_height_, place_[i].height, i);
-      if (place_[i].wanted) put(by_depth_, place_[i].depth, i);
-    }
   }
 
  protected:
@@ -55,6 +50,27 @@ class Places {
   int64_t other(int64_t child) const {
     const P& up = place_[place_[child].parent];
     return up.left == child ? up.right : up.left;
+  }
+
+  // Environments of what is asked for and of all above it; frames of what is asked for, of the
+  // siblings of wanted environments, and of all below them.
+  void set_needs() {
+    for (P& v : place_) {
+      v.wanted = v.wanted || v.asked;
+      if (v.wanted && v.parent >= 0) place_[v.parent].wanted = true;
+    }
+    for (int64_t i = count() - 1; i >= 0; --i) {
+      P& v = place_[i];
+      v.needed = v.asked;
+      if (v.parent < 0) continue;
+      const int64_t sibling = other(i);
+      v.depth = place_[v.parent].depth + 1;
+      v.needed |= place_[v.parent].needed || (sibling >= 0 && place_[sibling].wanted);
+    }
+    for (int64_t i = 0; i < count(); ++i) {
+      put(by_height_, place_[i].height, i);
+      if (place_[i].wanted) put(by_depth_, place_[i].depth, i);
+    }
   }
 
   static int64_t take(int64_t& size, int64_t more) {
@@ -92,23 +108,6 @@ class Places {
       }
     place_.push_back(v);
     return index;
-  }
-
-  // Environments of what is asked for and of all above it; frames of what is asked for, of the
-  // siblings of wanted environments, and of all below them.
-  void set_needs() {
-    for (P& v : place_) {
-      v.wanted = v.wanted || v.asked;
-      if (v.wanted && v.parent >= 0) place_[v.parent].wanted = true;
-    }
-    for (int64_t i = count() - 1; i >= 0; --i) {
-      P& v = place_[i];
-      v.needed = v.asked;
-      if (v.parent < 0) continue;
-      const int64_t sibling = other(i);
-      v.depth = place_[v.parent].depth + 1;
-      v.needed |= place_[v.parent].needed || (sibling >= 0 && place_[sibling].wanted);
-    }
   }
 
   static void put(std::vector<std::vector<int64_t>>& waves, int64_t at, int64_t v) {

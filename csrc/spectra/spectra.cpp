@@ -7,7 +7,8 @@ constexpr const char* kFactors = "spectral_factors";
 constexpr const char* kValues = "factor_values";
 
 std::vector<Tensor> spectral_factors(const std::vector<Tensor>& weights, const Tensor& program,
-                                     const std::vector<int64_t>& wanted, int64_t gram) {
+                                     const std::vector<int64_t>& wanted, int64_t gram,
+                                     int64_t keep) {
   const Program p(kFactors, program, weights);
   std::vector<char> marked(p.steps, 0);
   for (const int64_t node : wanted) {
@@ -15,7 +16,7 @@ std::vector<Tensor> spectral_factors(const std::vector<Tensor>& weights, const T
           ", got ", node);
     marked[node] = 1;
   }
-  return spectral_factors_cpu(p, weights, marked, gram != 0);
+  return spectral_factors_cpu(p, weights, marked, gram != 0, keep != 0);
 }
 
 void check_flat(const Tensor& t, const char* name, ScalarType dtype, int64_t dim) {
@@ -39,7 +40,8 @@ std::vector<Tensor> factor_values(const Tensor& frames, const Tensor& environmen
       return at >= 0 && count >= 1 && r.ld >= 1 && at <= in.numel() &&
              count <= (in.numel() - at) / r.ld;
     };
-    check(r.cols >= 1 && r.ld == padded<double>(r.cols) && inside(r.frame, r.frame_rows, frames) &&
+    check(r.cols >= 1 && r.ld == padded<double>(r.cols) && r.rows >= 1 && r.after >= 1 &&
+              r.frame_rows % (r.rows * r.after) == 0 && inside(r.frame, r.frame_rows, frames) &&
               inside(r.environment, r.environment_rows, environments),
           kValues, ": node ", node, " has no environment in this table");
     rows.push_back(r);
@@ -51,7 +53,9 @@ std::vector<Tensor> factor_values(const Tensor& frames, const Tensor& environmen
 }  // namespace htf
 
 STABLE_TORCH_LIBRARY_FRAGMENT(htfkernels, m) {
-  m.def("spectral_factors(Tensor[] weights, Tensor program, int[] wanted, int gram) -> Tensor[]");
+  m.def(
+      "spectral_factors(Tensor[] weights, Tensor program, int[] wanted, int gram, int keep) -> "
+      "Tensor[]");
   m.def(
       "factor_values(Tensor frames, Tensor environments, Tensor table, int[] wanted) -> Tensor[]");
 }

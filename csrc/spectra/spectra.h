@@ -24,13 +24,17 @@
 //     program  the tree, see cpu/program.h
 //     wanted   nodes (indices of tree.nodes) whose environments are asked for
 //     gram     0 or 1
+//     keep     0: only what factor_values reads. Below a node whose frame has a row for each pair
+//     of
+//              its children's rows, M_child is M_node with its rows and columns dealt out anew, and
+//              needs no environment. 1: every node's own factors.
 //     result   frames and environments, float64, all nodes' one after the other, rows padded to
-//              eight columns; int64 table [nodes, 8] in the order of tree.nodes, see FactorRow;
+//              eight columns; int64 table [nodes, 10] in the order of tree.nodes, see FactorRow;
 //              int64 exponents k of the frames' columns
 //   factor_values
 //     frames, environments, table as above
 //     wanted   nodes
-//     result   float64: of each wanted node min(rows) singular values, descending, between 0 and
+//     result   float64: of each wanted node all singular values, descending, between 0 and
 //              about 1; int64 [wanted]: the powers of two that belong to them
 #pragma once
 
@@ -39,15 +43,17 @@
 
 namespace htf {
 
-// Elements of the flat results; environment_rows is 0 where it was not asked for.
+// Elements of the flat results. Of the matrix M [frame_rows x environment_rows] the node has `rows`
+// rows: row b * rows * after + i * after + a of M is row i, with b, a and M's column for columns.
+// environment_rows is 0 where it was not asked for. The exponents are the node's own.
 struct FactorRow {
-  int64_t frame, frame_rows, environment, environment_rows, cols, ld, exponents, scale;
+  int64_t frame, frame_rows, environment, environment_rows, cols, ld, exponents, scale, rows, after;
 };
-constexpr int64_t kFactorFields = 8;
+constexpr int64_t kFactorFields = 10;
 static_assert(sizeof(FactorRow) == kFactorFields * sizeof(int64_t));
 
 std::vector<Tensor> spectral_factors_cpu(const Program& program, const std::vector<Tensor>& weights,
-                                         const std::vector<char>& wanted, bool gram);
+                                         const std::vector<char>& wanted, bool gram, bool keep);
 std::vector<Tensor> factor_values_cpu(const Tensor& frames, const Tensor& environments,
                                       const std::vector<FactorRow>& wanted);
 

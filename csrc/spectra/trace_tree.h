@@ -31,6 +31,7 @@ class TraceTree : protected Places<TracePlace> {
             const std::vector<char>& asked, bool stable)
       : Places(program, asked), stable_(stable) {
     for (const Tensor& w : weights) source_.push_back(in_one_piece(w));
+    this->set_needs();
     set_frames();
     set_environments();
   }

@@ -11,7 +11,7 @@ struct Matrix {
   FactorRow from;
   int64_t size = 0, at = 0;  // of the values
   int64_t exponent = 0;
-  bool longer = false;  // whether F has more rows than E
+  int64_t rest = 0;  // columns of the node's matrix
 };
 
 class Values {
@@ -21,12 +21,14 @@ class Values {
     for (const FactorRow& r : wanted) {
       Matrix m;
       m.from = r;
-      m.size = std::min(r.frame_rows, r.environment_rows);
-      m.longer = r.frame_rows > r.environment_rows;
+      m.rest = r.frame_rows / r.rows * r.environment_rows;
+      m.size = std::min(r.rows, m.rest);
       m.at = total_;
       total_ += m.size;
       const int64_t most = padded<double>(std::max(r.frame_rows, r.environment_rows));
       widest_ = std::max({widest_, most, r.ld});
+      if (r.rows < r.frame_rows)
+        dealt_ = std::max(dealt_, std::max(r.rows, m.rest) * padded<double>(m.size));
       work_ += m.size * m.size * (m.size + r.ld + 64);
       matrix_.push_back(m);
     }
@@ -38,7 +40,7 @@ class Values {
     const int64_t count = static_cast<int64_t>(matrix_.size()), L = Orthogonal::kLanes;
     const Buffer<double> entries(2 * total_);
     diagonal_ = entries.get(), side_ = diagonal_ + total_;
-    const int64_t scratch = Workshop::size(widest_) + 2 * widest_ * widest_;
+    const int64_t scratch = Workshop::size(widest_) + 2 * widest_ * widest_ + dealt_;
     for_each_item<double>(count, work_, scratch, [&](int64_t i, double* memory) {
       reduce(matrix_[i], memory, memory + Workshop::size(widest_));
       exponents[i] = matrix_[i].exponent;
@@ -60,29 +62,57 @@ class Values {
   }
 
  private:
-  // The smaller side's rows first, brought to a square triangle, to a bidiagonal.
+  // To a square matrix, with a triangle of the longer side's rows; that to a bidiagonal one.
   void reduce(Matrix& m, double* memory, double* scratch) {
     const FactorRow& r = m.from;
-    const double *longer = frames_ + r.frame, *shorter = environments_ + r.environment;
-    int64_t rows = r.frame_rows;
-    if (!m.longer) std::swap(longer, shorter), rows = r.environment_rows;
-    const int64_t n = m.size, ld = padded<double>(n);
     Workshop shop(memory, widest_);
-    double *transposed = scratch, *x = scratch + widest_ * widest_;
-    k_.transpose(n, r.cols, shorter, r.ld, transposed, ld);
-    k_.gemm(rows, ld, r.cols, longer, r.ld, 1, transposed, ld, x, ld, Store::assign);
-    double largest = 0;
-    for (int64_t i = 0; i < rows * ld; ++i) largest = std::max(largest, std::abs(x[i]));
-    const int64_t k = exponent_of(largest);
+    double *x = scratch, *spare = scratch + widest_ * widest_, *dealt = spare + widest_ * widest_;
+    const int64_t n = m.size, ld = padded<double>(n), longer = std::max(r.rows, m.rest);
+    if (r.rows < r.frame_rows) {
+      multiply(r, r.frame_rows >= r.environment_rows, spare, x);
+      deal_out(m, x, ld, dealt);
+      x = dealt;
+    } else {
+      multiply(r, r.frame_rows >= r.environment_rows, spare, x);
+    }
+    std::vector<double> largest(longer);
+    o_.row_maxima(longer, ld, x, ld, largest.data());
+    const int64_t k = exponent_of(*std::max_element(largest.begin(), largest.end()));
     m.exponent = r.scale + (k == kNothing ? 0 : k);
-    const PowerOfTwo p(k == kNothing ? 0 : -k);
-    for (int64_t i = 0; i < rows * ld; ++i) x[i] = p(x[i]);
-    if (rows > n) {
-      shop.triangle(rows, n, x, transposed);
-      std::swap(x, transposed);
+    const std::vector<int64_t> by(longer, k == kNothing ? 0 : -k);
+    scale_by_powers(longer, n, x, ld, by.data(), nullptr);
+    if (longer > n) {
+      shop.triangle(longer, n, x, spare);
+      x = spare;
     }
     side_[m.at + n - 1] = 0;
     o_.bidiagonal(n, x, ld, diagonal_ + m.at, side_ + m.at, memory);
+  }
+
+  // out = F E^T, or E F^T: the longer side's rows first.
+  void multiply(const FactorRow& r, bool frame_first, double* transposed, double* out) const {
+    const double *first = frames_ + r.frame, *second = environments_ + r.environment;
+    int64_t rows = r.frame_rows, columns = r.environment_rows;
+    if (!frame_first) std::swap(first, second), std::swap(rows, columns);
+    const int64_t ld = padded<double>(columns);
+    k_.transpose(columns, r.cols, second, r.ld, transposed, ld);
+    k_.gemm(rows, ld, r.cols, first, r.ld, 1, transposed, ld, out, ld, Store::assign);
+  }
+
+  // out[max(rows, rest) x ld]: the node's own matrix or its transpose, from the anchor's.
+  void deal_out(const Matrix& m, const double* x, int64_t ld, double* out) const {
+    const FactorRow& r = m.from;
+    const bool frame_first = r.frame_rows >= r.environment_rows, tall = r.rows > m.rest;
+    const int64_t ldx = padded<double>(std::min(r.frame_rows, r.environment_rows));
+    std::fill_n(out, std::max(r.rows, m.rest) * ld, 0.0);
+    for (int64_t row = 0; row < r.frame_rows; ++row) {
+      const int64_t i = row / r.after % r.rows, b = row / r.after / r.rows, a = row % r.after;
+      for (int64_t j = 0; j < r.environment_rows; ++j) {
+        const int64_t column = (b * r.after + a) * r.environment_rows + j;
+        out[tall ? i * ld + column : column * ld + i] =
+            frame_first ? x[row * ldx + j] : x[j * ldx + row];
+      }
+    }
   }
 
   bool diagonalise(const int64_t* which, int64_t count, double* values, double* memory) {
@@ -112,7 +142,7 @@ class Values {
   const Kernels<double>& k_;
   const Orthogonal& o_;
   std::vector<Matrix> matrix_;
-  int64_t total_ = 0, widest_ = 8, work_ = 0;
+  int64_t total_ = 0, widest_ = 8, work_ = 0, dealt_ = 0;
   double *diagonal_ = nullptr, *side_ = nullptr;
 };
 

@@ -250,13 +250,15 @@ def _(
 
 
 @torch.library.register_fake("htfkernels::spectral_factors")
-def _(weights: list[Tensor], program: Tensor, wanted: list[int], gram: int) -> list[Tensor]:
+def _(
+    weights: list[Tensor], program: Tensor, wanted: list[int], gram: int, keep: int
+) -> list[Tensor]:
     size = torch.library.get_ctx().new_dynamic_size
     nodes = size()
     return [
         weights[0].new_empty(size(), dtype=torch.float64),
         weights[0].new_empty(size(), dtype=torch.float64),
-        program.new_empty(nodes, 8),
+        program.new_empty(nodes, 10),
         program.new_empty(size()),
     ]
 

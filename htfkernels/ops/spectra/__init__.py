@@ -43,13 +43,12 @@ def singular_values(
         of two that they are to be taken by; how many there are of each.
     """
     if plan.backend == "cpp":
-        packed = autograd.call(
-            "spectral_factors", weights, plan.layout.program, list(nodes), int(gram)
+        program = plan.layout.program
+        frames, environments, table, _ = autograd.call(
+            "spectral_factors", weights, program, list(nodes), int(gram), 0
         )
-        frames, environments, table, _ = packed
         values, exponents = autograd.call("factor_values", frames, environments, table, list(nodes))
-        rows = table.tolist()
-        return values, exponents, [min(rows[n][1], rows[n][3]) for n in nodes]
+        return values, exponents, [_count(row) for row in table[list(nodes)].tolist()]
     found = [
         reference.values(frame, environment)
         for frame, environment in _reference_factors(plan, weights, nodes, gram)
@@ -66,12 +65,12 @@ def factors_of(
     """Of some nodes (no repetitions) the factors."""
     if plan.backend == "cpp":
         packed = autograd.call(
-            "spectral_factors", weights, plan.layout.program, list(nodes), int(gram)
+            "spectral_factors", weights, plan.layout.program, list(nodes), int(gram), 1
         )
         frames, environments, table, exponents = packed
         result = []
         for row in table[list(nodes)].tolist():
-            frame, frame_rows, environment, environment_rows, cols, ld, first, scale = row
+            frame, frame_rows, environment, environment_rows, cols, ld, first, scale, *_ = row
             result.append(
                 Factors(
                     frames.as_strided((frame_rows, cols), (ld, 1), frame),
@@ -87,6 +86,11 @@ def factors_of(
         powers = torch.ldexp(torch.ones_like(environment[0]), (k + e - scale).double())
         result.append(Factors(frame, environment * powers, k, scale))
     return result
+
+
+def _count(row: list[int]) -> int:
+    _, frame_rows, _, environment_rows, *_, rows, _ = row
+    return min(rows, frame_rows // rows * environment_rows)
 
 
 def _reference_factors(
