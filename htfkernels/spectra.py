@@ -157,8 +157,9 @@ def run_principal_frames(
     accuracy = ACCURACY["gram" if gram else "qr"]
     found = {}
     with torch.no_grad():
-        for i, f in zip(indices, factors_of(plan, weights, indices, gram), strict=True):
-            s, left, right = _singular_vectors(f.frame, f.environment, accuracy)
+        factors = factors_of(plan, weights, indices, gram)
+        vectors = _singular_vectors(factors, [f.scale for f in factors], accuracy)
+        for i, f, (s, left, right) in zip(indices, factors, vectors, strict=True):
             keep = int((s > 0).sum())
             columns = f.frame_exponents.double()
             left = left[:, :keep] * (-columns).exp2()[:, None]
@@ -257,11 +258,31 @@ class _Gradients(Function):
         raise RuntimeError("htfkernels: singular values have no second derivatives")
 
 
+_Vectors = tuple[Tensor, Tensor, Tensor]
+
+
 def _singular_vectors(
-    frame: Tensor, environment: Tensor, accuracy: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``s``, and ``left``, ``right`` with orthonormal ``F left`` and ``E right`` such that
-    ``F E^T = (F left) diag(s) (E right)^T``; all zero where ``s`` is below the accuracy.
+    factors: list[Factors], exponents: list[int], accuracy: float
+) -> list[_Vectors]:
+    """Of each node ``s``, and ``left``, ``right`` with orthonormal ``F left`` and ``E right`` such
+    that ``F E^T 2^(scale - exponent) = (F left) diag(s) (E right)^T``; nodes of one shape together.
+    """
+    found: dict[int, _Vectors] = {}
+    shapes: dict[tuple[torch.Size, torch.Size], list[int]] = {}
+    for i, f in enumerate(factors):
+        shapes.setdefault((f.frame.shape, f.environment.shape), []).append(i)
+    for same in shapes.values():
+        frame = torch.stack([factors[i].frame for i in same])
+        shift = torch.tensor([factors[i].scale - exponents[i] for i in same], device=frame.device)
+        environment = torch.stack([factors[i].environment for i in same])
+        environment = environment * shift.double().exp2()[:, None, None]
+        s, left, right = _decomposed(frame, environment, accuracy)
+        found.update(zip(same, zip(s, left, right, strict=True), strict=True))
+    return [found[i] for i in range(len(factors))]
+
+
+def _decomposed(frame: Tensor, environment: Tensor, accuracy: float) -> _Vectors:
+    """All zero where ``s`` is below the accuracy.
 
     ``F a / sigma = u`` for ``a = E^T v``, whatever the rank of ``F``; but of a small ``sigma`` that
     is off by ``1e-16 sigma_1 / sigma``, along the vectors of the large ones. What is missing of
@@ -292,21 +313,13 @@ class _Pull(NamedTuple):
 def _pulls(
     factors: list[Factors], exponents: list[int], grads: Sequence[Tensor], accuracy: float
 ) -> list[_Pull]:
-    result: list[_Pull | None] = [None] * len(factors)
-    shapes: dict[tuple[torch.Size, torch.Size], list[int]] = {}
-    for i, f in enumerate(factors):
-        shapes.setdefault((f.frame.shape, f.environment.shape), []).append(i)
-    for same in shapes.values():
-        frame = torch.stack([factors[i].frame for i in same])
-        shift = torch.tensor([factors[i].scale - exponents[i] for i in same], device=frame.device)
-        environment = torch.stack([factors[i].environment for i in same])
-        environment = environment * shift.double().exp2()[:, None, None]
-        s, left, right = _singular_vectors(frame, environment, accuracy)
-        weight = torch.stack([grads[i] for i in same]) * s / 2
-        for slot, i in enumerate(same):
-            columns = factors[i].frame_exponents
-            result[i] = _Pull(weight[slot], left[slot], right[slot], columns, exponents[i])
-    return [r for r in result if r is not None]
+    vectors = _singular_vectors(factors, exponents, accuracy)
+    return [
+        _Pull(grad * s / 2, left, right, f.frame_exponents, exponent)
+        for f, exponent, grad, (s, left, right) in zip(
+            factors, exponents, grads, vectors, strict=True
+        )
+    ]
 
 
 def _contracted(sides: grams.Sides, pulls: dict[int, _Pull]) -> Tensor:

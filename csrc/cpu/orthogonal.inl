@@ -89,7 +89,9 @@ struct Reflection {
   double beta, top, gamma;
 };
 HTF_INLINE Reflection reflection(double alpha, double squares_of_x) {
-  if (squares_of_x == 0) return {alpha, 0, 0};
+  // Squares of what is negligible beside the matrix, whose largest entries are near 1, may
+  // underflow.
+  if (squares_of_x <= 1e-280) return {alpha, 0, 0};
   const double length = __builtin_sqrt(alpha * alpha + squares_of_x);
   const double beta = alpha > 0 ? -length : length;
   return {beta, alpha - beta, 1 / (beta * (beta - alpha))};
@@ -390,7 +392,7 @@ HTF_INLINE Eight smaller8(Eight f, Eight g, Eight h) {
 // unreduced block [low, high] and shift; a sweep goes over all their blocks, and a lane takes part
 // where it is inside its own.
 bool bidiagonal_values(int64_t n, double* d, double* e) {
-  constexpr double eps = 1.1102230246251565e-16;
+  constexpr double eps = 2.220446049250313e-16;
   constexpr int64_t L = Orthogonal::kLanes;
   if (n < 2) return true;
   Eight norm{};
@@ -402,9 +404,12 @@ bool bidiagonal_values(int64_t n, double* d, double* e) {
       norm = norm < y ? y : norm;
     }
   }
-  const Eight tiny = norm * eps;
+  // A superdiagonal of this size moves no singular value by more. Where values coincide rounding
+  // may keep one just above it: it grows, to 32 eps at most, if that takes long.
+  Eight tiny = norm * (4 * eps);
   Mask8 top = Mask8{} + (n - 1);  // values above it are found
-  for (int64_t sweep = 0; sweep < 12 * n + 12; ++sweep) {
+  for (int64_t sweep = 0; sweep < 16 * (n + 1); ++sweep) {
+    if (sweep > 0 && sweep % (4 * (n + 1)) == 0) tiny *= 2.0;
     // Blocks: from the bottom up, the first run of superdiagonals that are not negligible.
     Mask8 high{}, low{}, open{}, closed{};
     int64_t most = 0, least = n;

@@ -134,7 +134,8 @@ class TraceTree : protected Places<TracePlace> {
       std::copy_n(b, p * ldp, product);
     }
 
-    double rank() const { return t > 0 ? 1 / u : 0; }
+    // Not a number where t is not one.
+    double rank() const { return t > 0 ? 1 / u : t; }
   };
 
   Factor side(int64_t at, bool is_explicit, int64_t rows, int64_t n) const {
