@@ -15,6 +15,8 @@ from torch import Tensor
 
 from htfkernels.exponents import leading, power, split
 from htfkernels.layout import Layout
+from htfkernels.ops.spectra import singular_values
+from htfkernels.plan import plan_for
 
 __all__ = ["Factors", "Number", "inner", "norm"]
 
@@ -76,7 +78,9 @@ def norm(terms: Sequence[Term]) -> Number:
     sum cancels to ``d`` of its largest term, accurate to ``2**-52 / d``. It is 0 where nothing but
     rounding is left of the sum.
     """
-    mantissa, exponent = value = _norm_by_frames(terms)
+    mantissa, exponent = value = (
+        _norm_of_one(*terms[0]) if len(terms) == 1 else _norm_by_frames(terms)
+    )
     if not torch.is_grad_enabled() or not any(w.requires_grad for _, f in terms for w in f[1]):
         return value
     products = [
@@ -101,6 +105,15 @@ def norm(terms: Sequence[Term]) -> Number:
     )
     change = torch.where(known, change / torch.where(known, mantissa, 1.0).square(), 0.0)
     return Number(mantissa * torch.sqrt(1 + change), exponent)
+
+
+@torch.no_grad()
+def _norm_of_one(coefficient: float, factors: Factors) -> Number:
+    """From the singular values at the root, its outputs being the columns."""
+    layout, weights = factors
+    plan = plan_for("spectra", layout, weights[0].dtype, weights[0].device.type)
+    values, exponents, _ = singular_values(plan, weights, [layout.tree.root.index], gram=False)
+    return Number(abs(coefficient) * values.norm(), exponents[0].double())
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ MAY_IMPORT = {
     "mode_cores": {"tree"},
     "mode_grams": {"mode_cores", "tree"},
     "mode_sets": {"balance", "layout", "mode_cores", "mode_grams", "tree", "tree_checks"},
-    "inner_products": {"exponents", "layout"},
+    "inner_products": {"exponents", "layout", "ops.*", "plan"},
     "nn": {
         "functional",
         "index_plan",
