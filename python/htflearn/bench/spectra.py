@@ -10,7 +10,19 @@ from torch.nn import functional as F
 
 import htfkernels as hk
 
-__all__ = ["TOLERANCES", "error", "exact", "multiply_adds", "num_values", "relative", "total"]
+__all__ = [
+    "LARGEST_TENSOR",
+    "TOLERANCES",
+    "error",
+    "exact",
+    "multiply_adds",
+    "num_values",
+    "relative",
+    "total",
+]
+
+LARGEST_TENSOR = 2**22
+"""Entries of a tensor that may be formed."""
 
 TOLERANCES = {
     "forward-qr": 1e-10,

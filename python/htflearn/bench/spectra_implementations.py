@@ -17,12 +17,10 @@ from torch import Tensor
 import htfkernels as hk
 from htflearn.bench import Implementation, Prepared, Skipped, folded_spectra
 from htflearn.bench.implementations import OURS
-from htflearn.bench.spectra import total
+from htflearn.bench.spectra import LARGEST_TENSOR, total
 from htflearn.bench.workloads import PASSES, Problem
 
 __all__ = ["SPECTRA"]
-
-_LARGEST_TENSOR = 2**22  # entries
 
 Passes = dict[str, Callable[[], Any] | str]
 
@@ -143,7 +141,7 @@ def _tensap(problem: Problem) -> Prepared:
 def _dense(problem: Problem, tensor: Callable[[], Tensor]) -> Prepared:
     """The end tensor, and of every matricization the singular values."""
     layout = problem.workload.layout
-    if layout.num_entries > _LARGEST_TENSOR:
+    if layout.num_entries > LARGEST_TENSOR:
         raise Skipped(f"the tensor has 10^{log10(layout.num_entries):.0f} entries")
     nodes = layout.tree.nodes[:-1]
     rows = [sorted(node.modes) for node in nodes]

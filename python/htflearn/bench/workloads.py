@@ -153,17 +153,21 @@ class Problem:
         tensor: every node once for each different index tuple of its own modes, leaves being rows
         that are looked up; an implementation that does not share this work does more than it is
         credited with. Of spectra only singular values by QR are counted, see
-        :func:`htflearn.bench.spectra.multiply_adds`.
+        :func:`htflearn.bench.spectra.multiply_adds`, and only where the tensor is too large to be
+        formed: of a small one they may take less.
 
         Args:
             which: a key of :data:`PASSES`.
 
         Returns:
-            the number, or None where the index tuples are too long to be told apart.
+            the number, or None where it is not counted or the index tuples are too long to be told
+            apart.
         """
         layout = self.workload.layout
         if self.workload.kind == "spectra":
-            count = spectra.multiply_adds(layout) if which == "forward-qr" else None
+            if which != "forward-qr" or layout.num_entries <= spectra.LARGEST_TENSOR:
+                return None
+            count = spectra.multiply_adds(layout)
             return None if count is None else 2 * count
         leaves = sum(2 * len(g.nodes) * g.rows * g.cols for g in layout.groups if not g.level)
         leaves *= self.workload.batch
