@@ -14,19 +14,21 @@ from htflearn import cli
 from htflearn.bench import Implementation, Prepared, circuit, report
 from htflearn.bench.implementations import IMPLEMENTATIONS, OURS
 from htflearn.bench.measure import Machine, measure
+from htflearn.bench.spectra_implementations import SPECTRA
 from htflearn.bench.workloads import PASSES, Problem, workloads
 
 FIELDS = {
-    "workload", "sizes", "implementation", "pass", "median_ms", "min_ms", "repeats", "gflops",
-    "fraction_of_gemm", "flops", "bytes", "floor_ms", "bound", "peak_mb", "setup_seconds", "off",
-    "error",
+    "workload", "sizes", "dtype", "implementation", "pass", "median_ms", "min_ms", "repeats",
+    "gflops", "fraction_of_gemm", "flops", "bytes", "floor_ms", "bound", "peak_mb",
+    "setup_seconds", "off", "error",
 }  # fmt: skip
 PROVENANCE = {
     "processor", "capability", "threads", "python", "torch", "htfkernels", "numpy", "opt_einsum",
-    "cirkit", "commit", "command", "date", "gemm_gflops", "copy_gb_per_s", "dtype", "scale",
-    "environment",
+    "cirkit", "tensap", "commit", "command", "date", "gemm_gflops", "copy_gb_per_s", "dtype",
+    "scale", "environment",
 }  # fmt: skip
 # Without those that take longer than the rest: torch.compile, and opt_einsum's search for a path.
+EVALUATED = [name for name, w in workloads("tiny").items() if w.kind != "spectra"]
 QUICK = [name for name in IMPLEMENTATIONS if name not in ("folded bmm, compiled", "opt_einsum")]
 
 
@@ -44,16 +46,17 @@ def tiny(out: Path, *arguments: object) -> dict[str, Any]:
     return json.loads(out.read_text())
 
 
-def only(names: list[str]) -> list[str]:
-    return [argument for name in names for argument in ("-i", name)]
+def only(names: list[str], option: str = "-i") -> list[str]:
+    return [argument for name in names for argument in (option, name)]
 
 
 def test_all_workloads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = tiny(tmp_path / "new" / "a.json", *only(QUICK))
+    data = tiny(tmp_path / "new" / "a.json", *only(QUICK), *only(EVALUATED, "-w"))
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.json"]
     assert set(data["provenance"]) >= PROVENANCE and data["provenance"]["gemm_gflops"] > 0
     printed = capsys.readouterr().out
-    for name, workload in workloads("tiny").items():
+    for name in EVALUATED:
+        workload = workloads("tiny")[name]
         rows = [row for row in data["rows"] if row["workload"] == name]
         assert len(rows) == len(workload.passes) * len(QUICK) and name in printed
         for row in rows:
@@ -73,11 +76,13 @@ def test_all_workloads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_other_dtypes(dtype: str, tmp_path: Path) -> None:
     data = tiny(tmp_path / "a.json", "--dtype", dtype, "-w", "small", "-w", "paper", *only(QUICK))
-    assert {row["pass"] for row in data["rows"] if row["median_ms"]} == set(PASSES.values())
+    passes = {PASSES[which] for which in workloads("tiny")["small"].passes}
+    assert {row["pass"] for row in data["rows"] if row["median_ms"]} == passes
+    assert {row["dtype"] for row in data["rows"]} == {dtype}
     assert not [r for r in data["rows"] if (r["error"] or "").startswith(("wrong", "failed"))]
 
 
-@pytest.mark.parametrize("name", list(workloads("tiny")))
+@pytest.mark.parametrize("name", EVALUATED)
 def test_opt_einsum(name: str, tmp_path: Path) -> None:
     data = tiny(tmp_path / "a.json", "-w", name, "-i", "opt_einsum")
     assert all(row["error"] is None for row in data["rows"])
@@ -164,7 +169,7 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--list") == 0
     printed = capsys.readouterr().out
-    for name in (*workloads("tiny"), *IMPLEMENTATIONS):
+    for name in (*workloads("tiny"), *IMPLEMENTATIONS, *SPECTRA, *PASSES):
         assert f"  {name} " in printed
 
 

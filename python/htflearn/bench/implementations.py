@@ -69,7 +69,7 @@ def _distinct(problem: Problem) -> Prepared:
 
 
 def _on_reference(prepared: Prepared) -> Prepared:
-    inner = prepared.forward
+    inner = prepared.computes("forward")
 
     def forward() -> Tensor:
         with hk.use_backend("reference"):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import htfkernels as hk
-from htflearn.bench import Implementation, Prepared, Skipped
+from htflearn.bench import Implementation, Prepared, Skipped, spectra
 from htflearn.bench.workloads import PASSES, Problem
 
 __all__ = ["COPIED", "GEMMS", "TOLERANCE", "Machine", "copy_rate", "gemm_rate", "measure"]
@@ -79,8 +79,10 @@ def measure(
     """
     workload = problem.workload
     passes = [p for p in passes if p in workload.passes]
+    if not passes or not implementations:
+        return []
     log(f"{workload.name}: computing in float64")
-    truth = _exact(problem)
+    truth = None if workload.kind == "spectra" else _exact(problem)
     prepared: dict[str, Prepared] = {}
     refused: dict[str, str] = {}
     for name, implementation in implementations.items():
@@ -91,18 +93,20 @@ def measure(
     rows = []
     for which in passes:
         errors, off, ready = dict(refused), {}, {}
+        expected = spectra.exact(problem.model, which) if truth is None else truth
         for name, ways in prepared.items():
             log(f"{workload.name}, {PASSES[which]}: checking {name}")
             for x in ways.inputs:
                 x.requires_grad_(which == "inputs")
             try:
+                run = _runner(problem, ways, which)
                 with _time_limit(implementations[name].limit):
-                    off[name] = _error(problem, ways, which, truth)
+                    off[name] = _error(problem, ways, which, run, expected)
             except Exception as error:
                 errors[name] = _sentence(error)
                 continue
-            if off[name] < TOLERANCE[problem.cotangent.dtype]:
-                ready[name] = _runner(problem, ways, which)
+            if off[name] < spectra.TOLERANCES.get(which, TOLERANCE[problem.cotangent.dtype]):
+                ready[name] = run
             else:
                 errors[name] = f"wrong: off by {off[name]:.1e} of the largest number"
         log(f"{workload.name}, {PASSES[which]}: timing {', '.join(ready) or 'nothing'}")
@@ -114,6 +118,7 @@ def measure(
             row: dict[str, Any] = {
                 "workload": workload.name,
                 "sizes": workload.sizes,
+                "dtype": str(problem.cotangent.dtype).removeprefix("torch."),
                 "implementation": name,
                 "pass": PASSES[which],
                 "median_ms": None,
@@ -181,11 +186,12 @@ def copy_rate(copied: int = COPIED, repeats: int = 10) -> float:
 
 
 def _runner(problem: Problem, ways: Prepared, which: str) -> Callable[[], Any]:
-    if which == "forward":
-        return torch.no_grad()(ways.forward)
+    compute = ways.computes(which)
+    if which.startswith("forward"):
+        return torch.no_grad()(compute)
     weights = list(problem.model.weights) if ways.weights is None else ways.weights
     wanted = [*weights, *(ways.inputs if which == "inputs" else [])]
-    return lambda: torch.autograd.grad(ways.forward(), wanted, problem.cotangent)
+    return lambda: torch.autograd.grad(compute(), wanted, problem.cotangent)
 
 
 def _exact(problem: Problem) -> _Truth:
@@ -226,27 +232,26 @@ def _exact(problem: Problem) -> _Truth:
     return _Truth(torch.cat(values), grads[: len(weights)], grads[len(weights) :])
 
 
-def _error(problem: Problem, ways: Prepared, which: str, truth: _Truth) -> float:
+def _error(
+    problem: Problem,
+    ways: Prepared,
+    which: str,
+    run: Callable[[], Any],
+    truth: _Truth | list[Tensor],
+) -> float:
     """The largest error of what a pass computes, relative to the largest number of its tensor."""
     if ways.before:
         ways.before()
-    result = _runner(problem, ways, which)()
+    result = run()
+    if isinstance(truth, list):
+        sort = ways.by_node if which.startswith("forward") else ways.by_weight
+        return spectra.error(which, sort(result), truth)
     if which == "forward":
-        return _relative([result], [truth.values])
+        return spectra.relative([result], [truth.values])
     count = len(truth.weights if ways.weights is None else ways.weights)
-    worst = _relative(ways.by_weight(result[:count]), truth.weights)
+    worst = spectra.relative(ways.by_weight(result[:count]), truth.weights)
     if which == "inputs":
-        worst = max(worst, _relative(ways.by_mode(result[count:]), truth.inputs))
-    return worst
-
-
-def _relative(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    worst = 0.0
-    for a, e in zip(actual, expected, strict=True):
-        if a.shape != e.shape:
-            return float("inf")
-        off = (a.detach().double() - e).abs().max() / e.abs().max().clamp(min=1e-300)
-        worst = max(worst, float(off.nan_to_num(nan=torch.inf)))
+        worst = max(worst, spectra.relative(ways.by_mode(result[count:]), truth.inputs))
     return worst
 
 

@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,23 +34,31 @@ _WIDTH = 120
 _ENVIRONMENT = ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "HTF_BACKEND", "HTF_CPU")
 
 
-def provenance(machine: Machine, dtype: str, scale: str) -> dict[str, Any]:
-    """Where, when, with what and by which command the numbers were made."""
+def provenance(machines: Mapping[str, Machine], scale: str) -> dict[str, Any]:
+    """Where, when, with what and by which command the numbers were made.
+
+    Args:
+        machines: what the machine did best, for each dtype that there are rows of.
+        scale: of the workloads.
+    """
+    first = next(iter(machines.values()))
     return {
         "processor": _processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "dtype": dtype,
+        "dtype": ", ".join(machines),
         "scale": scale,
-        "gemm_gflops": machine.gemm,
-        "copy_gb_per_s": machine.copy,
+        "gemm_gflops": first.gemm,
+        "gemm_gflops_by_dtype": {dtype: machine.gemm for dtype, machine in machines.items()},
+        "copy_gb_per_s": first.copy,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "htfkernels": hk.__version__,
         "numpy": _version("numpy"),
         "opt_einsum": _version("opt_einsum"),
         "cirkit": _version("libcirkit"),
+        "tensap": _version("tensap"),
         "commit": _commit(Path(hk.__file__).parent),
         "command": shlex.join(["htf", *sys.argv[1:]]),
         "environment": {k: os.environ[k] for k in _ENVIRONMENT if k in os.environ},

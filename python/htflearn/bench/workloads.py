@@ -14,18 +14,25 @@ from torch import Tensor
 
 import htfkernels as hk
 from htfkernels.testing import random_tree
+from htflearn.bench import spectra
 
 __all__ = ["PASSES", "SCALES", "Kind", "Problem", "Workload", "workloads"]
 
-Kind = Literal["vectors", "indices", "tensor"]
+Kind = Literal["vectors", "indices", "tensor", "spectra"]
 
 PASSES = {
     "forward": "forward",
     "backward": "forward+backward",
     "inputs": "forward+backward, inputs",
+    "forward-qr": "forward, to 1e-10",
+    "forward-gram": "forward, to 1e-7",
+    "forward-renyi2": "forward, renyi2",
+    "backward-effective": "forward+backward, effective",
+    "backward-renyi2": "forward+backward, renyi2",
 }
 """Name on the command line -> name in tables and files. ``backward`` differentiates by the weights,
-``inputs`` by weights and vectors."""
+``inputs`` by weights and vectors. Those with a dash are of spectra: singular values to 1e-10 or
+1e-7 of the largest, Rényi-2 ranks, and derivatives of the sum of effective or Rényi-2 ranks."""
 
 SCALES = ("full", "tiny")
 _SEED = 0
@@ -37,13 +44,15 @@ class Workload:
 
     Attributes:
         name, summary: for tables.
-        kind: evaluated on vectors, at indices, or as the full tensor.
+        kind: evaluated on vectors, at indices, or as the full tensor; or the singular values of the
+            matricizations at all nodes but the root.
         layout: tree and shapes.
         batch: number of vectors or indices; of entries for the full tensor.
         init_std: of the weights, as :class:`htfkernels.HTF` takes it.
         distinct: whether the indices are different from each other.
         near_one: weights and vectors near 1 over the number of terms, so that messages stay near 1
             and little cancels: in a deep tree of normal numbers float32 has no right digits left.
+        dtype: of the weights, whatever is asked for; None: what is asked for.
     """
 
     name: str
@@ -54,23 +63,27 @@ class Workload:
     init_std: float | None = None
     distinct: bool = False
     near_one: bool = False
+    dtype: torch.dtype | None = None
 
     @property
     def passes(self) -> tuple[str, ...]:
         """Those of :data:`PASSES` that make sense: only vectors have gradients."""
-        return tuple(PASSES) if self.kind == "vectors" else ("forward", "backward")
+        if self.kind == "spectra":
+            return tuple(name for name in PASSES if "-" in name)
+        return ("forward", "backward", "inputs")[: 3 if self.kind == "vectors" else 2]
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """N, D, R and B; a pair is the range of sizes that differ."""
+        """N, D, R and B (not of spectra); a pair is the range of sizes that differ."""
         dims, ranks = self.layout.mode_dims, self.layout.ranks
         span = {"D": (min(dims), max(dims)), "R": (min(ranks), max(ranks))}
         either = {k: low if low == high else [low, high] for k, (low, high) in span.items()}
-        return {"N": self.layout.tree.order, **either, "B": self.batch}
+        batch = {} if self.kind == "spectra" else {"B": self.batch}
+        return {"N": self.layout.tree.order, **either, **batch}
 
     def build(self, dtype: torch.dtype) -> Problem:
         """The model and its data, the same numbers in every run."""
-        layout = self.layout
+        layout, dtype = self.layout, self.dtype or dtype
         ranks = dict(zip(layout.tree.interior, layout.ranks, strict=True))
         model = hk.HTF(layout.tree, layout.mode_dims, ranks, init_std=self.init_std)
         generator = torch.Generator().manual_seed(_SEED)
@@ -96,6 +109,8 @@ class Workload:
                 vectors = (1 + 0.1 * vectors) / dims[0]
         elif self.kind == "tensor":
             shape = dims
+        elif self.kind == "spectra":
+            return Problem(self, model.to(dtype), None, None, torch.ones((), dtype=dtype))
         elif self.distinct:
             flat = torch.randperm(prod(dims), generator=generator)[:batch]
             indices = torch.stack(torch.unravel_index(flat, dims), 1)
@@ -114,7 +129,8 @@ class Problem:
         model: holds the weights that all implementations use.
         vectors: ``[B, N, D]``, or ``N`` tensors ``[B, D_n]`` where the dimensions differ.
         indices: ``[B, N]``.
-        cotangent: shaped as the result; the loss is ``<cotangent, result>``.
+        cotangent: shaped as the result; the loss is ``<cotangent, result>``. Of spectra it is 1,
+            and the result to differentiate a sum of ranks.
     """
 
     workload: Workload
@@ -136,15 +152,23 @@ class Problem:
         On vectors: one row of the batch at a time through every node. At indices and for the full
         tensor: every node once for each different index tuple of its own modes, leaves being rows
         that are looked up; an implementation that does not share this work does more than it is
-        credited with.
+        credited with. Of spectra only singular values by QR are counted, see
+        :func:`htflearn.bench.spectra.multiply_adds`, and only where the tensor is too large to be
+        formed: of a small one they may take less.
 
         Args:
             which: a key of :data:`PASSES`.
 
         Returns:
-            the number, or None where the index tuples are too long to be told apart.
+            the number, or None where it is not counted or the index tuples are too long to be told
+            apart.
         """
         layout = self.workload.layout
+        if self.workload.kind == "spectra":
+            if which != "forward-qr" or layout.num_entries <= spectra.LARGEST_TENSOR:
+                return None
+            count = spectra.multiply_adds(layout)
+            return None if count is None else 2 * count
         leaves = sum(2 * len(g.nodes) * g.rows * g.cols for g in layout.groups if not g.level)
         leaves *= self.workload.batch
         if self.workload.kind == "vectors":
@@ -172,9 +196,14 @@ class Problem:
         if self.indices is not None:
             inputs = self.indices.numel() * self.indices.element_size()
         results = self.cotangent.numel() * size
+        layout = self.workload.layout
+        if which in ("forward-qr", "forward-gram"):
+            results = spectra.num_values(layout) * size
+        elif which == "forward-renyi2":
+            results = (len(layout.tree.nodes) - 1) * size
         forward = weights + inputs + results
         both = 2 * forward + weights
-        return {"forward": forward, "backward": both, "inputs": both + inputs}[which]
+        return {"forward": forward, "backward": both, "inputs": both + inputs}[which.split("-")[0]]
 
     @cached_property
     def _rows(self) -> list[int] | None:
@@ -247,6 +276,25 @@ def _dense(tiny: bool) -> Workload:
     return Workload("dense", "the full tensor", "tensor", layout, layout.num_entries)
 
 
+def _spectra(
+    name: str, summary: str, full: tuple[int, int, int], small: tuple[int, int, int], **how: Any
+) -> Callable[[bool], Workload]:
+    def make(tiny: bool) -> Workload:
+        order, dim, rank = small if tiny else full
+        layout = hk.Layout.make(hk.ModeTree.balanced(order), dim, rank)
+        return Workload(
+            f"spectra-{name}",
+            f"singular values at all nodes, float64, {summary}",
+            "spectra",
+            layout,
+            batch=1,
+            dtype=torch.float64,
+            **how,
+        )
+
+    return make
+
+
 _MAKERS: list[Callable[[bool], Workload]] = [
     _balanced("wide", "vectors, large matrices", (256, 64, 128, 512), (8, 8, 16, 32)),
     _balanced("medium", "vectors, medium matrices", (64, 16, 64, 1024), (16, 4, 8, 32)),
@@ -256,4 +304,8 @@ _MAKERS: list[Callable[[bool], Workload]] = [
     _paper,
     _completion,
     _dense,
+    _spectra("64", "medium tree", (64, 16, 32), (8, 3, 4)),
+    _spectra("1024", "many modes", (1024, 8, 32), (8, 2, 3)),
+    _spectra("256", "large matrices", (256, 16, 64), (8, 3, 2)),
+    _spectra("paper", "the paper's completion setting", (4, 8, 512), (4, 3, 8), init_std=0.01),
 ]
