@@ -112,7 +112,8 @@ def _norm_of_one(coefficient: float, factors: Factors) -> Number:
     """From the singular values at the root, its outputs being the columns."""
     layout, weights = factors
     plan = plan_for("spectra", layout, weights[0].dtype, weights[0].device.type)
-    values, exponents, _ = singular_values(plan, weights, [layout.tree.root.index], gram=False)
+    root = layout.tree.root.index
+    values, exponents, *_ = singular_values(plan, weights, [root], gram=False)
     return Number(abs(coefficient) * values.norm(), exponents[0].double())
 
 

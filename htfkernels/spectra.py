@@ -7,7 +7,7 @@ environment ``E_v``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch.autograd import Function
 from htfkernels import grams
 from htfkernels.functional import Weights, fold
 from htfkernels.layout import Layout
-from htfkernels.ops.spectra import Factors, factors_of, singular_values
+from htfkernels.ops.spectra import Factors, Pull, factors_of, pullback, singular_values
 from htfkernels.plan import Plan, plan_for
 from htfkernels.ranks import numerical_rank
 from htfkernels.tree import ModeTree, Node
@@ -46,6 +46,30 @@ class Spectra(dict[Node, Tensor]):
     accuracy: float
     relative: dict[Node, Tensor]
     log2_scale: dict[Node, int]
+
+    def measure(
+        self, function: Callable[[Tensor], Tensor], relative: bool = True
+    ) -> dict[Node, Tensor]:
+        """A measure of every node's singular values, those of one length together.
+
+        Args:
+            function: ``[F, K] -> [F]``, such as :func:`htfkernels.effective_rank`.
+            relative: of the values in range, which is the same for ranks; else of the values.
+
+        Example:
+            >>> model = hk.HTF(hk.ModeTree.balanced(4), mode_dims=3, ranks=2)
+            >>> ranks = model.matricization_spectra().measure(hk.effective_rank)
+            >>> sum(ranks.values()).backward()
+        """
+        lengths: dict[int, list[Node]] = {}
+        for node, s in self.items():
+            lengths.setdefault(len(s), []).append(node)
+        values = self.relative if relative else self
+        found: dict[Node, Tensor] = {}
+        for same in lengths.values():
+            result = function(torch.stack([values[n] for n in same]))
+            found.update(zip(same, result.unbind(0), strict=True))
+        return {node: found[node] for node in self}
 
     def numerical_ranks(self, rtol: float | None = None) -> dict[Node, int]:
         """Numbers of singular values above ``rtol`` times the largest, by default the larger of
@@ -196,9 +220,9 @@ def _values(
 ) -> tuple[Tensor, Tensor, list[int]]:
     transformed = torch._C._are_functorch_transforms_active()
     if transformed or (torch.is_grad_enabled() and any(w.requires_grad for w in weights)):
-        flat, exponents, sizes = _SingularValues.apply(plan, nodes, gram, *weights)
+        flat, exponents, sizes, *_ = _SingularValues.apply(plan, nodes, gram, *weights)
         return flat, exponents, sizes.tolist()
-    return singular_values(plan, [w.detach() for w in weights], nodes, gram)
+    return singular_values(plan, [w.detach() for w in weights], nodes, gram)[:3]
 
 
 class _SingularValues(Function):
@@ -209,22 +233,22 @@ class _SingularValues(Function):
     """
 
     @staticmethod
-    def forward(
-        plan: Plan, nodes: list[int], gram: bool, *weights: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        flat, exponents, sizes = singular_values(plan, weights, nodes, gram)
-        return flat, exponents, torch.tensor(sizes, dtype=torch.int64)
+    def forward(plan: Plan, nodes: list[int], gram: bool, *weights: Tensor) -> tuple[Tensor, ...]:
+        flat, exponents, sizes, kept = singular_values(plan, weights, nodes, gram, keep=True)
+        return flat, exponents, torch.tensor(sizes, dtype=torch.int64), *kept
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.plan, ctx.nodes, ctx.gram, *weights = inputs
+        ctx.kept = len(output) - 1
         ctx.save_for_backward(*output[1:], *weights)
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        return (None, None, None, *_Gradients.apply(ctx.plan, ctx.nodes, ctx.gram, grad, *saved))
+        saved, n = ctx.saved_tensors, ctx.kept
+        arguments = (ctx.plan, ctx.nodes, ctx.gram, n, grad, *saved)
+        return (None, None, None, *_Gradients.apply(*arguments))
 
 
 class _Gradients(Function):
@@ -233,14 +257,17 @@ class _Gradients(Function):
         plan: Plan,
         nodes: list[int],
         gram: bool,
+        kept: int,
         grad: Tensor,
-        exponents: Tensor,
-        sizes: Tensor,
-        *weights: Tensor,
+        *saved: Tensor,
     ) -> tuple[Tensor, ...]:
-        factors = factors_of(plan, weights, nodes, gram)
+        exponents, sizes, *packed = saved[:kept]
+        weights = saved[kept:]
+        factors = factors_of(plan, weights, nodes, gram, packed)
         accuracy = ACCURACY["gram" if gram else "qr"]
         pulls = _pulls(factors, exponents.tolist(), grad.split(sizes.tolist()), accuracy)
+        if plan.backend == "cpp":
+            return pullback(plan, weights, nodes, pulls)
         by_node = dict(zip(nodes, pulls, strict=True))
         leaves = [w.detach().double().requires_grad_() for w in weights]
         with torch.enable_grad():
@@ -293,36 +320,24 @@ def _decomposed(frame: Tensor, environment: Tensor, accuracy: float) -> _Vectors
     found = s > accuracy * s[..., :1]
     inverse = torch.where(found, 1 / torch.where(found, s, 1), 0)[..., None, :]
     left, right = environment.mT @ v * inverse, frame.mT @ u * inverse
-    for _ in range(2):
-        left = left + left @ (u.mT @ (u - frame @ left))
-        right = right + right @ (v.mT @ (v - environment @ right))
+    left = left + left @ (u.mT @ (u - frame @ left))
+    right = right + right @ (v.mT @ (v - environment @ right))
     return torch.where(found, s, 0), left * found[..., None, :], right * found[..., None, :]
-
-
-class _Pull(NamedTuple):
-    """``grad_i sigma_i / 2``, ``a_i / sigma_i`` and ``b_i / sigma_i`` of one node, the exponents of
-    the frame's columns and of ``M``."""
-
-    weight: Tensor
-    left: Tensor
-    right: Tensor
-    columns: Tensor
-    scale: int
 
 
 def _pulls(
     factors: list[Factors], exponents: list[int], grads: Sequence[Tensor], accuracy: float
-) -> list[_Pull]:
+) -> list[Pull]:
     vectors = _singular_vectors(factors, exponents, accuracy)
     return [
-        _Pull(grad * s / 2, left, right, f.frame_exponents, exponent)
+        Pull(grad * s / 2, left, right, f.frame_exponents, exponent)
         for f, exponent, grad, (s, left, right) in zip(
             factors, exponents, grads, vectors, strict=True
         )
     ]
 
 
-def _contracted(sides: grams.Sides, pulls: dict[int, _Pull]) -> Tensor:
+def _contracted(sides: grams.Sides, pulls: dict[int, Pull]) -> Tensor:
     """``sum grad_i (a_i^T G a_i + b_i^T H b_i) / (2 sigma_i)``, in the scale of ``sides``."""
     slots = [i for i, n in enumerate(sides.nodes) if n in pulls]
     chosen = [pulls[sides.nodes[i]] for i in slots]

@@ -40,7 +40,7 @@ class TraceTree : protected Places<TracePlace> {
   int64_t exponents() const { return exponent_size_; }
   void use(double* numbers, int64_t* exponents) { x_ = numbers, exponent_ = exponents; }
 
-  // ranks: of tree.nodes, those asked for.
+  // ranks: of tree.nodes, those asked for; null where they are not wanted.
   void forward(double* ranks) {
     for (const std::vector<int64_t>& places : by_height_)
       wave(places, scratch(), [&](int64_t v, double* memory) { up(place_[v], memory); });
@@ -48,7 +48,8 @@ class TraceTree : protected Places<TracePlace> {
       wave(places, scratch(), [&](int64_t v, double* memory) {
         down(v, memory);
         const TracePlace& p = place_[v];
-        if (p.asked) ranks[p_.step[p.step].node] = Trace(*this, p, memory).rank();
+        if (p.asked && ranks != nullptr)
+          ranks[p_.step[p.step].node] = Trace(*this, p, memory).rank();
       });
   }
 
@@ -162,6 +163,17 @@ class TraceTree : protected Places<TracePlace> {
   // The product of a place's children, or its only child's frame.
   const double* product_of(const TracePlace& v) const {
     return x_ + (v.product >= 0 ? v.product : place_[v.left].frame);
+  }
+
+  // Of an environment: E as it is stored times 2^this, and 2^-(the frame's exponents) in its
+  // columns.
+  int64_t environment_exponent(const TracePlace& v) const {
+    if (v.parent >= 0) {
+      const TracePlace& up = place_[v.parent];
+      return environment_exponent(up) + exponent_[up.exponents + up.out];
+    }
+    const int64_t* k = exponent_ + v.exponents;
+    return *std::max_element(k, k + v.out);
   }
 
   std::vector<int64_t> row_exponents(const TracePlace& v) const {

@@ -18,6 +18,17 @@
 //   backward  grad float64 [wanted], the same arguments and what was kept -> gradients of all
 //             weights, in their dtype
 //
+// matricization_pullback: the derivative of a function of singular values. With u_i = U_v l_i, v_i
+// = E_v r_i the singular vectors of a node's matricization, d sigma_i = u_i^T dM v_i = sigma_i
+// (l_i^T dG l_i + r_i^T dH r_i) / 2.
+//
+//   left, right  of each wanted node float64 [R_out, K]: the l_i, r_i, in the scale of the factors
+//   of
+//                spectra.h: of the frame without 2^exponents, of M without 2^scale
+//   weight       float64 [K]: sigma_i / 2 times the derivative by sigma_i
+//   exponents    int64 [R_out]
+//   result       gradients of all weights, in their dtype
+//
 // All is computed in float64. Scale as in spectra.h: the divisors are constants, under which the
 // ranks do not change.
 #pragma once
@@ -33,5 +44,11 @@ std::vector<Tensor> trace_ranks_backward_cpu(const Program& program, const Tenso
                                              const std::vector<int64_t>& wanted,
                                              const Tensor& numbers, const Tensor& exponents,
                                              bool stable);
+
+std::vector<Tensor> matricization_pullback_cpu(
+    const Program& program, const std::vector<Tensor>& weights, const std::vector<int64_t>& wanted,
+    const std::vector<Tensor>& left, const std::vector<Tensor>& right,
+    const std::vector<Tensor>& weight, const std::vector<Tensor>& exponents,
+    const std::vector<int64_t>& scales);
 
 }  // namespace htf

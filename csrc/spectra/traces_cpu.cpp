@@ -7,6 +7,14 @@
 namespace htf {
 namespace {
 
+// A node's singular vectors, in the coordinates of its frame's and its environment's columns.
+struct SingularVectors {
+  const double *left, *right;  // [out x count]
+  const double* weight;        // [count]
+  const int64_t* exponents;    // of the frame's columns [out]
+  int64_t count, scale;
+};
+
 // Derivatives lie where in the numbers of the forward pass lies what they are derivatives by:
 // frames, environments and weights; those by Gram matrices are symmetric.
 template <class S>
@@ -30,8 +38,25 @@ class TraceGradients : TraceTree<S> {
   using Base::numbers;
   using Base::use;
 
+  using Base::forward;
+
   // grad: of tree.nodes.
-  std::vector<Tensor> run(const double* grad) {
+  std::vector<Tensor> of_ranks(const double* grad) {
+    return run([&](const TracePlace& v, double* scratch) {
+      by_trace(v, grad[this->p_.step[v.step].node], scratch);
+    });
+  }
+  // vectors: of tree.nodes.
+  std::vector<Tensor> of_vectors(const std::vector<SingularVectors>& vectors) {
+    return run([&](const TracePlace& v, double* scratch) {
+      by_vectors(v, vectors[this->p_.step[v.step].node], scratch);
+    });
+  }
+
+ private:
+  // begin(place): derivatives by the frame and the environment of a place that is asked for.
+  template <class F>
+  std::vector<Tensor> run(const F& begin) {
     const Buffer<double> memory(this->size_);
     g_ = memory.get();
     std::vector<int64_t> all(place_.size());
@@ -41,7 +66,7 @@ class TraceGradients : TraceTree<S> {
       std::fill_n(g_ + v.weight, (v.step < 0 ? 1 : v.in) * v.ld, 0.0);
       if (v.needed) std::fill_n(g_ + v.frame, v.frame_rows * v.ld, 0.0);
       if (v.wanted) std::fill_n(g_ + v.environment, v.environment_rows * v.ld, 0.0);
-      if (v.asked) by_trace(v, grad[this->p_.step[v.step].node], scratch);
+      if (v.asked) begin(v, scratch);
     });
     for (auto places = by_depth_.rbegin(); places != by_depth_.rend(); ++places)
       this->wave(*places, this->scratch(), [&](int64_t i, double* scratch) {
@@ -54,7 +79,6 @@ class TraceGradients : TraceTree<S> {
     return by_weights();
   }
 
- private:
   int64_t room() const { return this->widest_ * this->widest_; }
 
   // The rank is 1 / u, u = tr(P^2) / t^2, so that d rank = <Q, dP> with Q = 2 / (t u) - 2 P / (t
@@ -88,6 +112,44 @@ class TraceGradients : TraceTree<S> {
       k_.gemm(n, ld, n, trace.y, ld, 1, q, ldp, gx, ld, Store::add);
       k_.gemm(n, ld, n, q, ldp, 1, trace.x, ld, gy, ld, Store::add);
     }
+  }
+
+  // Of the sum of w_i (l_i^T G l_i + r_i^T H r_i).
+  void by_vectors(const TracePlace& v, const SingularVectors& s, double* scratch) {
+    std::vector<int64_t> columns(v.out), rows(v.out);
+    const int64_t shift = this->environment_exponent(v) - s.scale;
+    for (int64_t j = 0; j < v.out; ++j) {
+      columns[j] = exponent_[v.exponents + j] - s.exponents[j];
+      rows[j] = shift - columns[j];
+    }
+    quadratic(v, s, s.left, columns, v.frame_explicit, v.frame_rows, v.frame, scratch);
+    quadratic(v, s, s.right, rows, v.environment_explicit, v.environment_rows, v.environment,
+              scratch);
+  }
+
+  // g += vectors diag(w) vectors^T for a Gram matrix, x 2 that for an explicit one; the vectors'
+  // rows times 2^by first.
+  void quadratic(const TracePlace& v, const SingularVectors& s, const double* vectors,
+                 const std::vector<int64_t>& by, bool is_explicit, int64_t x_rows, int64_t at,
+                 double* scratch) const {
+    const int64_t n = v.out, ld = v.ld, ldk = padded<double>(s.count);
+    double *l = scratch, *transposed = scratch + room(), *image = scratch + 2 * room();
+    for (int64_t j = 0; j < n; ++j) {
+      std::copy_n(vectors + j * s.count, s.count, l + j * ldk);
+      std::fill_n(l + j * ldk + s.count, ldk - s.count, 0.0);
+    }
+    scale_by_powers(n, s.count, l, ldk, by.data(), nullptr);
+    k_.transpose(n, s.count, l, ldk, transposed, ld);
+    std::vector<double> w(s.weight, s.weight + s.count);
+    if (!is_explicit) {
+      orthogonal().scale(s.count, ld, transposed, ld, w.data(), nullptr);
+      k_.gemm(n, ld, s.count, l, ldk, 1, transposed, ld, g_ + at, ld, Store::add);
+      return;
+    }
+    for (double& each : w) each *= 2;
+    orthogonal().scale(s.count, ld, transposed, ld, w.data(), nullptr);
+    k_.gemm(x_rows, ldk, n, x_ + at, ld, 1, l, ldk, image, ldk, Store::assign);
+    k_.gemm(x_rows, ld, s.count, image, ldk, 1, transposed, ld, g_ + at, ld, Store::add);
   }
 
   void twice(int64_t rows, int64_t ld, double* x) const {
@@ -315,7 +377,35 @@ std::vector<Tensor> trace_ranks_backward_cpu(const Program& program, const Tenso
     std::vector<double> by_node(program.steps, 0.0);
     for (std::size_t i = 0; i < wanted.size(); ++i)
       by_node[wanted[i]] = static_cast<const double*>(dense.const_data_ptr())[i];
-    return tree.run(by_node.data());
+    return tree.of_ranks(by_node.data());
+  });
+}
+
+std::vector<Tensor> matricization_pullback_cpu(
+    const Program& program, const std::vector<Tensor>& weights, const std::vector<int64_t>& wanted,
+    const std::vector<Tensor>& left, const std::vector<Tensor>& right,
+    const std::vector<Tensor>& weight, const std::vector<Tensor>& exponents,
+    const std::vector<int64_t>& scales) {
+  return with_dtype(weights[0].scalar_type(), "matricization_pullback", [&](auto type) {
+    TraceGradients<decltype(type)> tree(program, weights, marked(program, wanted), false);
+    const Buffer<double> numbers(tree.numbers());
+    const Buffer<int64_t> powers(tree.exponents());
+    tree.use(numbers.get(), powers.get());
+    tree.forward(nullptr);
+    std::vector<Tensor> dense;
+    const auto data = [&](const Tensor& t) {
+      dense.push_back(in_one_piece(t));
+      return dense.back().const_data_ptr();
+    };
+    std::vector<SingularVectors> vectors(program.steps);
+    for (std::size_t i = 0; i < wanted.size(); ++i)
+      vectors[wanted[i]] = {static_cast<const double*>(data(left[i])),
+                            static_cast<const double*>(data(right[i])),
+                            static_cast<const double*>(data(weight[i])),
+                            static_cast<const int64_t*>(data(exponents[i])),
+                            weight[i].size(0),
+                            scales[i]};
+    return tree.of_vectors(vectors);
   });
 }
 

@@ -292,5 +292,25 @@ def _(
     return [torch.empty_like(w) for w in weights]
 
 
-for _name in ("spectral_factors", "factor_values", "trace_ranks", "trace_ranks_backward"):
+@torch.library.register_fake("htfkernels::matricization_pullback")
+def _(
+    weights: list[Tensor],
+    program: Tensor,
+    wanted: list[int],
+    left: list[Tensor],
+    right: list[Tensor],
+    weight: list[Tensor],
+    exponents: list[Tensor],
+    scales: list[int],
+) -> list[Tensor]:
+    return [torch.empty_like(w) for w in weights]
+
+
+for _name in (
+    "spectral_factors",
+    "factor_values",
+    "trace_ranks",
+    "trace_ranks_backward",
+    "matricization_pullback",
+):
     torch.library.register_autograd(f"htfkernels::{_name}", _no_gradient, setup_context=_ignore)

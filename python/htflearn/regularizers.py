@@ -94,12 +94,11 @@ class RankRegularizer:
             return model.renyi2_ranks(self.nodes)
         if self.measure == "stable":
             return model.stable_ranks(self.nodes)
-        measure = self.measure if callable(self.measure) else _OF_VALUES[self.measure]
         spectra = model.matricization_spectra(self.nodes)
-        # The nuclear norm and a function of the user's see the true size.
-        relative = isinstance(self.measure, str) and self.measure != "nuclear"
-        values = spectra.relative if relative else spectra
-        return {node: measure(s) for node, s in values.items()}
+        if callable(self.measure):
+            return {node: self.measure(s) for node, s in spectra.items()}
+        # The nuclear norm alone sees the true size.
+        return spectra.measure(_OF_VALUES[self.measure], relative=self.measure != "nuclear")
 
     def __repr__(self) -> str:
         return f"RankRegularizer({self.measure!r}, {self.target!r}, {self.coefficient})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from htfkernels.ops import autograd
 from htfkernels.ops.spectra import reference
 from htfkernels.plan import Plan
 
-__all__ = ["Factors", "factors_of", "singular_values"]
+__all__ = ["Factors", "Pull", "factors_of", "pullback", "singular_values"]
 
 
 @dataclass(frozen=True)
@@ -33,22 +34,44 @@ class Factors:
     scale: int
 
 
+class Pull(NamedTuple):
+    """How a function changes with a node's matricization.
+
+    Attributes:
+        weight: ``[K]``, the derivative by each singular value times the value over 2.
+        left, right: ``[R_out, K]``; the singular vectors are ``U_v left`` and ``E_v right``, in
+            the scale of :class:`Factors`.
+        columns: ``[R_out]``, the factors' ``frame_exponents``.
+        scale: the power of two of the matricization.
+    """
+
+    weight: Tensor
+    left: Tensor
+    right: Tensor
+    columns: Tensor
+    scale: int
+
+
 def singular_values(
-    plan: Plan, weights: Sequence[Tensor], nodes: Sequence[int], gram: bool
-) -> tuple[Tensor, Tensor, list[int]]:
+    plan: Plan,
+    weights: Sequence[Tensor],
+    nodes: Sequence[int],
+    gram: bool,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor, list[int], list[Tensor]]:
     """Of some nodes (no repetitions) the singular values.
 
     Returns:
         all values in one flat float64 tensor, between 0 and about 1; int64 ``[nodes]``, the powers
-        of two that they are to be taken by; how many there are of each.
+        of two that they are to be taken by; how many there are of each; with ``keep`` what
+        :func:`factors_of` would compute again.
     """
     if plan.backend == "cpp":
-        program = plan.layout.program
-        frames, environments, table, _ = autograd.call(
-            "spectral_factors", weights, program, list(nodes), int(gram), 0
-        )
+        packed = _packed(plan, weights, nodes, gram, keep)
+        frames, environments, table, _ = packed
         values, exponents = autograd.call("factor_values", frames, environments, table, list(nodes))
-        return values, exponents, [_count(row) for row in table[list(nodes)].tolist()]
+        sizes = [_count(row) for row in table[list(nodes)].tolist()]
+        return values, exponents, sizes, packed if keep else []
     found = [
         reference.values(frame, environment)
         for frame, environment in _reference_factors(plan, weights, nodes, gram)
@@ -56,17 +79,27 @@ def singular_values(
     values = [s for s, _ in found]
     flat = torch.cat(values) if values else weights[0].new_empty(0, dtype=torch.float64)
     exponents = torch.tensor([k for _, k in found], dtype=torch.int64, device=flat.device)
-    return flat, exponents, [len(s) for s in values]
+    return flat, exponents, [len(s) for s in values], []
+
+
+def _packed(
+    plan: Plan, weights: Sequence[Tensor], nodes: Sequence[int], gram: bool, keep: bool
+) -> list[Tensor]:
+    arguments = (weights, plan.layout.program, list(nodes), int(gram), int(keep))
+    return list(autograd.call("spectral_factors", *arguments))
 
 
 def factors_of(
-    plan: Plan, weights: Sequence[Tensor], nodes: Sequence[int], gram: bool
+    plan: Plan,
+    weights: Sequence[Tensor],
+    nodes: Sequence[int],
+    gram: bool,
+    kept: Sequence[Tensor] = (),
 ) -> list[Factors]:
-    """Of some nodes (no repetitions) the factors."""
+    """Of some nodes (no repetitions) the factors, from what :func:`singular_values` kept if that is
+    given."""
     if plan.backend == "cpp":
-        packed = autograd.call(
-            "spectral_factors", weights, plan.layout.program, list(nodes), int(gram), 1
-        )
+        packed = kept or _packed(plan, weights, nodes, gram, True)
         frames, environments, table, exponents = packed
         result = []
         for row in table[list(nodes)].tolist():
@@ -86,6 +119,15 @@ def factors_of(
         powers = torch.ldexp(torch.ones_like(environment[0]), (k + e - scale).double())
         result.append(Factors(frame, environment * powers, k, scale))
     return result
+
+
+def pullback(
+    plan: Plan, weights: Sequence[Tensor], nodes: Sequence[int], pulls: Sequence[Pull]
+) -> tuple[Tensor, ...]:
+    """Gradients of the weights, compiled."""
+    weight, left, right, columns, scales = (list(each) for each in zip(*pulls, strict=True))
+    arguments = (weights, plan.layout.program, list(nodes), left, right, weight, columns, scales)
+    return tuple(autograd.call("matricization_pullback", *arguments))
 
 
 def _count(row: list[int]) -> int:
