@@ -17,7 +17,7 @@ from torch.autograd import Function
 from htfkernels import grams
 from htfkernels.functional import Weights, fold
 from htfkernels.layout import Layout
-from htfkernels.ops.spectra import Factors, Pull, factors_of, pullback, singular_values
+from htfkernels.ops.spectra import Factors, Pull, factors_of, pullback, singular_values, svd
 from htfkernels.plan import Plan, plan_for
 from htfkernels.ranks import numerical_rank
 from htfkernels.tree import ModeTree, Node
@@ -182,7 +182,9 @@ def run_principal_frames(
     found = {}
     with torch.no_grad():
         factors = factors_of(plan, weights, indices, gram)
-        vectors = _singular_vectors(factors, [f.scale for f in factors], accuracy)
+        vectors = _singular_vectors(
+            factors, [f.scale for f in factors], accuracy, plan.backend == "cpp"
+        )
         for i, f, (s, left, right) in zip(indices, factors, vectors, strict=True):
             keep = int((s > 0).sum())
             columns = f.frame_exponents.double()
@@ -265,14 +267,16 @@ class _Gradients(Function):
         weights = saved[kept:]
         factors = factors_of(plan, weights, nodes, gram, packed)
         accuracy = ACCURACY["gram" if gram else "qr"]
-        pulls = _pulls(factors, exponents.tolist(), grad.split(sizes.tolist()), accuracy)
-        if plan.backend == "cpp":
+        compiled = plan.backend == "cpp"
+        by_node = grad.split(sizes.tolist())
+        pulls = _pulls(factors, exponents.tolist(), by_node, accuracy, compiled)
+        if compiled:
             return pullback(plan, weights, nodes, pulls)
-        by_node = dict(zip(nodes, pulls, strict=True))
+        pull_of = dict(zip(nodes, pulls, strict=True))
         leaves = [w.detach().double().requires_grad_() for w in weights]
         with torch.enable_grad():
             sides = grams.frames_and_environments(plan.layout, leaves, nodes)
-            total = sum((_contracted(s, by_node) for s in sides), torch.zeros(()))
+            total = sum((_contracted(s, pull_of) for s in sides), torch.zeros(()))
             grads = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
         return tuple(g.to(w.dtype) for g, w in zip(grads, weights, strict=True))
 
@@ -289,7 +293,7 @@ _Vectors = tuple[Tensor, Tensor, Tensor]
 
 
 def _singular_vectors(
-    factors: list[Factors], exponents: list[int], accuracy: float
+    factors: list[Factors], exponents: list[int], accuracy: float, compiled: bool
 ) -> list[_Vectors]:
     """Of each node ``s``, and ``left``, ``right`` with orthonormal ``F left`` and ``E right`` such
     that ``F E^T 2^(scale - exponent) = (F left) diag(s) (E right)^T``; nodes of one shape together.
@@ -303,20 +307,19 @@ def _singular_vectors(
         shift = torch.tensor([factors[i].scale - exponents[i] for i in same], device=frame.device)
         environment = torch.stack([factors[i].environment for i in same])
         environment = environment * shift.double().exp2()[:, None, None]
-        s, left, right = _decomposed(frame, environment, accuracy)
+        s, left, right = _decomposed(frame, environment, accuracy, compiled)
         found.update(zip(same, zip(s, left, right, strict=True), strict=True))
     return [found[i] for i in range(len(factors))]
 
 
-def _decomposed(frame: Tensor, environment: Tensor, accuracy: float) -> _Vectors:
+def _decomposed(frame: Tensor, environment: Tensor, accuracy: float, compiled: bool) -> _Vectors:
     """All zero where ``s`` is below the accuracy.
 
     ``F a / sigma = u`` for ``a = E^T v``, whatever the rank of ``F``; but of a small ``sigma`` that
     is off by ``1e-16 sigma_1 / sigma``, along the vectors of the large ones. What is missing of
     ``u`` is put together from those.
     """
-    u, s, vh = torch.linalg.svd(frame @ environment.mT, full_matrices=False)
-    v = vh.mT
+    u, s, v = svd(frame @ environment.mT, compiled)
     found = s > accuracy * s[..., :1]
     inverse = torch.where(found, 1 / torch.where(found, s, 1), 0)[..., None, :]
     left, right = environment.mT @ v * inverse, frame.mT @ u * inverse
@@ -326,9 +329,13 @@ def _decomposed(frame: Tensor, environment: Tensor, accuracy: float) -> _Vectors
 
 
 def _pulls(
-    factors: list[Factors], exponents: list[int], grads: Sequence[Tensor], accuracy: float
+    factors: list[Factors],
+    exponents: list[int],
+    grads: Sequence[Tensor],
+    accuracy: float,
+    compiled: bool,
 ) -> list[Pull]:
-    vectors = _singular_vectors(factors, exponents, accuracy)
+    vectors = _singular_vectors(factors, exponents, accuracy, compiled)
     return [
         Pull(grad * s / 2, left, right, f.frame_exponents, exponent)
         for f, exponent, grad, (s, left, right) in zip(

@@ -13,6 +13,7 @@ import torch
 import htfkernels as hk
 from htfkernels import ModeTree, testing
 from htfkernels.dispatch import Spec, why_not
+from htfkernels.spectra import ACCURACY
 
 F64 = torch.float64
 OPS = torch.ops.htfkernels
@@ -90,6 +91,47 @@ def test_bad_arguments():
         OPS.trace_ranks_backward(ranks.float(), weights, program, [0], numbers, exponents, 0)
     with pytest.raises(RuntimeError, match="are of another call"):
         OPS.trace_ranks_backward(ranks, weights, program, [0], numbers[1:], exponents, 0)
+
+
+SHAPES = [(1, 1, 1), (9, 5, 5), (8, 3, 7), (3, 7, 3), (17, 32, 32), (2, 40, 64), (0, 4, 4)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_small_svd(shape):
+    """Vectors of small singular values as orthonormal as those of large ones."""
+    torch.manual_seed(0)
+    plain = torch.randn(shape, dtype=F64)
+    k = min(shape[1:])
+    q = torch.linalg.qr(plain).Q if shape[1] >= shape[2] else torch.linalg.qr(plain.mT).Q.mT
+    steep = plain * torch.logspace(0, -12, shape[2], dtype=F64)
+    huge, lost = 1e200 * plain, torch.zeros_like(plain)
+    deficient = plain.clone()
+    deficient[:, :, ::2] = 0
+    for matrices in (plain, q, steep, huge, lost, deficient):
+        u, s, v = OPS.small_svd(matrices)
+        assert [t.shape for t in (u, s, v)] == [
+            (shape[0], shape[1], k),
+            (shape[0], k),
+            (shape[0], shape[2], k),
+        ]
+        assert bool((s[:, :-1] >= s[:, 1:]).all())
+        if not len(matrices):
+            continue
+        testing.assert_matches(s, torch.linalg.svdvals(matrices), F64, "second")
+        whole = (u * s[:, None] @ v.mT - matrices).abs().amax((1, 2))
+        assert bool((whole <= ACCURACY["qr"] * s[:, 0]).all())
+        known = s > s[:, :1] * 1e-15
+        for vectors in (u * known[:, None], v * known[:, None]):
+            gram = vectors.mT @ vectors
+            off = gram - torch.diag_embed(known.to(F64))
+            assert float(off.abs().max()) <= ACCURACY["qr"]
+        utils = ("test_schema", "test_faketensor")
+        torch.library.opcheck(OPS.small_svd.default, (matrices,), test_utils=utils)
+
+
+def test_small_svd_of_what_is_none():
+    with pytest.raises(RuntimeError, match=r"must be a float64 CPU tensor \[F, p, q\], got Float"):
+        OPS.small_svd(torch.ones(1, 2, 2))
 
 
 # Larger than work that is worth a second thread, and wider than a strip, a block, a register.

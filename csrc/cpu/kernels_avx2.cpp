@@ -9,6 +9,7 @@
 #define HTF_ROWS 4
 #include "cpu/kernels.inl"
 #include "cpu/orthogonal.inl"
+#include "cpu/singular.inl"
 #pragma GCC pop_options
 
 namespace htf {

@@ -5,6 +5,7 @@
 #define HTF_ROWS 4
 #include "cpu/kernels.inl"
 #include "cpu/orthogonal.inl"
+#include "cpu/singular.inl"
 
 namespace htf {
 

@@ -46,6 +46,11 @@ struct Orthogonal {
   // positive; e is destroyed. Returns false where one did not converge.
   static constexpr int64_t kLanes = 8;
   bool (*bidiagonal_values)(int64_t n, double* d, double* e);
+
+  // One-sided Jacobi on kLanes matrices side by side: a is [n columns x m rows x kLanes], v [n x n
+  // x kLanes] likewise; rotates a's columns until they are orthogonal, and v's with them. Returns
+  // false where one did not get there.
+  bool (*jacobi)(int64_t m, int64_t n, double* a, double* v);
 };
 
 const Orthogonal& orthogonal();

@@ -306,11 +306,19 @@ def _(
     return [torch.empty_like(w) for w in weights]
 
 
+@torch.library.register_fake("htfkernels::small_svd")
+def _(matrices: Tensor) -> list[Tensor]:
+    count, p, q = matrices.shape
+    k = min(p, q)
+    return [matrices.new_empty(s) for s in ((count, p, k), (count, k), (count, q, k))]
+
+
 for _name in (
     "spectral_factors",
     "factor_values",
     "trace_ranks",
     "trace_ranks_backward",
     "matricization_pullback",
+    "small_svd",
 ):
     torch.library.register_autograd(f"htfkernels::{_name}", _no_gradient, setup_context=_ignore)

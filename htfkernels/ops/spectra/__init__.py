@@ -14,7 +14,7 @@ from htfkernels.ops import autograd
 from htfkernels.ops.spectra import reference
 from htfkernels.plan import Plan
 
-__all__ = ["Factors", "Pull", "factors_of", "pullback", "singular_values"]
+__all__ = ["Factors", "Pull", "factors_of", "pullback", "singular_values", "svd"]
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,19 @@ def pullback(
     weight, left, right, columns, scales = (list(each) for each in zip(*pulls, strict=True))
     arguments = (weights, plan.layout.program, list(nodes), left, right, weight, columns, scales)
     return tuple(autograd.call("matricization_pullback", *arguments))
+
+
+# Above, one LAPACK call after another is as fast.
+_MOST = 48
+
+
+def svd(matrices: Tensor, compiled: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """``[F, p, q] -> u [F, p, k], s [F, k], v [F, q, k]``."""
+    if compiled and min(matrices.shape[1:]) <= _MOST:
+        u, s, v = autograd.call("small_svd", matrices)
+        return u, s, v
+    u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
+    return u, s, vh.mT
 
 
 def _count(row: list[int]) -> int:
