@@ -1,3 +1,4 @@
+#include "cpu/weights.h"
 #include "spectra/factors.h"
 #include "spectra/places.h"
 #include "spectra/spectra.h"
@@ -213,6 +214,9 @@ class Spectra : Places<FactorPlace> {
       normalise(v, out, v.rows, 1, w, exponents);
       return;
     }
+    if (v.needed && !v.direct && !hands_on(v) &&
+        plain_product(v, shop, scratch, sum, out, exponents))
+      return;
     // Where no frame is needed, the weight alone says how large its columns may be.
     scaled_weight(v.in, v.out, weight(v), sum.data(), w, v.ld, exponents);
     if (!v.needed) return;
@@ -231,6 +235,38 @@ class Spectra : Places<FactorPlace> {
                        Store::assign);
     normalise(v, x, v.product_rows, v.in, w, exponents);
     if (v.triangular) shop.triangle(v.product_rows, v.out, x, out);
+  }
+
+  // The frame alone, of numbers in the middle of the range: then the product takes up the scale,
+  // and the weight, which nobody else reads, is multiplied as it is. Returns false, with nothing
+  // done, where a column may have lost digits.
+  bool plain_product(FactorPlace& v, Workshop& shop, double* scratch,
+                     const std::vector<int64_t>& sum, double* out, int64_t* exponents) {
+    const int64_t most = *std::max_element(sum.begin(), sum.end());
+    if (*std::min_element(sum.begin(), sum.end()) < most - 300) return false;
+    double *product = scratch, *w = inner_.get() + v.weight;
+    if (v.right >= 0)
+      shop.khatri_rao(v.in, frame(v.left), frame(v.right), gram_, product);
+    else
+      std::copy_n(frames_ + place_[v.left].frame, v.product_rows * v.ld_in, product);
+    std::vector<int64_t> by(sum);
+    for (int64_t& k : by) k -= most;
+    scale_by_powers(v.product_rows, v.in, product, v.ld_in, nullptr, by.data());
+    if (const S* source = weight(v); source != nullptr)
+      pack_rows(v.in, v.out, source, v.out, w, v.ld);
+    else
+      for (int64_t i = 0; i < v.in; ++i) std::fill_n(w + i * v.ld, v.ld, 0.0), w[i * v.ld] = 1;
+    double* x = v.triangular ? scratch + v.product_rows * v.ld_in : out;
+    shop.kernel().gemm(v.product_rows, v.ld, v.in, product, v.ld_in, 1, w, v.ld, x, v.ld,
+                       Store::assign);
+    std::vector<double> largest(v.ld);
+    orthogonal().column_maxima(v.product_rows, v.ld, x, v.ld, largest.data());
+    for (int64_t j = 0; j < v.out; ++j)
+      if (!(largest[j] > 4.9e-91 && largest[j] < 2e90)) return false;
+    std::fill_n(exponents, v.out, most);
+    normalise(v, x, v.product_rows, 0, nullptr, exponents);
+    if (v.triangular) shop.triangle(v.product_rows, v.out, x, out);
+    return true;
   }
 
   // Brings each column's largest entry to between a half and 1, the weight's columns with it.

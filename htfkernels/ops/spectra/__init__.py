@@ -131,7 +131,7 @@ def pullback(
 
 
 # Above, one LAPACK call after another is as fast.
-_MOST = 48
+_MOST = 64
 
 
 def svd(matrices: Tensor, compiled: bool) -> tuple[Tensor, Tensor, Tensor]:
