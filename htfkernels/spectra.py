@@ -75,12 +75,11 @@ class Spectra(dict[Node, Tensor]):
         """Numbers of singular values above ``rtol`` times the largest, by default the larger of
         ``K eps`` (see :func:`htfkernels.numerical_rank`) and the method's accuracy."""
 
-        def tolerance(s: Tensor) -> float:
-            return max(len(s) * torch.finfo(s.dtype).eps, self.accuracy) if rtol is None else rtol
+        def ranks(s: Tensor) -> Tensor:
+            least = max(s.shape[-1] * torch.finfo(s.dtype).eps, self.accuracy)
+            return numerical_rank(s, rtol=least if rtol is None else rtol)
 
-        return {
-            node: int(numerical_rank(s, rtol=tolerance(s))) for node, s in self.relative.items()
-        }
+        return {node: int(rank) for node, rank in self.measure(ranks).items()}
 
 
 class PrincipalFrame(NamedTuple):

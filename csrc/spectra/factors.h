@@ -58,6 +58,7 @@ class Workshop {
         cholesky_(gram_ + std::max(ld, kBlock) * ld) {}
 
   const Kernels<double>& kernel() const { return k_; }
+  double* block() const { return block_; }  // [kBlock x ld]
 
   // out[n x ld] = a triangular factor of x[rows x ld], rows >= n.
   void triangle(int64_t rows, int64_t n, const double* x, double* out) {

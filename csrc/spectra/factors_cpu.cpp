@@ -244,7 +244,7 @@ class Spectra : Places<FactorPlace> {
                      const std::vector<int64_t>& sum, double* out, int64_t* exponents) {
     const int64_t most = *std::max_element(sum.begin(), sum.end());
     if (*std::min_element(sum.begin(), sum.end()) < most - 300) return false;
-    double *product = scratch, *w = inner_.get() + v.weight;
+    double* product = scratch;
     if (v.right >= 0)
       shop.khatri_rao(v.in, frame(v.left), frame(v.right), gram_, product);
     else
@@ -252,13 +252,20 @@ class Spectra : Places<FactorPlace> {
     std::vector<int64_t> by(sum);
     for (int64_t& k : by) k -= most;
     scale_by_powers(v.product_rows, v.in, product, v.ld_in, nullptr, by.data());
-    if (const S* source = weight(v); source != nullptr)
-      pack_rows(v.in, v.out, source, v.out, w, v.ld);
-    else
-      for (int64_t i = 0; i < v.in; ++i) std::fill_n(w + i * v.ld, v.ld, 0.0), w[i * v.ld] = 1;
     double* x = v.triangular ? scratch + v.product_rows * v.ld_in : out;
-    shop.kernel().gemm(v.product_rows, v.ld, v.in, product, v.ld_in, 1, w, v.ld, x, v.ld,
-                       Store::assign);
+    // Some rows of the weight at a time, which stay in the cache as float64.
+    const S* source = weight(v);
+    double* block = shop.block();
+    for (int64_t i = 0; i < v.in; i += Workshop::kBlock) {
+      const int64_t rows = std::min(Workshop::kBlock, v.in - i);
+      if (source != nullptr)
+        pack_rows(rows, v.out, source + i * v.out, v.out, block, v.ld);
+      else
+        for (int64_t r = 0; r < rows; ++r)
+          std::fill_n(block + r * v.ld, v.ld, 0.0), block[r * v.ld] = 1;
+      shop.kernel().gemm(v.product_rows, v.ld, rows, product + i, v.ld_in, 1, block, v.ld, x, v.ld,
+                         i == 0 ? Store::assign : Store::add);
+    }
     std::vector<double> largest(v.ld);
     orthogonal().column_maxima(v.product_rows, v.ld, x, v.ld, largest.data());
     for (int64_t j = 0; j < v.out; ++j)

@@ -1,3 +1,4 @@
+#include <map>
 #include <numeric>
 
 #include "spectra/factors.h"
@@ -11,7 +12,8 @@ struct Matrix {
   FactorRow from;
   int64_t size = 0, at = 0;  // of the values
   int64_t exponent = 0;
-  int64_t rest = 0;  // columns of the node's matrix
+  int64_t rest = 0;     // columns of the node's matrix
+  int64_t source = -1;  // of the anchor's, where several nodes read one
 };
 
 class Values {
@@ -38,6 +40,15 @@ class Values {
 
   void run(double* values, int64_t* exponents) {
     const int64_t count = static_cast<int64_t>(matrix_.size()), L = Orthogonal::kLanes;
+    share();
+    const Buffer<double> products(shared_size_);
+    products_ = products.get();
+    for_each_item<double>(static_cast<int64_t>(shared_.size()), work_, 2 * widest_ * widest_,
+                          [&](int64_t i, double* memory) {
+                            const FactorRow& r = matrix_[shared_[i]].from;
+                            multiply(r, r.frame_rows >= r.environment_rows, memory,
+                                     products_ + matrix_[shared_[i]].source);
+                          });
     const Buffer<double> entries(2 * total_);
     diagonal_ = entries.get(), side_ = diagonal_ + total_;
     const int64_t scratch = Workshop::size(widest_) + 2 * widest_ * widest_ + dealt_;
@@ -62,18 +73,37 @@ class Values {
   }
 
  private:
+  // Matrices that several nodes' are parts of are made first, once.
+  void share() {
+    std::map<int64_t, std::vector<int64_t>> readers;
+    for (std::size_t i = 0; i < matrix_.size(); ++i)
+      readers[matrix_[i].from.environment].push_back(static_cast<int64_t>(i));
+    for (const auto& [at, nodes] : readers) {
+      if (nodes.size() < 2) continue;
+      const FactorRow& r = matrix_[nodes[0]].from;
+      shared_.push_back(nodes[0]);
+      for (const int64_t i : nodes) matrix_[i].source = shared_size_;
+      shared_size_ += std::max(r.frame_rows, r.environment_rows) *
+                      padded<double>(std::min(r.frame_rows, r.environment_rows));
+    }
+  }
+
   // To a square matrix, with a triangle of the longer side's rows; that to a bidiagonal one.
   void reduce(Matrix& m, double* memory, double* scratch) {
     const FactorRow& r = m.from;
     Workshop shop(memory, widest_);
     double *x = scratch, *spare = scratch + widest_ * widest_, *dealt = spare + widest_ * widest_;
     const int64_t n = m.size, ld = padded<double>(n), longer = std::max(r.rows, m.rest);
+    const double* product = products_ + m.source;
+    if (m.source < 0) {
+      multiply(r, r.frame_rows >= r.environment_rows, spare, x);
+      product = x;
+    }
     if (r.rows < r.frame_rows) {
-      multiply(r, r.frame_rows >= r.environment_rows, spare, x);
-      deal_out(m, x, ld, dealt);
+      deal_out(m, product, ld, dealt);
       x = dealt;
-    } else {
-      multiply(r, r.frame_rows >= r.environment_rows, spare, x);
+    } else if (m.source >= 0) {
+      std::copy_n(product, longer * ld, x);
     }
     std::vector<double> largest(longer);
     o_.row_maxima(longer, ld, x, ld, largest.data());
@@ -143,7 +173,9 @@ class Values {
   const Orthogonal& o_;
   std::vector<Matrix> matrix_;
   int64_t total_ = 0, widest_ = 8, work_ = 0, dealt_ = 0;
-  double *diagonal_ = nullptr, *side_ = nullptr;
+  std::vector<int64_t> shared_;
+  int64_t shared_size_ = 0;
+  double *diagonal_ = nullptr, *side_ = nullptr, *products_ = nullptr;
 };
 
 }  // namespace

@@ -170,10 +170,11 @@ class Spectra:
         spectra = model.matricization_spectra(self.nodes)
         # Values of deep trees may be out of range, their ratios are not.
         ranks = spectra.numerical_ranks(self.tolerance)
+        effective = spectra.measure(hk.effective_rank)
         return {
             node_label(node): {
                 "singular_values": s[: self.top].tolist(),
-                "effective_rank": float(hk.effective_rank(spectra.relative[node])),
+                "effective_rank": float(effective[node]),
                 "numerical_rank": ranks[node],
             }
             for node, s in spectra.items()
