@@ -74,6 +74,35 @@ def test_planted_spectra(name, method, dtype, backend):
         assert error(s, expected) <= allowed(method, dtype) + slack
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("noise", [1e-3, 1e-6, 1e-9, 1e-12, 0.0])
+def test_nearly_dependent_factors(noise, method, backend):
+    """Weights of rank 2 and a little more, where Gram matrices are singular to rounding."""
+    for tree, dim, rank in (
+        (ModeTree.balanced(4), 7, 5),
+        (ModeTree.flat(3), 12, 6),
+        (ModeTree.from_nested((((0, 1), 2), 3)), 6, 5),
+    ):
+        model = hk.HTF(tree, dim, rank, dtype=F64)
+        with torch.no_grad():
+            for node in tree.nodes:
+                weight = model.node_weight(node)
+                rows, cols = weight.shape
+                low = torch.randn(rows, 2, dtype=F64) @ torch.randn(2, cols, dtype=F64)
+                weight.copy_(low + noise * torch.randn(rows, cols, dtype=F64))
+            tensor = model.full_tensor()
+            with hk.use_backend(backend):
+                found = model.matricization_spectra(method=method)
+        for node, s in found.items():
+            rest = [n for n in range(tensor.dim()) if n not in node.modes]
+            rows = math.prod(tensor.shape[n] for n in node.modes)
+            exact = torch.linalg.svdvals(tensor.permute(*node.modes, *rest).reshape(rows, -1))
+            size = min(len(s), len(exact))
+            assert error(s[:size], exact[:size]) <= allowed(method, F64)
+            assert float(exact[size:].sum()) <= allowed(method, F64) * float(exact[0])
+
+
 @pytest.mark.slow
 def test_accuracy_table():
     """Errors by method and dtype over planted and dense spectra (`-m slow -s` prints them)."""
