@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models import dense, module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import htfkernels as hk
@@ -17,27 +18,6 @@ from htfkernels.mode_cores import svd_flops
 
 F64 = torch.float64
 METHODS = ["qr", "gram"]
-
-
-def dense(tensor, modes):
-    """Singular values of the matricization: rows the modes, columns all others and the outputs."""
-    rest = [n for n in range(tensor.dim()) if n not in modes]
-    rows = math.prod(tensor.shape[n] for n in modes)
-    return torch.linalg.svdvals(tensor.permute(*modes, *rest).reshape(rows, -1))
-
-
-def module(layout, dtype=F64, seed=0):
-    torch.manual_seed(seed)
-    ranks = dict(zip(layout.tree.interior, layout.ranks, strict=True))
-    return hk.HTF(
-        layout.tree,
-        layout.mode_dims,
-        ranks,
-        layout.out_features,
-        layout.root,
-        layout.share_weights,
-        dtype=dtype,
-    )
 
 
 def assert_spectrum(s, expected, method, dtype=F64):

@@ -8,18 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models import dense, module
 
 import htfkernels as hk
 from htfkernels import ModeTree, spectra, testing
 
 F64 = torch.float64
-
-
-def dense(tensor, modes):
-    """Singular values of the matricization: rows the modes, columns all others and the outputs."""
-    rest = [n for n in range(tensor.dim()) if n not in modes]
-    rows = math.prod(tensor.shape[n] for n in modes)
-    return torch.linalg.svdvals(tensor.permute(*modes, *rest).reshape(rows, -1))
 
 
 def check(model, method, dtype=F64, direction="backward"):
@@ -55,20 +49,6 @@ LAYOUTS = [
     hk.Layout.make(ModeTree.balanced(5), 2, 3, share_weights=True),
     hk.Layout.make(ModeTree.balanced(4), 3, 4, out_features=3),
 ]
-
-
-def module(layout, dtype=F64, seed=0):
-    torch.manual_seed(seed)
-    ranks = dict(zip(layout.tree.interior, layout.ranks, strict=True))
-    return hk.HTF(
-        layout.tree,
-        layout.mode_dims,
-        ranks,
-        layout.out_features,
-        layout.root,
-        layout.share_weights,
-        dtype=dtype,
-    )
 
 
 @pytest.mark.parametrize("method", ["qr", "gram", "auto"])

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from models import dense, matricization, module
 from torch.autograd import gradcheck
 
 import htfkernels as hk
@@ -95,9 +96,7 @@ def test_nearly_dependent_factors(noise, method, backend):
             with hk.use_backend(backend):
                 found = model.matricization_spectra(method=method)
         for node, s in found.items():
-            rest = [n for n in range(tensor.dim()) if n not in node.modes]
-            rows = math.prod(tensor.shape[n] for n in node.modes)
-            exact = torch.linalg.svdvals(tensor.permute(*node.modes, *rest).reshape(rows, -1))
+            exact = dense(tensor, node.modes)
             size = min(len(s), len(exact))
             assert error(s[:size], exact[:size]) <= allowed(method, F64)
             assert float(exact[size:].sum()) <= allowed(method, F64) * float(exact[0])
@@ -228,17 +227,7 @@ def function(layout, of_model):
     """A function of the folded weights from one of a model."""
 
     def run(*weights):
-        tree = layout.tree
-        ranks = dict(zip(tree.interior, layout.ranks, strict=True))
-        model = hk.HTF(
-            tree,
-            layout.mode_dims,
-            ranks,
-            layout.out_features,
-            layout.root,
-            layout.share_weights,
-            dtype=F64,
-        )
+        model = module(layout, seed=1)
         return torch.func.functional_call(
             _Call(model, of_model), {f"model.weights.{i}": w for i, w in enumerate(weights)}, ()
         )
@@ -283,19 +272,17 @@ def test_gradients_against_the_dense_tensor(layout):
     """Every measure of every matricization, by the SVD of PyTorch."""
     measures = [hk.effective_rank, hk.nuclear_norm, hk.entanglement_entropy, hk.stable_rank]
 
-    def dense(model):
+    def unfolded(model):
         tensor = model.full_tensor()
         for node in model.tree.nodes:
             if not node.is_root:
-                rest = [n for n in range(tensor.dim()) if n not in node.modes]
-                rows = math.prod(tensor.shape[n] for n in node.modes)
-                yield torch.linalg.svdvals(tensor.permute(*node.modes, *rest).reshape(rows, -1))
+                yield dense(tensor, node.modes)
 
     def total(spectra):
         return sum(w * m(s) for s in spectra for w, m in enumerate(measures, 1))
 
     weights = weights_of(layout)
-    slow = function(layout, lambda m: total(dense(m)))(*weights)
+    slow = function(layout, lambda m: total(unfolded(m)))(*weights)
     expected = torch.autograd.grad(slow, weights)
     scale = max(float(g.abs().max()) for g in expected)
     for method in METHODS:
@@ -373,23 +360,12 @@ def test_principal_frames(layout, backend):
     if layout is None:
         model = planted(SPECTRA["zeros"])
     else:
-        torch.manual_seed(0)
-        model = hk.HTF(
-            layout.tree,
-            layout.mode_dims,
-            dict(zip(layout.tree.interior, layout.ranks, strict=True)),
-            layout.out_features,
-            layout.root,
-            layout.share_weights,
-            dtype=F64,
-        )
+        model = module(layout)
     tensor = model.full_tensor().detach()
     with hk.use_backend(backend):
         frames = model.principal_frames()
     for node, (values, left, right) in frames.items():
-        rest = [n for n in range(tensor.dim()) if n not in node.modes]
-        rows = math.prod(tensor.shape[n] for n in node.modes)
-        matrix = tensor.permute(*node.modes, *rest).reshape(rows, -1)
+        matrix = matricization(tensor, node.modes)
         u = message(model, node) @ left
         eye = torch.eye(len(values), dtype=F64)
         assert float((u.T @ u - eye).abs().max()) <= spectra.ACCURACY["qr"] * condition(values)

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from models import module
 
 import htfkernels as hk
 from htfkernels import ModeTree, testing
@@ -176,13 +177,7 @@ def test_the_same_bits_for_any_number_of_threads(layout, threads):
 def test_large_ones(layout):
     """Both methods against each other and against the reference, both trace ranks against them."""
     tree = layout.tree
-    model = hk.HTF(
-        tree,
-        layout.mode_dims,
-        dict(zip(tree.interior, layout.ranks, strict=True)),
-        layout.out_features,
-        dtype=F64,
-    )
+    model = module(layout)
     with torch.no_grad():
         qr, gram = (model.matricization_spectra(tree.nodes, m) for m in ("qr", "gram"))
         with hk.use_backend("reference"):
@@ -207,15 +202,7 @@ def test_trace_ranks_of_all_cases(case, dtype, stable):
     tree = case.tree
     if len(tree.nodes) > 60:
         return
-    model = hk.HTF(
-        tree,
-        case.layout.mode_dims,
-        dict(zip(tree.interior, case.layout.ranks, strict=True)),
-        case.layout.out_features,
-        case.layout.root,
-        case.layout.share_weights,
-        dtype=dtype,
-    )
+    model = module(case.layout, dtype)
     with torch.no_grad():
         for p, w in zip(model.parameters(), weights, strict=True):
             p.copy_(w)

@@ -1,0 +1,36 @@
+"""Models of a layout, and dense matricizations to hold them against."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+import htfkernels as hk
+
+
+def module(layout, dtype=torch.float64, seed=0):
+    """A model of a layout, with random weights."""
+    torch.manual_seed(seed)
+    ranks = dict(zip(layout.tree.interior, layout.ranks, strict=True))
+    return hk.HTF(
+        layout.tree,
+        layout.mode_dims,
+        ranks,
+        layout.out_features,
+        layout.root,
+        layout.share_weights,
+        dtype=dtype,
+    )
+
+
+def matricization(tensor, modes):
+    """Rows the modes, in their order; columns all others and the outputs."""
+    rest = [n for n in range(tensor.dim()) if n not in modes]
+    rows = math.prod(tensor.shape[n] for n in modes)
+    return tensor.permute(*modes, *rest).reshape(rows, -1)
+
+
+def dense(tensor, modes):
+    """Singular values of the matricization."""
+    return torch.linalg.svdvals(matricization(tensor, modes))
