@@ -20,6 +20,7 @@ from htfkernels.balance import balance, scaled
 from htfkernels.layout import Layout
 from htfkernels.mode_cores import Tensors, best_center, core_matrix, svd_flops
 from htfkernels.mode_grams import Doubled, gram_flops, gram_matrix, plan_gram
+from htfkernels.ops.autograd import only_once
 from htfkernels.tree import ModeTree, Node
 from htfkernels.tree_checks import as_int, format_modes
 
@@ -196,29 +197,11 @@ class _OnceDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        pass
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _NotDifferentiable.apply(grad)
-
-
-class _NotDifferentiable(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(grad: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        raise NotImplementedError(
-            "matricization_spectrum is differentiable once: its gradient has no derivative"
-        )
+        return only_once("singular values", ctx.saved_tensors, (grad,))[0]
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,15 @@ MAY_IMPORT = {
     "balance": {"tree"},
     "mode_cores": {"tree"},
     "mode_grams": {"mode_cores", "tree"},
-    "mode_sets": {"balance", "layout", "mode_cores", "mode_grams", "tree", "tree_checks"},
+    "mode_sets": {
+        "balance",
+        "layout",
+        "mode_cores",
+        "mode_grams",
+        "ops.autograd",
+        "tree",
+        "tree_checks",
+    },
     "inner_products": {"exponents", "layout", "ops.*", "plan"},
     "nn": {
         "functional",

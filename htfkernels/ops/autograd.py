@@ -112,6 +112,8 @@ def only_once(what: str, arguments: Sequence[Tensor], grads: Tensors) -> Tensors
 
 
 class _OnlyOnce(Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(what: str, count: int, *tensors: Tensor) -> Tensors:
         return tuple(g.view_as(g) for g in tensors[count:])
