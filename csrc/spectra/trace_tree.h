@@ -19,7 +19,7 @@ struct TracePlace : Place {
   int64_t above = -1;                        // A = E W^T
   int64_t frame_raw = -1, above_raw = -1;    // explicit, where they have too many rows to stay so
   int64_t frame_gram = -1, above_gram = -1;  // of explicit ones, where it is asked for
-  int64_t exponents = 0;                     // of the frame's columns, then one of A
+  int64_t exponents = 0;  // of the frame's columns, then by how much A is smaller, then of E
 };
 
 inline int64_t rows_of(bool is_explicit, int64_t rows, int64_t n) { return is_explicit ? rows : n; }
@@ -165,15 +165,10 @@ class TraceTree : protected Places<TracePlace> {
     return x_ + (v.product >= 0 ? v.product : place_[v.left].frame);
   }
 
-  // Of an environment: E as it is stored times 2^this, and 2^-(the frame's exponents) in its
+  // Of an environment: E is what is stored times 2^this, and 2^-(the frame's exponents) in its
   // columns.
-  int64_t environment_exponent(const TracePlace& v) const {
-    if (v.parent >= 0) {
-      const TracePlace& up = place_[v.parent];
-      return environment_exponent(up) + exponent_[up.exponents + up.out];
-    }
-    const int64_t* k = exponent_ + v.exponents;
-    return *std::max_element(k, k + v.out);
+  int64_t& environment_exponent(const TracePlace& v) const {
+    return exponent_[v.exponents + v.out + 1];
   }
 
   std::vector<int64_t> row_exponents(const TracePlace& v) const {
@@ -218,7 +213,7 @@ class TraceTree : protected Places<TracePlace> {
       }
       v.weight = take(size_, (v.step < 0 ? 1 : v.in) * v.ld);
       if (v.step >= 0) v.transposed = take(size_, v.out * v.ld_in);
-      v.exponents = take(exponent_size_, v.out + 1);
+      v.exponents = take(exponent_size_, v.out + 2);
       widest_ = std::max({widest_, v.ld, v.ld_in});
     }
   }
@@ -335,11 +330,13 @@ class TraceTree : protected Places<TracePlace> {
     if (v.parent < 0) {
       const int64_t* k = exponent_ + v.exponents;
       const int64_t most = *std::max_element(k, k + v.out);
+      environment_exponent(v) = most;
       std::fill_n(e, v.out * v.ld, 0.0);
       for (int64_t j = 0; j < v.out; ++j) e[j * v.ld + j] = PowerOfTwo(k[j] - most)(1.0);
     } else {
       const TracePlace& up = place_[v.parent];
       const int64_t s = other(index);
+      environment_exponent(v) = environment_exponent(up) + exponent_[up.exponents + up.out];
       if (s < 0)
         std::copy_n(x_ + up.above, v.environment_rows * v.ld, e);
       else if (v.environment_explicit)
