@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from htflearn.complete.files import reason
 from htflearn.errors import UserError
 
 __all__ = ["read_cifar"]
@@ -122,7 +123,7 @@ def _from_folder(folder: Path) -> Callable[[str], bytes | None]:
         try:
             return path.read_bytes() if path.is_file() else None
         except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+            raise UserError(f"{path} cannot be read: {reason(error)}") from error
 
     return read
 
@@ -137,7 +138,9 @@ def _read_archive(path: Path, split: str) -> tuple[np.ndarray, np.ndarray, tuple
                 if name in wanted and (file := archive.extractfile(member)) is not None:
                     content[name] = file.read()
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read as an archive: {error}") from error
+        raise UserError(
+            f"{path} cannot be read as an archive: {reason(error).rstrip(':')}"
+        ) from error
     for layout in _LAYOUTS:
         if content.keys() & {layout.names, *layout.batches(split)}:
             return _read(layout, split, content.get, path)
@@ -176,7 +179,8 @@ def _pickled_batch(content: bytes, layout: _Layout, what: str) -> tuple[np.ndarr
     batch = _unpickled(content, what)
     data, labels = _entry(batch, "data", what), _entry(batch, layout.labels_key, what)
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (_PIXELS,):
-        kind = f"{data.dtype} {list(data.shape)}" if isinstance(data, np.ndarray) else type(data)
+        array = isinstance(data, np.ndarray)
+        kind = f"{data.dtype} {list(data.shape)}" if array else type(data).__name__
         raise UserError(f"expected images uint8 [M, {_PIXELS}], but {what} holds {kind}")
     if not isinstance(labels, list) or not all(type(label) is int for label in labels):
         raise UserError(f"expected a list of whole numbers as {layout.labels_key} of {what}")
@@ -211,7 +215,9 @@ def _unpickled(content: bytes, what: str) -> Any:
     except UserError as error:
         raise UserError(f"{what} is not read: {error}") from error
     except Exception as error:  # a damaged pickle can raise anything
-        raise UserError(f"expected a pickle, but {what} is damaged or cut off ({error})") from error
+        raise UserError(
+            f"expected a pickle, but {what} is damaged or cut off ({reason(error)})"
+        ) from error
 
 
 class _ArraysOnly(pickle.Unpickler):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from htflearn.complete.files import reason
 from htflearn.errors import UserError
 from htflearn.locality.area import area_average
 
@@ -129,7 +130,7 @@ def _read(path: Path) -> np.ndarray:
         SyntaxError,
         EOFError,
     ) as error:
-        raise UserError(f"{path} cannot be read as an image: {error}") from error
+        raise UserError(f"{path} cannot be read as an image: {reason(error)}") from error
     if deep:
         raise UserError(f"expected an image of 8 bits a channel, but {path} has more")
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from htflearn.complete.files import reason
 from htflearn.errors import UserError
 
 __all__ = ["read_idx", "read_idx_folder"]
@@ -90,7 +91,7 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
         if path.suffix == ".gz":
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+        raise UserError(f"{path} cannot be read: {reason(error)}") from error
     header = 4 + 4 * ndim
     magic = bytes((0, 0, _UNSIGNED_BYTES, ndim))
     if content[:4] != magic or len(content) < header:
