@@ -132,6 +132,7 @@ CIFARS = [
 ]
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("make", "name", "archive"), CIFARS)
 @pytest.mark.parametrize("given", ["folder", "around", "archive", "around archive"])
 def test_cifar(
