@@ -47,7 +47,7 @@ class PathfinderSetting:
         gap: between the dashes of a snake.
         thickness: of a dash.
         clearance: least distance between what is drawn of different snakes, and of dashes of one
-            snake that do not follow each other.
+            snake that do not follow each other; one and a half times that around a dot.
         continuity: largest turn from a dash to the next, in radians.
         contrast: brightness of the dashes, drawn for each from these; 1 is white.
         distractors: how many short snakes; None for as many as hold 30 dashes, fewer where the
@@ -303,10 +303,10 @@ def _check_room(measures: Measures) -> None:
             f"expected snakes that fit into the canvas, but {dashes} dashes and their clearance "
             f"take {taken:,.0f} of the {max(inner, 0) ** 2:,.0f} square pixels within the padding"
         )
-    # Two dashes at the sharpest turn: the dots on their outer tips have to stay apart.
+    # Two dashes at the sharpest turn, with dots on their outer tips.
     chord = 2 * measures.dash_length * np.cos(measures.continuity / 2) + measures.gap
     if chord < 2 * measures.dot_radius + measures.clearance:
         raise ValueError(
-            f"expected dots that keep apart on a path of two dashes, which spans {chord:.1f}, got "
-            f"a dot_radius of {measures.dot_radius:g} with a clearance of {measures.clearance:g}"
+            f"expected dots that keep apart where two dashes span {chord:.1f}, got a dot_radius of "
+            f"{measures.dot_radius:g} with a clearance of {measures.clearance:g}"
         )

@@ -1,8 +1,9 @@
 """Dashed snakes that keep clear of each other: where they lie, and how they are drawn.
 
 Points are (row, column) in pixels, a pixel's centre at whole numbers. A snake of n dashes is the
-array ``[2 * n, 2]`` of its dashes' tips in order. For placing, a snake is a string of discs along
-it: two snakes whose discs do not overlap are clear of each other.
+array ``[2 * n, 2]`` of its dashes' tips in order. For placing, a snake is a string of points along
+it, so close that the distances between points of two snakes tell whether these are clear of each
+other. Ends where dots may go keep others farther away than the rest of a snake does.
 """
 
 from __future__ import annotations
@@ -54,15 +55,21 @@ class Snakes(NamedTuple):
     distractors: np.ndarray
 
 
-class _Discs(NamedTuple):
-    """The string of discs of a snake: disc i lies at ``fraction[i]`` of the way from tip
-    ``tip[i]`` to the next. ``first``, ``second``: the pairs that must not overlap."""
+class _String(NamedTuple):
+    """The points along a snake: point i lies at ``fraction[i]`` of the way from tip ``tip[i]`` to
+    the next. ``end``: 1 where a dot may go, else 0. ``first``, ``second``: the pairs of points that
+    keep apart."""
 
     tip: np.ndarray
     fraction: np.ndarray
-    radius: np.ndarray
+    end: np.ndarray
     first: np.ndarray
     second: np.ndarray
+
+    def points(self, snakes: np.ndarray) -> np.ndarray:
+        """Of snakes ``[snakes, tips, 2]``, ``[snakes, points, 2]``."""
+        here, following = snakes[:, self.tip], snakes[:, self.tip + 1]
+        return here + self.fraction[:, None] * (following - here)
 
 
 def lay_out(rng: np.random.Generator, measures: Measures) -> Snakes:
@@ -150,10 +157,10 @@ def _stamp(
 
 
 def _place_targets(rng: np.random.Generator, measures: Measures) -> np.ndarray | None:
-    discs = _discs(measures, measures.path_length, True)
+    string, apart = _string(measures, measures.path_length, True), _apart(measures)
     first, fits = _scatter(rng, _walks(rng, _FIRST, measures.path_length, measures), measures)
-    strings = _string(first, discs)
-    fits &= _clear_of_itself(strings, discs)
+    points = string.points(first)
+    fits &= _clear_of_itself(points, string, apart)
     if not fits.any():
         return None
     chosen = int(fits.argmax())
@@ -164,39 +171,39 @@ def _place_targets(rng: np.random.Generator, measures: Measures) -> np.ndarray |
     start = first[chosen, 0] + distance * np.stack([np.sin(angle), np.cos(angle)], axis=1)
     second = start[:, None] + _walks(rng, _SECOND, measures.path_length, measures)
     low, high = measures.padding, measures.canvas - 1 - measures.padding
-    kept = np.flatnonzero(((second >= low) & (second <= high)).all(axis=(1, 2)))
-    others = _string(second[kept], discs)
-    clear = _clear_of_itself(others, discs)
-    clear &= _clear(others, discs.radius, strings[chosen], discs.radius)
-    if not clear.any():
+    second = second[((second >= low) & (second <= high)).all(axis=(1, 2))]
+    others = string.points(second)
+    fits = _clear_of_itself(others, string, apart)
+    fits &= _clear(others, points[chosen], apart[string.end[:, None], string.end])
+    if not fits.any():
         return None
-    return np.stack([first[chosen], second[kept[clear.argmax()]]])
+    return np.stack([first[chosen], second[fits.argmax()]])
 
 
 def _place_distractors(
     rng: np.random.Generator, measures: Measures, targets: np.ndarray
 ) -> np.ndarray | None:
     asked, dashes = measures.distractors, measures.distractor_length
+    string, apart = _string(measures, dashes, False), _apart(measures)
+    target = _string(measures, measures.path_length, True)
+    obstacles = target.points(targets).reshape(-1, 2)
+    ends = np.tile(target.end, 2)
     placed: list[np.ndarray] = []
-    discs = _discs(measures, dashes, False)
-    around = _discs(measures, measures.path_length, True)
-    obstacles = _string(targets, around).reshape(-1, 2)
-    radii = np.tile(around.radius, 2)
     for _ in range(_POOLS):
         if len(placed) == asked:
             break
         proposed = _walks(rng, 4 * (asked - len(placed)), dashes, measures)
         snakes, fits = _scatter(rng, proposed, measures)
-        strings = _string(snakes, discs)
-        fits &= _clear_of_itself(strings, discs)
-        fits &= _clear(strings, discs.radius, obstacles, radii)
-        snakes, strings = snakes[fits], strings[fits]
+        points = string.points(snakes)
+        fits &= _clear_of_itself(points, string, apart)
+        fits &= _clear(points, obstacles, apart[0, ends])
+        snakes, points = snakes[fits], points[fits]
         while len(snakes) and len(placed) < asked:
             placed.append(snakes[0])
-            obstacles = np.concatenate([obstacles, strings[0]])
-            radii = np.concatenate([radii, discs.radius])
-            free = _clear(strings, discs.radius, strings[0], discs.radius)
-            snakes, strings = snakes[free], strings[free]
+            obstacles = np.concatenate([obstacles, points[0]])
+            ends = np.concatenate([ends, string.end])
+            free = _clear(points, points[0], apart[0, 0])
+            snakes, points = snakes[free], points[free]
     if len(placed) < asked:
         return None
     return np.array(placed).reshape(asked, 2 * dashes, 2)
@@ -228,41 +235,49 @@ def _scatter(
 
 
 @lru_cache(maxsize=64)
-def _discs(measures: Measures, dashes: int, dotted: bool) -> _Discs:
-    apart = measures.clearance + measures.thickness  # of two centre lines
-    pieces = [int(np.ceil(3 * length / apart)) for length in (measures.dash_length, measures.gap)]
-    step = max(measures.dash_length / pieces[0], measures.gap / pieces[1])
+def _string(measures: Measures, dashes: int, dotted: bool) -> _String:
+    pieces = _pieces(measures)
     tip = np.concatenate([np.full(pieces[i % 2], i) for i in range(2 * dashes - 1)])
     within = [np.arange(pieces[i % 2]) / pieces[i % 2] for i in range(2 * dashes - 1)]
-    fraction = np.append(np.concatenate(within), 1.0)
     tip = np.append(tip, 2 * dashes - 2)
-    # Where two segments are closest, one of them ends, and the other has a disc within half a step.
-    radius = np.full(len(tip), np.hypot(apart, step / 2) / 2)
-    if dotted:
-        around_dot = measures.dot_radius + measures.thickness / 2 + measures.clearance
-        radius[[0, -1]] = np.hypot(around_dot, step / 2) - radius[0]
+    end = np.zeros(len(tip), np.int64)
+    end[[0, -1]] = dotted
     first, second = np.triu_indices(len(tip), 1)
     far = tip[second] // 2 - tip[first] // 2 >= 2
-    return _Discs(tip, fraction, radius, first[far], second[far])
+    return _String(tip, np.append(np.concatenate(within), 1.0), end, first[far], second[far])
 
 
-def _string(snakes: np.ndarray, discs: _Discs) -> np.ndarray:
-    """Centres of the discs ``[snakes, discs, 2]``."""
-    here, following = snakes[:, discs.tip], snakes[:, discs.tip + 1]
-    return here + discs.fraction[:, None] * (following - here)
+def _pieces(measures: Measures) -> tuple[int, int]:
+    """How many a dash and a gap are divided into."""
+    apart = measures.clearance + measures.thickness
+    dash, gap = (np.ceil(3 * x / apart) for x in (measures.dash_length, measures.gap))
+    return int(dash), int(gap)
 
 
-def _clear_of_itself(strings: np.ndarray, discs: _Discs) -> np.ndarray:
-    between = strings[:, discs.first] - strings[:, discs.second]
-    apart = discs.radius[discs.first] + discs.radius[discs.second]
-    return ((between**2).sum(axis=-1) >= apart**2).all(axis=1)
+@lru_cache(maxsize=64)
+def _apart(measures: Measures) -> np.ndarray:
+    """``[2, 2]``: least distance of points on different snakes, squared; 1 stands for ends."""
+    dash, gap = _pieces(measures)
+    half_step = max(measures.dash_length / dash, measures.gap / gap) / 2
+    # A snake that comes close to a dot would seem to go on from there.
+    around_dot = measures.dot_radius + measures.thickness / 2 + 1.5 * measures.clearance
+    dots = max(2 * measures.dot_radius + measures.clearance, around_dot)
+    # Where two segments are closest one of them ends, in a point, and the other has a point within
+    # half a step of the place.
+    between = np.hypot(measures.clearance + measures.thickness, half_step)
+    around_dot = np.hypot(around_dot, half_step)
+    return np.array([[between, around_dot], [around_dot, dots]]) ** 2
 
 
-def _clear(
-    strings: np.ndarray, radius: np.ndarray, obstacles: np.ndarray, radii: np.ndarray
-) -> np.ndarray:
-    """``[snakes]``: which strings ``[snakes, discs, 2]`` overlap none of the obstacles
-    ``[obstacles, 2]``."""
-    squared = (strings[:, :, None, 0] - obstacles[:, 0]) ** 2
-    squared += (strings[:, :, None, 1] - obstacles[:, 1]) ** 2
-    return (squared >= (radius[:, None] + radii) ** 2).all(axis=(1, 2))
+def _clear_of_itself(points: np.ndarray, string: _String, apart: np.ndarray) -> np.ndarray:
+    between = points[:, string.first] - points[:, string.second]
+    least = apart[string.end[string.first], string.end[string.second]]
+    return ((between**2).sum(axis=-1) >= least).all(axis=1)
+
+
+def _clear(points: np.ndarray, obstacles: np.ndarray, least: np.ndarray) -> np.ndarray:
+    """Which snakes, ``[snakes, points, 2]``, keep the ``least`` squared distances, which broadcast
+    to ``[points, obstacles]``, from ``[obstacles, 2]``."""
+    squared = (points[:, :, None, 0] - obstacles[:, 0]) ** 2
+    squared += (points[:, :, None, 1] - obstacles[:, 1]) ** 2
+    return (squared >= least).all(axis=(1, 2))
