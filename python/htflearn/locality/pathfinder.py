@@ -4,7 +4,8 @@ The task of Linsley et al., "Learning long-range spatial dependencies with horiz
 recurrent units" (NeurIPS 2018), as Razin, Maman and Cohen (ICML 2022) use it: the longer the paths,
 the farther a network has to see. Every picture holds two long snakes, short distractors, and two
 dots on ends of the long ones. The dots alone tell the classes apart: where the snakes lie is drawn
-without regard to the label, and how far the dots are apart has the same distribution in both.
+without regard to the label, and how far the dots are apart has the same distribution in both. How
+the dashes under the dots lie to each other is made alike as well as the paths' length allows.
 """
 
 from __future__ import annotations
@@ -54,6 +55,9 @@ class PathfinderSetting:
             canvas is small.
         distractor_length: dashes of each of them; None for a third of ``path_length``.
         dot_radius: of the discs at two ends.
+        alike: whether the second long snake is placed so that its end dash lies to the first one's
+            start as that one's own end dash does. Otherwise, as published, dashes under the dots
+            that point at each other give much away.
 
     Raises:
         ValueError: a measure is out of its range, or the snakes cannot fit into the canvas.
@@ -76,6 +80,7 @@ class PathfinderSetting:
     distractors: int | None = None
     distractor_length: int | None = None
     dot_radius: float | None = None
+    alike: bool = True
 
     def __post_init__(self) -> None:
         for name, least in (("path_length", 2), ("canvas", 16), ("distractor_length", 1)):
@@ -124,6 +129,7 @@ class PathfinderSetting:
             distractors=distractors,
             distractor_length=length,
             dot_radius=self._scaled("dot_radius", 5.0, 2.2),
+            alike=self.alike,
         )
 
     def _scaled(self, name: str, published: float, least: float) -> float:

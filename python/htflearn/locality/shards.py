@@ -82,7 +82,10 @@ class ShardWriter:
 
     def missing(self) -> list[int]:
         """Shards that are not there, or not whole."""
-        return [shard for shard in range(self._shards) if not self._whole(shard)]
+        missing = [shard for shard in range(self._shards) if not self._whole(shard)]
+        if missing:
+            (self.path / _META).unlink(missing_ok=True)  # the data set is whole no longer
+        return missing
 
     def finish(self) -> None:
         """Writes the checksums: from now on the data set is whole.
@@ -133,7 +136,6 @@ class ShardWriter:
             _map(self.path / _images(shard), shape)
             _map(self.path / _labels(shard), shape[:1])
         except UserError:
-            (self.path / _META).unlink(missing_ok=True)  # the data set is whole no longer
             return False
         return True
 
@@ -172,6 +174,9 @@ class ShardedImages:
         self.labels = np.concatenate(
             [np.load(self.path / _labels(i)) for i in range(len(sizes))]
         ).astype(np.int64)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardedImages, (self.path,)  # to another process goes the path, not what is mapped
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -218,7 +223,7 @@ class ShardedImages:
 
     def _check(self, name: str, expected: int) -> None:
         if _checksum(self.path / name) != expected:
-            raise UserError(f"{self.path / name} is damaged: its checksum is another")
+            raise UserError(f"{self.path / name} is damaged: remove it and generate again")
 
 
 def write_shard(path: _Path, shard: int, images: np.ndarray, labels: np.ndarray) -> None:

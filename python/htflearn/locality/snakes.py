@@ -19,7 +19,7 @@ from htflearn.errors import UserError
 __all__ = ["Measures", "Snakes", "draw", "lay_out"]
 
 _LAYOUTS = 200  # tries at a whole picture
-_FIRST, _SECOND = 16, 64  # proposals for the two long snakes
+_FIRST, _SECOND = 16, 256  # proposals for the two long snakes
 _POOLS = 12  # rounds of proposals for the distractors
 
 
@@ -40,6 +40,7 @@ PathfinderSetting`."""
     distractors: int
     distractor_length: int
     dot_radius: float
+    alike: bool
 
 
 class Snakes(NamedTuple):
@@ -177,7 +178,24 @@ def _place_targets(rng: np.random.Generator, measures: Measures) -> np.ndarray |
     fits &= _clear(others, points[chosen], apart[string.end[:, None], string.end])
     if not fits.any():
         return None
-    return np.stack([first[chosen], second[fits.argmax()]])
+    second = second[fits]
+    if not measures.alike:
+        return np.stack([first[chosen], second[0]])
+    # Dashes at the ends of one snake tend to lie along the line between these; of the places for
+    # the second snake that which is most like it leaves the least to see without following a path.
+    start, end = first[chosen, :2], first[chosen, :-3:-1]
+    unlike = np.abs(_facing(start, second[:, :2]) - _facing(start, end[None])).sum(axis=1)
+    return np.stack([first[chosen], second[unlike.argmin()]])
+
+
+def _facing(one: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """How much an end dash, ``[outer and inner tip, 2]``, and each of others, ``[n, 2, 2]``, lie
+    along the line between their outer tips: two cosines ``[n, 2]``, in order."""
+    line = others[:, 0] - one[0]
+    inwards = others[:, 1] - others[:, 0]
+    cosines = np.stack([line @ (one[1] - one[0]), -(line * inwards).sum(axis=1)], axis=1)
+    lengths = np.sqrt((line**2).sum(axis=1) * (inwards**2).sum(axis=1))
+    return np.sort(cosines / lengths[:, None], axis=1)
 
 
 def _place_distractors(
