@@ -201,7 +201,7 @@ def test_dashes_under_the_dots_are_made_alike() -> None:
         drawn = [sample(setting, 9, index) for index in range(200)]
         scores = np.array([facing(meta, label_) for _, label_, meta in drawn])
         areas.append(area_under_curve(scores, np.array([label_ for _, label_, _ in drawn])))
-    assert areas[0] < 0.62 and areas[1] > 0.75
+    assert abs(areas[0] - 0.5) < 0.12 and areas[1] > 0.75
 
 
 def test_a_sample_depends_on_its_arguments_alone() -> None:
@@ -221,10 +221,10 @@ def test_labels_are_balanced_in_pairs_but_in_no_fixed_order() -> None:
 
 
 @given(
-    st.integers(2, 8),
-    st.integers(40, 160),
+    st.integers(2, 6),
+    st.integers(56, 160),
     st.floats(0.1, 1.5),
-    st.integers(0, 12),
+    st.integers(0, 10),
     st.integers(0, 1000),
 )
 def test_any_setting_is_refused_or_gives_clear_pictures(
@@ -271,7 +271,8 @@ def test_wrong_settings_are_told_in_a_sentence(wrong: dict[str, Any], says: str)
     assert says in str(caught.value)
 
 
-def test_a_crowded_canvas_is_told_and_does_not_hang() -> None:
+def test_a_crowded_canvas_is_told_and_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("htflearn.locality.snakes._LAYOUTS", 20)
     setting = PathfinderSetting(path_length=4, canvas=64, distractors=28)
     with pytest.raises(UserError, match="no place for two paths of 4 dashes and 28 distractors"):
         sample(setting, 0, 0)
@@ -357,8 +358,15 @@ def test_another_data_set_is_refused(tmp_path: Path, changed: dict[str, Any], sa
     assert files(tmp_path) == before
 
 
-@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
-@pytest.mark.parametrize("shape", [(5, 8, 9), (5, 1, 8, 9), (5, 3, 8, 9), (5, 8, 9, 3)])
+@pytest.mark.parametrize(
+    ("shape", "suffix"),
+    [
+        ((5, 8, 9), ".svg"),
+        ((5, 1, 8, 9), ".png"),
+        ((5, 3, 8, 9), ".png"),
+        ((5, 8, 9, 3), ".pdf"),
+    ],
+)
 def test_contact_sheets_take_every_kind_of_image(
     tmp_path: Path, shape: tuple[int, ...], suffix: str
 ) -> None:

@@ -18,8 +18,9 @@ from htflearn.errors import UserError
 
 __all__ = ["Measures", "Snakes", "draw", "lay_out"]
 
-_LAYOUTS = 200  # tries at a whole picture
-_FIRST, _SECOND = 16, 256  # proposals for the two long snakes
+_LAYOUTS = 1000  # tries at a whole picture
+_FIRST, _SECOND = 16, 1024  # proposals for the two long snakes
+_AT_ONCE = 32  # of them that are looked at together
 _POOLS = 12  # rounds of proposals for the distractors
 
 
@@ -173,19 +174,20 @@ def _place_targets(rng: np.random.Generator, measures: Measures) -> np.ndarray |
     second = start[:, None] + _walks(rng, _SECOND, measures.path_length, measures)
     low, high = measures.padding, measures.canvas - 1 - measures.padding
     second = second[((second >= low) & (second <= high)).all(axis=(1, 2))]
-    others = string.points(second)
-    fits = _clear_of_itself(others, string, apart)
-    fits &= _clear(others, points[chosen], apart[string.end[:, None], string.end])
-    if not fits.any():
-        return None
-    second = second[fits]
-    if not measures.alike:
-        return np.stack([first[chosen], second[0]])
-    # Dashes at the ends of one snake tend to lie along the line between these; of the places for
-    # the second snake that which is most like it leaves the least to see without following a path.
-    start, end = first[chosen, :2], first[chosen, :-3:-1]
-    unlike = np.abs(_facing(start, second[:, :2]) - _facing(start, end[None])).sum(axis=1)
-    return np.stack([first[chosen], second[unlike.argmin()]])
+    if measures.alike:
+        # Dashes at the ends of one snake tend to lie along the line between these; of the places
+        # for the second snake the one most like it leaves the least to see without following paths.
+        start, end = first[chosen, :2], first[chosen, :-3:-1]
+        unlike = np.abs(_facing(start, second[:, :2]) - _facing(start, end[None])).sum(axis=1)
+        second = second[unlike.argsort(kind="stable")]
+    for begin in range(0, len(second), _AT_ONCE):
+        some = second[begin : begin + _AT_ONCE]
+        others = string.points(some)
+        fits = _clear_of_itself(others, string, apart)
+        fits &= _clear(others, points[chosen], apart[string.end[:, None], string.end])
+        if fits.any():
+            return np.stack([first[chosen], some[fits.argmax()]])
+    return None
 
 
 def _facing(one: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -288,9 +290,11 @@ def _apart(measures: Measures) -> np.ndarray:
 
 
 def _clear_of_itself(points: np.ndarray, string: _String, apart: np.ndarray) -> np.ndarray:
-    between = points[:, string.first] - points[:, string.second]
+    rows, columns = points[:, :, 0], points[:, :, 1]
+    squared = (rows[:, string.first] - rows[:, string.second]) ** 2
+    squared += (columns[:, string.first] - columns[:, string.second]) ** 2
     least = apart[string.end[string.first], string.end[string.second]]
-    return ((between**2).sum(axis=-1) >= least).all(axis=1)
+    return (squared >= least).all(axis=1)
 
 
 def _clear(points: np.ndarray, obstacles: np.ndarray, least: np.ndarray) -> np.ndarray:
