@@ -38,7 +38,7 @@ _SHARD_BYTES = 2**26
 @dataclass(frozen=True)
 class PathfinderSetting:
     """What pictures of Pathfinder look like. Lengths are in pixels; those that are None follow the
-    canvas: at 300 pixels the published ones, on small canvases thick enough to be seen.
+    canvas: at 300 pixels much like the published ones, on small canvases thick enough to be seen.
 
     Args:
         path_length: dashes of each of the two long snakes.
@@ -83,12 +83,11 @@ class PathfinderSetting:
     alike: bool = True
 
     def __post_init__(self) -> None:
-        for name, least in (("path_length", 2), ("canvas", 16), ("distractor_length", 1)):
+        whole = {"path_length": 2, "canvas": 16, "distractors": 0, "distractor_length": 1}
+        for name, least in whole.items():
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
                 raise ValueError(f"expected {name} to be a whole number from {least}, got {value}")
-        if self.distractors is not None and self.distractors < 0:
-            raise ValueError(f"expected distractors from 0, got {self.distractors}")
         if not 0 < self.continuity <= np.pi / 2:
             raise ValueError(
                 f"expected continuity to be a turn above 0 and up to pi / 2, got {self.continuity}"
@@ -283,7 +282,7 @@ def _check_room(measures: Measures) -> None:
             f"expected dashes longer than their thickness of {measures.thickness:g}, got a "
             f"dash_length of {measures.dash_length:g}"
         )
-    if measures.clearance <= measures.gap:
+    if not measures.clearance > measures.gap:  # refuses NaN too
         raise ValueError(
             f"expected a clearance above the gap of {measures.gap:g}, or one could not tell which "
             f"dashes follow each other; got {measures.clearance:g}"

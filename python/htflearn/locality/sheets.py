@@ -74,7 +74,7 @@ def contact_sheet(
     for axis in axes:
         axis.set_axis_off()
     for i, (axis, picture) in enumerate(zip(axes, pictures, strict=False)):
-        axis.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
         label = int(labels[i])
         axis.set_title(str(label) if names is None else names[label], fontsize=8, pad=2)
         box = None if boxes is None else boxes[i]

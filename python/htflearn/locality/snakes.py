@@ -26,8 +26,8 @@ _POOLS = 12  # rounds of proposals for the distractors
 
 @dataclass(frozen=True)
 class Measures:
-    """Every measure of a picture, in pixels; see :class:`htflearn.locality.pathfinder.\
-PathfinderSetting`."""
+    """Every measure of a picture, in pixels: what they mean is told where they are set, in
+    :class:`htflearn.locality.pathfinder.PathfinderSetting`."""
 
     canvas: int
     padding: float
@@ -195,7 +195,8 @@ def _facing(one: np.ndarray, others: np.ndarray) -> np.ndarray:
     along the line between their outer tips: two cosines ``[n, 2]``, in order."""
     line = others[:, 0] - one[0]
     inwards = others[:, 1] - others[:, 0]
-    cosines = np.stack([line @ (one[1] - one[0]), -(line * inwards).sum(axis=1)], axis=1)
+    along = (line * (one[1] - one[0])).sum(axis=1), -(line * inwards).sum(axis=1)
+    cosines = np.stack(along, axis=1)
     lengths = np.sqrt((line**2).sum(axis=1) * (inwards**2).sum(axis=1))
     return np.sort(cosines / lengths[:, None], axis=1)
 
