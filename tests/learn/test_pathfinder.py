@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -335,6 +338,31 @@ def test_generation_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     counts.clear()
     generate(SMALL, 20, part, processes=1, progress=counts.append)
     assert counts == [20]
+
+
+@pytest.mark.slow
+def test_a_killed_generation_leaves_no_worker_and_can_go_on(tmp_path: Path) -> None:
+    out, setting, count = tmp_path / "part", PathfinderSetting(path_length=9), 3000
+    script = tmp_path / "generate.py"
+    script.write_text(
+        "from htflearn.locality.pathfinder import PathfinderSetting, generate\n"
+        "if __name__ == '__main__':\n"
+        f"    generate(PathfinderSetting(path_length=9), {count}, {str(out)!r}, processes=2)\n"
+    )
+    # Whoever holds the pipe's other end lives: reading it ends with the last of them.
+    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE)
+    while not list(out.glob("images-*.npy")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.communicate(timeout=30)
+    assert not (out / "meta.json").exists()
+    generate(setting, count, out, processes=1)
+    data = ShardedImages(out)
+    data.verify()
+    for index in (0, count - 1):
+        assert (data.images([index])[0] == sample(setting, 0, index)[0]).all()
+    assert not list(out.glob(".*"))
 
 
 @pytest.mark.parametrize(

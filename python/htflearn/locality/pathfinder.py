@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -249,7 +250,7 @@ def generate(
     else:
         # Not forked: the parent's threads (PyTorch has some) would leave their locks taken.
         spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+        with ProcessPoolExecutor(workers, spawn, _end_with_parent) as pool:
             futures = [pool.submit(_make_shard, *job) for job in jobs]
             try:
                 for future in as_completed(futures):
@@ -261,6 +262,18 @@ def generate(
                 raise
     writer.finish()
     return writer.path
+
+
+def _end_with_parent() -> None:
+    """Lets a worker die where the parent is killed: by itself it would wait for more work."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+        os._exit(1)  # at any moment: shards are written whole or not at all
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _make_shard(
