@@ -41,8 +41,8 @@ class ConvAC(nn.Module):
     rows is how strongly it couples the region to the rest.
 
     Products of hundreds of numbers stay in range only where all are near one. Initial weights make
-    every message ``1 + epsilon`` with ``epsilon`` of variance about 1 / N: the constant function
-    passes 1, interior nodes average. For images of mean 0 and variance 1.
+    every message ``1 + epsilon``, small where a level has many nodes: leaves pass the constant
+    function, interior nodes average. For images of mean 0 and variance 1.
 
     Args:
         image: (C, H, W), or (H, W) for one channel.
@@ -119,19 +119,20 @@ class ConvAC(nn.Module):
         """Draws new initial weights."""
         kernel, bias = self.representation.weight, self.representation.bias
         layout = self.htf.layout
-        spread = layout.tree.order**-0.5
         with torch.no_grad():
             kernel.normal_(0.0, kernel[0].numel() ** -0.5, generator=generator)
             if bias is not None:
-                bias.normal_(generator=generator)
+                bias.zero_()
             for group, weight in zip(layout.groups, self.htf.weights, strict=True):
                 root = layout.tree.root.index in group.nodes
-                std = group.rows**-0.5 * (1.0 if root else spread)
-                weight.normal_(0.0, std, generator=generator)
+                weight.normal_(0.0, (group.rows * len(group.nodes)) ** -0.5, generator=generator)
                 if group.level == 0:
                     weight[:, 0] = 1.0
                 elif not root:
-                    weight += 1.0 / group.rows
+                    # On messages that are all 1 exactly their mean: a deviation that depends on no
+                    # image would be the same at all nodes that share the weight, and a power of it
+                    # their product.
+                    weight += 1.0 / group.rows - weight.mean(1, keepdim=True)
 
     def represent(self, images: Tensor) -> Tensor:
         """The representation functions of all windows.

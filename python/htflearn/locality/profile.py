@@ -194,10 +194,10 @@ def locality_profile(
     size = int(images.shape[2]), int(images.shape[3])
     patches = tuple(square_grid(*size, patch))
     chosen = _draw(len(patches), replaced, seed)
-    sums = torch.zeros(len(patches), len(patches), dtype=torch.float64)
-    counts = torch.zeros(len(patches), len(patches), dtype=torch.int64)
     # Under inference_mode nothing could be differentiated, whatever enable_grad says.
     with evaluating(model), torch.inference_mode(False), torch.enable_grad():
+        sums = torch.zeros(len(patches), len(patches), dtype=torch.float64)
+        counts = torch.zeros(len(patches), len(patches), dtype=torch.int64)
         for start in range(0, total, batch_size):
             rows = torch.arange(start, min(start + batch_size, total), device=images.device)
             x = as_the_model(model, images[rows])
