@@ -32,7 +32,7 @@ WINDOW, CHANNELS, RANKS = 7, 6, (6, 24)
 PARTITIONS = ("left/right", "even/odd")
 MODELS: dict[str, dict[str, Any]] = {
     "neighbours first": {},
-    "neighbours first,\nranks raised": {"coefficient": 0.05},
+    "neighbours first,\nranks raised": {"coefficient": 1.0},
     "far-apart first": {"tree": far_first_tree(4, 4)},
 }
 
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--data", default="/usr/share/datasets/fashion-mnist")
     parser.add_argument("--steps", type=int, default=6000, help="of each training")
     parser.add_argument("--images", type=int, default=512, help="to measure profiles with")
-    parser.add_argument("--patch", type=int, default=4, help="side of the profiles' patches")
+    parser.add_argument("--patch", type=int, default=WINDOW, help="side of the profiles' patches")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--picture", type=Path, default=Path("docs/convac.png"))

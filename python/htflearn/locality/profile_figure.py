@@ -1,4 +1,4 @@
-"""Locality profiles drawn: curves against distance, maps over the image, and beside them spectra."""
+"""Locality profiles drawn: curves against distance, maps over the image, and spectra beside."""
 
 from __future__ import annotations
 
@@ -124,9 +124,9 @@ def draw_theory(
             title="partition: effective rank",
             title_fontsize=8,
             fontsize=8,
-            loc="upper center",
-            bbox_to_anchor=(0.5, -0.2),
+            loc="lower left",
             frameon=False,
+            alignment="left",
         )
     save_figure(figure, path)
 
@@ -155,13 +155,14 @@ def _draw_curves(axis: Any, named: Mapping[str, LocalityProfile]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     curves = {name: profile.by_distance() for name, profile in named.items()}
-    means = [row.coupling for rows in curves.values() for row in rows]
-    low, high = _range(means)
+    low, _ = _range([row.coupling for rows in curves.values() for row in rows])
+    top = 0.0
     for i, (name, rows) in enumerate(curves.items()):
         colour = _COLOURS[i % len(_COLOURS)]
         distances = [row.distance for row in rows]
         values = np.array([row.coupling for row in rows])
         errors = np.array([2 * row.deviation / math.sqrt(row.pairs) for row in rows])
+        top = max(top, float((values + errors).max()))
         lower = np.maximum(values - errors, low or 0.0)
         axis.fill_between(distances, lower, values + errors, color=colour, alpha=0.18, linewidth=0)
         marker = _MARKERS[i % len(_MARKERS)]
@@ -172,8 +173,12 @@ def _draw_curves(axis: Any, named: Mapping[str, LocalityProfile]) -> None:
         axis.set_yscale("log")
         axis.set_ylim(bottom=low)
     else:
-        axis.set_ylim(0, 1.12 * high if high > 0 else 1.0)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_ylim(0, 1.05 * top if top > 0 else 1.0)
+    shown = sorted({row.distance for rows in curves.values() for row in rows})
+    if len(shown) <= 8:
+        axis.set_xticks(shown)
+    else:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("pixels between two patches", fontsize=9)
     axis.set_ylabel("coupling: 1 − |cos|", fontsize=9)
     _plain(axis)
