@@ -1,11 +1,12 @@
 """Locality and ranks of convolutional arithmetic circuits that learn Fashion-MNIST.
 
 Three of them, alike but for one thing: the tree that merges neighbours first, the same with a
-regularizer that raises the ranks, and a tree that merges far-apart windows first. Measured are test
-accuracy, how strongly patches are coupled at each distance, and the exact singular values of the
-outputs for the partitions of the windows into left and right, and into even and odd columns.
+regularizer that raises the ranks of its quadrants, and a tree that merges far-apart windows first.
+Measured are test accuracy, how strongly patches are coupled at each distance, and the exact
+singular values of the outputs for the partitions of the windows into left and right, and into even
+and odd columns. As in docs, with 7 to 10 s for each training on one core:
 
-    python bench/convac_locality.py --data /usr/share/datasets/fashion-mnist
+    python bench/convac_locality.py --maps docs/convac-maps.png
     python bench/convac_locality.py --steps 200 --picture /tmp/convac.png
 """
 
@@ -32,7 +33,7 @@ WINDOW, CHANNELS, RANKS = 7, 6, (6, 24)
 PARTITIONS = ("left/right", "even/odd")
 MODELS: dict[str, dict[str, Any]] = {
     "neighbours first": {},
-    "neighbours first,\nranks raised": {"coefficient": 1.0},
+    "neighbours first,\nquadrants' ranks raised": {"coefficient": 1.0},
     "far-apart first": {"tree": far_first_tree(4, 4)},
 }
 
@@ -105,7 +106,7 @@ def trained(
     model = ConvAC(x.shape[1:], WINDOW, CHANNELS, RANKS, int(y.max()) + 1, False, tree=tree)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     rate = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, options.steps)
-    regularize = RankRegularizer("renyi2", "raise", coefficient)
+    regularize = RankRegularizer("renyi2", "raise", coefficient, model.htf.tree.levels[1])
     start = time.perf_counter()
     for _ in range(options.steps):
         rows = torch.randint(len(x), (128,))
