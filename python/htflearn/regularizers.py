@@ -44,7 +44,8 @@ class RankRegularizer:
 
     Raises:
         ValueError: an argument that is none of these; called with a model that is no
-            :class:`htfkernels.HTF`, it raises a TypeError.
+            :class:`htfkernels.HTF` and has none as its attribute ``htf`` (as
+            :class:`htflearn.ConvAC` has), it raises a TypeError.
 
     Example:
         >>> model = hk.HTF(hk.ModeTree.balanced(4), 3, 5)
@@ -85,9 +86,11 @@ class RankRegularizer:
 
     def ranks(self, model: nn.Module) -> dict[hk.Node, Tensor]:
         """The measure at each node."""
+        name = type(model).__name__
+        model = model if isinstance(model, hk.HTF) else getattr(model, "htf", model)
         if not isinstance(model, hk.HTF):
             raise TypeError(
-                f"RankRegularizer: expected a htfkernels.HTF, got a {type(model).__name__}; a "
+                f"RankRegularizer: expected a htfkernels.HTF, got a {name}; a "
                 "wrapped model has it as an attribute (.module of DistributedDataParallel)"
             )
         if self.measure == "renyi2":
