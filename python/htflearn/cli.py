@@ -27,6 +27,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "htflearn.commands.spectra:spectra",
         "Measure the ranks of a checkpoint at every node of its tree; draw them; follow a run.",
     ),
+    "locality": (
+        "htflearn.commands.locality:locality",
+        "Train CNNs to see far, with a regularizer; draw accuracy against distance.",
+    ),
     "bench": (
         "htflearn.commands.bench:bench",
         "Time the kernels against PyTorch and other libraries; compare two runs.",

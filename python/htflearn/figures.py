@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FORMATS", "draw_dynamics", "save_figure"]
+__all__ = ["COLOURS", "FORMATS", "draw_dynamics", "save_figure"]
 
 FORMATS: dict[str, dict[str, None]] = {
     ".png": {},
@@ -16,7 +16,7 @@ FORMATS: dict[str, dict[str, None]] = {
 """Suffix -> metadata that would tell two equal pictures apart."""
 
 # Okabe and Ito: tells apart under every common colour blindness, and in print.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#F0E442")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#F0E442")
 _REST = "#B0B0B0"
 _TITLES = {
     "mf": "Matrix factorization",
@@ -79,7 +79,7 @@ def _draw_panel(axis: Any, panel: dict[str, Any]) -> None:
     for curve in curves[len(learned) :]:
         axis.plot(iterations, curve, color=_REST, linewidth=1.0)
     for i in reversed(range(len(learned))):  # the largest on top
-        colour = _COLOURS[i % len(_COLOURS)]
+        colour = COLOURS[i % len(COLOURS)]
         axis.plot(iterations, curves[i], color=colour, linewidth=1.8)
         rose = iterations.index(learned[i]["rose"])
         axis.plot(iterations[rose], curves[i][rose], "o", color=colour, markersize=4.5)
@@ -102,7 +102,7 @@ def _draw_panel(axis: Any, panel: dict[str, Any]) -> None:
 
 def _label_ends(axis: Any, ends: list[float], learned: int) -> None:
     """Names the curves where they end, moved apart so that no name hides another."""
-    names = [(ends[i], str(i + 1), _COLOURS[i % len(_COLOURS)]) for i in range(learned)]
+    names = [(ends[i], str(i + 1), COLOURS[i % len(COLOURS)]) for i in range(learned)]
     if len(ends) > learned:
         names.append((ends[learned], "others", "#808080"))
     top = axis.get_ylim()[1]

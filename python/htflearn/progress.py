@@ -20,6 +20,7 @@ class Progress:
         start: iterations done before, by an earlier process.
         title: what is being trained.
         enabled: False shows nothing.
+        unit: what is counted, if not iterations.
 
     Example:
         >>> with Progress(total=100, title="MF") as progress:
@@ -27,9 +28,15 @@ class Progress:
     """
 
     def __init__(
-        self, total: int, start: int = 0, title: str = "training", enabled: bool = True
+        self,
+        total: int,
+        start: int = 0,
+        title: str = "training",
+        enabled: bool = True,
+        unit: str = "iterations",
     ) -> None:
-        self._total, self._start, self._title = total, start, title
+        self._total, self._start, self._title, self._unit = total, start, title, unit
+        self._rate = "it/s" if unit == "iterations" else f"{unit}/s"
         self._began = self._shown = time.monotonic()
         self._bar: Any = None
         self._enabled = enabled
@@ -59,13 +66,15 @@ class Progress:
         rate = (iteration - self._start) / max(now - self._began, 1e-9)
         text = "" if loss is None else f"loss {loss:.3g}"
         if self._bar is not None:
-            self._bar.update(self._task, completed=iteration, rate=f"{rate:,.0f} it/s", loss=text)
+            self._bar.update(
+                self._task, completed=iteration, rate=f"{rate:,.0f} {self._rate}", loss=text
+            )
         elif now - self._shown >= _SECONDS_BETWEEN_LINES:
             self._shown = now
             left = (self._total - iteration) / rate if rate else float("inf")
             print(
-                f"{self._title}: {iteration:,} of at most {self._total:,} iterations, "
-                f"{rate:,.0f} it/s, at most {left:,.0f} s left, {text}",
+                f"{self._title}: {iteration:,} of at most {self._total:,} {self._unit}, "
+                f"{rate:,.0f} {self._rate}, at most {left:,.0f} s left, {text}",
                 file=sys.stderr,
                 flush=True,
             )

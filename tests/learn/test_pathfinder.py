@@ -400,7 +400,7 @@ def test_contact_sheets_take_every_kind_of_image(
     tmp_path: Path, shape: tuple[int, ...], suffix: str
 ) -> None:
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    boxes = [(1.0, 2.0, 4.0, 5.0), None, None, None, (0.0, 0.0, 8.0, 9.0)]
+    boxes = [[(1.0, 2.0, 4.0, 5.0)], [], [], [], [(0.0, 0.0, 8.0, 9.0), (1.0, 1.0, 2.0, 2.0)]]
     file = tmp_path / f"sheet{suffix}"
     contact_sheet(images, [0, 1, 1, 0, 1], file, 3, "a title", ["two", "one"], boxes)
     assert [path.name for path in tmp_path.iterdir()] == [file.name]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import htfkernels as hk
-from htflearn.figures import _COLOURS, save_figure
+from htflearn.figures import COLOURS, save_figure
 from htflearn.locality.patches import Patch
 from htflearn.locality.profile import LocalityProfile
 from htflearn.locality.separation import SeparationRank
@@ -107,13 +107,13 @@ def draw_theory(
     floor, longest = _spectra_range([r for _, ranks in named.values() for r in ranks.values()])
     for i, (axis, (name, (_, ranks))) in enumerate(zip(axes[1:], named.items(), strict=True)):
         for partition, rank in ranks.items():
-            number = len(_COLOURS) - 2 - partitions.index(partition)
-            _draw_spectrum(axis, partition, rank, _COLOURS[number % len(_COLOURS)], floor)
+            number = len(COLOURS) - 2 - partitions.index(partition)
+            _draw_spectrum(axis, partition, rank, COLOURS[number % len(COLOURS)], floor)
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_xlim(0.9, longest * 1.1)
         axis.set_ylim(floor, 2.0)
-        axis.set_title(name, fontsize=9.5, color=_COLOURS[i % len(_COLOURS)])
+        axis.set_title(name, fontsize=9.5, color=COLOURS[i % len(COLOURS)])
         axis.set_xlabel("index", fontsize=9)
         if i == 0:
             axis.set_ylabel("singular value / largest", fontsize=9)
@@ -158,7 +158,7 @@ def _draw_curves(axis: Any, named: Mapping[str, LocalityProfile]) -> None:
     low, _ = _range([row.coupling for rows in curves.values() for row in rows])
     top = 0.0
     for i, (name, rows) in enumerate(curves.items()):
-        colour = _COLOURS[i % len(_COLOURS)]
+        colour = COLOURS[i % len(COLOURS)]
         distances = [row.distance for row in rows]
         values = np.array([row.coupling for row in rows])
         errors = np.array([2 * row.deviation / math.sqrt(row.pairs) for row in rows])
@@ -222,7 +222,7 @@ def _outline(axis: Any, patch: Patch) -> None:
 
     corner = patch.left - 0.5, patch.top - 0.5
     size = patch.right - patch.left, patch.bottom - patch.top
-    axis.add_patch(Rectangle(corner, *size, fill=False, edgecolor=_COLOURS[3], linewidth=1.8))
+    axis.add_patch(Rectangle(corner, *size, fill=False, edgecolor=COLOURS[3], linewidth=1.8))
 
 
 def _colours() -> Any:

@@ -39,7 +39,7 @@ class ResNet(nn.Module):
         channels: of the images.
         classes: outputs; 1 gives a single logit ``[B]``.
         stem: ``"large"``: 7 x 7, stride 2, then 3 x 3 maximum, stride 2 (for images of 150 pixels
-            and more); ``"small"``: 3 x 3, stride 1.
+            and more); ``"small"``: 3 x 3, stride 2.
 
     Raises:
         ValueError: blocks and widths of different length, or sizes that are not positive.
@@ -65,8 +65,8 @@ class ResNet(nn.Module):
             )
         if stem not in ("large", "small"):
             raise ValueError(f'ResNet: stem must be "large" or "small", got {stem!r}')
-        size, stride = (7, 2) if stem == "large" else (3, 1)
-        self.conv1 = nn.Conv2d(channels, widths[0], size, stride, size // 2, bias=False)
+        size = 7 if stem == "large" else 3
+        self.conv1 = nn.Conv2d(channels, widths[0], size, 2, size // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
         self.pool = nn.MaxPool2d(3, 2, 1) if stem == "large" else nn.Identity()
         self.stages = nn.Sequential()
@@ -99,8 +99,8 @@ def resnet34(channels: int = 3, classes: int = 1) -> ResNet:
 
 
 def small_resnet(channels: int = 1, classes: int = 1) -> ResNet:
-    """A small residual network for images of some 30 to 100 pixels on a CPU."""
-    return ResNet([1, 1, 1, 1], [16, 32, 64, 64], channels, classes, "small")
+    """A small residual network for a CPU: its last outputs see 191 pixels in each direction."""
+    return ResNet([1, 1, 1, 1, 1], [16, 32, 64, 64, 64], channels, classes, "small")
 
 
 NETWORKS = {"resnet18": resnet18, "resnet34": resnet34, "small": small_resnet}

@@ -16,27 +16,29 @@ __all__ = ["contact_sheet"]
 _DPI = 160
 _BOX = "#E69F00"
 
+Box = tuple[float, float, float, float]
+
 
 def contact_sheet(
     images: np.ndarray,
-    labels: Sequence[int] | np.ndarray,
+    labels: Sequence[int] | Sequence[str] | np.ndarray,
     path: str | os.PathLike[str],
     columns: int = 8,
     title: str = "",
     names: Sequence[str] | None = None,
-    boxes: Sequence[tuple[float, float, float, float] | None] | None = None,
+    boxes: Sequence[Sequence[Box]] | None = None,
 ) -> None:
     """Draws images in a grid, each under its label.
 
     Args:
         images: uint8 ``[n, H, W]``, ``[n, 1, H, W]``, ``[n, 3, H, W]`` or ``[n, H, W, 3]``.
-        labels: ``[n]``.
+        labels: ``[n]``, or a text for each.
         path: the file, replaced as a whole; its suffix is one of
             :data:`htflearn.figures.FORMATS`.
         columns: images in a row.
         title: above all of them.
         names: of the labels; without them the label itself is shown.
-        boxes: ``(top, left, bottom, right)`` in pixels, drawn onto each image; None for no box.
+        boxes: for each image those to draw onto it, ``(top, left, bottom, right)`` in pixels.
 
     Raises:
         ValueError: the images are of another shape or dtype, or the numbers of images, labels and
@@ -75,11 +77,9 @@ def contact_sheet(
         axis.set_axis_off()
     for i, (axis, picture) in enumerate(zip(axes, pictures, strict=False)):
         axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
-        label = int(labels[i])
-        axis.set_title(str(label) if names is None else names[label], fontsize=8, pad=2)
-        box = None if boxes is None else boxes[i]
-        if box is not None:
-            top, left, bottom, right = box
+        text = str(labels[i]) if names is None else names[int(labels[i])]
+        axis.set_title(text, fontsize=8, pad=2)
+        for top, left, bottom, right in () if boxes is None else boxes[i]:
             corner = (left - 0.5, top - 0.5)  # pixels are centred on whole numbers
             axis.add_patch(
                 Rectangle(corner, right - left, bottom - top, fill=False, color=_BOX, linewidth=1)

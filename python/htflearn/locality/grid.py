@@ -1,0 +1,306 @@
+"""``htf locality``: a grid of trainings from the settings to the figure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from htflearn.checkpoint import load_checkpoint, replace_file
+from htflearn.errors import UserError, writable_directory
+from htflearn.locality.accuracy_figure import draw_accuracy
+from htflearn.locality.data import load, make_pictures
+from htflearn.locality.follow import Follower
+from htflearn.locality.launch import check_engine, cores, launch
+from htflearn.locality.patches import FixedPatches, Patch
+from htflearn.locality.processes import Processes, joined
+from htflearn.locality.profile import LocalityProfile, locality_profile
+from htflearn.locality.profile_figure import draw_profiles
+from htflearn.locality.setting import DISTANCE, Case, Setting
+from htflearn.locality.sheets import contact_sheet
+from htflearn.locality.training import RESULT, inputs, make_network, train
+from htflearn.progress import Progress
+
+__all__ = ["How", "Outcome", "run_grid"]
+
+_REGULARIZED_WEIGHT = 6.0  # a step with the regularizer in plain steps, for the time left
+_PROFILE_IMAGES = 128
+_SHEET_COLUMNS = 4
+
+
+@dataclass(frozen=True)
+class How:
+    """Where and with how many workers a grid is trained; none of it changes the numbers, but for
+    the rounding of other devices and numbers of threads.
+
+    Attributes:
+        device: ``"cpu"``, ``"cuda"`` or ``"auto"``.
+        workers: trainings at once; None: one for each GPU, or for each core.
+        threads: of each training on a CPU; None shares the cores out.
+        engine, options: see :func:`htflearn.locality.launch.launch`.
+        progress: shows how far the grid is.
+    """
+
+    device: str = "auto"
+    workers: int | None = None
+    threads: int | None = None
+    engine: str = "joblib"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a grid came to.
+
+    Attributes:
+        results: of each training that is done, see :func:`htflearn.locality.training.train`.
+        failed: name -> the error, of each that is not.
+        files: what was written.
+    """
+
+    results: list[dict[str, Any]]
+    failed: dict[str, str]
+    files: list[Path]
+
+
+def run_grid(setting: Setting, out: Path, how: How, resume: bool = False) -> Outcome:
+    """Trains a grid and draws accuracy against distance.
+
+    Args:
+        setting: of the grid.
+        out: folder; ``runs/NAME`` holds each training, ``results.jsonl`` and ``accuracy.png`` the
+            outcome, ``profile.png`` how far the networks of the largest distance see, ``sheet.png``
+            some samples, ``data`` the pictures of Pathfinder.
+        how: devices and workers.
+        resume: goes on with what an earlier call in the same folder has left. Distances,
+            coefficients, seeds and epochs may be more than they were then.
+
+    Raises:
+        UserError: a setting or an option is out of its range, the data cannot be read, the folder
+            holds a grid already (without ``resume``) or one of other settings. All of this is seen
+            before anything is trained.
+    """
+    setting.check()
+    check_engine(how.engine, how.options)
+    device = _device(how.device)
+    with joined(device) as (processes, place):
+        if processes.count > 1:
+            return _together(setting, out, how, resume, processes, place)
+        return _alone(setting, out, how, resume, device)
+
+
+def _alone(setting: Setting, out: Path, how: How, resume: bool, device: str) -> Outcome:
+    cases = list(setting.cases())
+    if setting.task == "isc":  # what is wrong with the images is seen before anything is written
+        _check_data(setting, out)
+    _prepare(setting, out, how, resume)
+    todo = [case for case in cases if not _done(setting, out, case)]
+    workers, threads = _workers(how, device, max(1, len(todo)))
+    gpus = torch.cuda.device_count()
+    places = [f"cuda:{i}" for i in range(gpus)] if device == "cuda" else [device]
+    jobs = [(setting, case, out, places[i % len(places)]) for i, case in enumerate(todo)]
+    failed: dict[str, str] = {}
+    weights = {_folder(out, case): (setting.epochs, _weight(setting, case)) for case in todo}
+    with Follower(setting.task, weights, how.progress):
+        answers = launch(_train_one, jobs, how.engine, workers, threads, how.options, out / "jobs")
+        for number, answer in answers:
+            if isinstance(answer, Exception):
+                failed[todo[number].name] = f"{answer}" or type(answer).__name__
+            else:
+                _write_results(setting, out, cases)
+    return _outcome(setting, out, cases, failed)
+
+
+def _together(
+    setting: Setting, out: Path, how: How, resume: bool, processes: Processes, place: str
+) -> Outcome:
+    """All processes train one network after another."""
+    if setting.batch % processes.count or setting.batch // processes.count < 2:
+        raise UserError(
+            f"--batch must be a multiple of the {processes.count} processes, with two samples for "
+            f"each at least, got {setting.batch}"
+        )
+    cases = list(setting.cases())
+    if how.threads is not None:
+        torch.set_num_threads(how.threads)
+    if setting.task == "isc":
+        _check_data(setting, out)
+    if processes.first:
+        _prepare(setting, out, how, resume)
+    processes.wait()
+    todo = [case for case in cases if not _done(setting, out, case)]
+    processes.wait()  # until all have looked
+    weights = {_folder(out, case): (setting.epochs, _weight(setting, case)) for case in todo}
+    with Follower(setting.task, weights, how.progress and processes.first):
+        for case in todo:
+            data = load(setting, case, out / "data")
+            train(setting, case, data, _folder(out, case), place, processes)
+            if processes.first:
+                _write_results(setting, out, cases)
+            processes.wait()
+    return _outcome(setting, out, cases, {}) if processes.first else Outcome([], {}, [])
+
+
+def _train_one(setting: Setting, case: Case, out: Path, device: str) -> dict[str, Any]:
+    return train(setting, case, load(setting, case, out / "data"), _folder(out, case), device)
+
+
+def _check_data(setting: Setting, out: Path) -> None:
+    for distance in setting.distances:
+        load(setting, Case(distance, 0.0, 0), out / "data")
+
+
+def _prepare(setting: Setting, out: Path, how: How, resume: bool) -> None:
+    """The folder, what it says it holds, the pictures of Pathfinder, some samples to look at."""
+    path = out / "settings.json"
+    if path.exists() and not resume:
+        raise UserError(
+            f"{out} holds a grid already: go on with it (--resume), or choose another --out"
+        )
+    if path.exists():
+        _check_same(setting, path)
+    writable_directory(out)
+    replace_file(path, json.dumps(setting.to_dict(), indent=1) + "\n")
+    if setting.task == "pathfinder":
+        _make_pictures(setting, out, how)
+    _draw_sheet(setting, out)
+
+
+def _make_pictures(setting: Setting, out: Path, how: How) -> None:
+    bars: dict[str, Progress] = {}
+
+    def report(title: str, done: int, count: int) -> None:
+        if title not in bars:
+            bars[title] = Progress(count, done, title, how.progress, "pictures").__enter__()
+        bars[title].update(done)
+        if done == count:
+            bars[title].__exit__(None, None, None)
+
+    make_pictures(setting, out / "data", how.workers or cores(), report)
+
+
+def _check_same(setting: Setting, path: Path) -> None:
+    """A grid goes on with the settings it began with, but for how much of it there is."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    free = {"distances", "coefficients", "seeds", "epochs"}
+    for name, value in setting.to_dict().items():
+        if name not in free and before.get(name) != value:
+            raise UserError(
+                f"the grid in {path.parent} has {name} {before.get(name)}, not {value}: resume it "
+                "with the same settings, or choose another --out"
+            )
+
+
+def _draw_sheet(setting: Setting, out: Path) -> None:
+    images: list[torch.Tensor] = []
+    labels: list[str] = []
+    boxes: list[list[Patch]] = []
+    for distance in setting.distances:
+        data = load(setting, Case(distance, 0.0, setting.seeds[0]), out / "data")
+        rows = torch.arange(min(_SHEET_COLUMNS, len(data.train)))
+        images.append(data.train.batch(rows))
+        labels += [f"{distance}: {label}" for label in data.train.labels[rows].tolist()]
+        fixed = data.sampler.pairs[0] if isinstance(data.sampler, FixedPatches) else ()
+        boxes += [list(fixed)] * len(rows)
+    contact_sheet(
+        torch.cat(images).numpy(),
+        labels,
+        out / "sheet.png",
+        _SHEET_COLUMNS,
+        f"{DISTANCE[setting.task]}: label",
+        boxes=boxes,
+    )
+
+
+def _done(setting: Setting, out: Path, case: Case) -> bool:
+    result = _result(out, case)
+    return result is not None and result["epochs"] >= setting.epochs
+
+
+def _result(out: Path, case: Case) -> dict[str, Any] | None:
+    try:
+        return json.loads((_folder(out, case) / RESULT).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{_folder(out, case) / RESULT} cannot be read: {error}") from error
+
+
+def _write_results(setting: Setting, out: Path, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    results = [r for case in cases if (r := _result(out, case)) is not None]
+    replace_file(out / "results.jsonl", "".join(json.dumps(r) + "\n" for r in results))
+    return results
+
+
+def _outcome(setting: Setting, out: Path, cases: Sequence[Case], failed: dict[str, str]) -> Outcome:
+    results = _write_results(setting, out, cases)
+    files = [out / "results.jsonl", out / "sheet.png"]
+    if results:
+        draw_accuracy(results, setting.task, out / "accuracy.png")
+        files.append(out / "accuracy.png")
+        profiles = _profiles(setting, out, cases)
+        if profiles:
+            replace_file(
+                out / "profile.json",
+                json.dumps({name: p.to_dict() for name, p in profiles.items()}) + "\n",
+            )
+            farthest = max(setting.distances)
+            draw_profiles(profiles, out / "profile.png", f"trained at distance {farthest}")
+            files += [out / "profile.png", out / "profile.json"]
+    return Outcome(results, failed, files)
+
+
+def _profiles(setting: Setting, out: Path, cases: Sequence[Case]) -> dict[str, LocalityProfile]:
+    """Of the networks of the largest distance and the first seed, one for each coefficient."""
+    profiles = {}
+    for coefficient in sorted(setting.coefficients):
+        case = Case(max(setting.distances), coefficient, setting.seeds[0])
+        if case not in cases or _result(out, case) is None:
+            continue
+        data = load(setting, case, out / "data")
+        network = make_network(setting, case, data.train.shape[0])
+        load_checkpoint(_folder(out, case) / "checkpoints", network)
+        rows = torch.arange(min(_PROFILE_IMAGES, len(data.test)))
+        images = inputs(data.test.batch(rows), data, setting)
+        size = min(images.shape[2], max(2, images.shape[3] // 8))
+        name = f"coefficient {coefficient:g}"
+        profiles[name] = locality_profile(network, images, patch=size)
+    return profiles
+
+
+def _folder(out: Path, case: Case) -> Path:
+    return out / "runs" / case.name
+
+
+def _weight(setting: Setting, case: Case) -> float:
+    return 1.0 + (_REGULARIZED_WEIGHT - 1.0) / setting.every if case.coefficient else 1.0
+
+
+def _workers(how: How, device: str, jobs: int) -> tuple[int, int | None]:
+    """Trainings at once, and the threads of each."""
+    for name in ("workers", "threads"):
+        value = getattr(how, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be positive, got {value}")
+    if how.engine != "joblib":
+        return 1, how.threads
+    most = torch.cuda.device_count() if device == "cuda" else cores()
+    workers = min(how.workers or most, jobs)
+    return workers, how.threads or (None if device == "cuda" else max(1, cores() // workers))
+
+
+def _device(asked: str) -> str:
+    if asked not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device must be auto, cpu or cuda, got {asked!r}")
+    there = torch.cuda.is_available()
+    if asked == "cuda" and not there:
+        raise UserError("--device cuda: PyTorch finds no GPU here")
+    return "cuda" if there and asked != "cpu" else "cpu"

@@ -1,0 +1,85 @@
+"""Several processes that train one network, as ``torchrun`` starts them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from htflearn.errors import UserError
+
+__all__ = ["ALONE", "Processes", "joined"]
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train a network together.
+
+    Attributes:
+        rank: its number.
+        count: how many there are.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether it is the one that writes."""
+        return self.rank == 0
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        """The network, its gradients averaged over the processes."""
+        return network if self.count == 1 else nn.parallel.DistributedDataParallel(network)
+
+    def wait(self) -> None:
+        """For the others."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+    def sum(self, numbers: Sequence[float]) -> list[float]:
+        """Each number, summed over the processes."""
+        if self.count == 1:
+            return list(numbers)
+        cuda = torch.distributed.get_backend() == "nccl"
+        total = torch.tensor(numbers, dtype=torch.float64, device="cuda" if cuda else "cpu")
+        torch.distributed.all_reduce(total)
+        return total.tolist()
+
+
+ALONE = Processes()
+
+
+@contextmanager
+def joined(device: str) -> Iterator[tuple[Processes, str]]:
+    """The processes that ``torchrun`` started with this one, or this one alone.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"``; of a node's GPUs each process gets one.
+
+    Raises:
+        UserError: a node has more processes than GPUs, or they do not find each other.
+    """
+    if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
+        yield ALONE, device
+        return
+    place = device
+    if device.startswith("cuda"):
+        local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= gpus:
+            raise UserError(f"process {local} of this node has no GPU of its own, there are {gpus}")
+        torch.cuda.set_device(local)
+        place = f"cuda:{local}"
+    try:
+        torch.distributed.init_process_group("nccl" if place != device else "gloo")
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"the processes of torchrun do not find each other: {error}") from error
+    try:
+        group = torch.distributed
+        yield Processes(group.get_rank(), group.get_world_size()), place
+    finally:
+        torch.distributed.destroy_process_group()
