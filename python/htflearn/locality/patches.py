@@ -88,10 +88,11 @@ def check_patches(a: Sequence[int], b: Sequence[int], height: int, width: int) -
 
 def _patch(patch: Sequence[int], name: str) -> Patch:
     values = tuple(int(v) for v in patch)
-    if len(values) != 4 or values[0] >= values[2] or values[1] >= values[3]:
+    whole = all(value == v for value, v in zip(values, patch, strict=True))
+    if not whole or len(values) != 4 or values[0] >= values[2] or values[1] >= values[3]:
         raise ValueError(
-            f"{name} must be (top, left, bottom, right) with top < bottom and left < right, got "
-            f"{values}"
+            f"{name} must be whole numbers (top, left, bottom, right) with top < bottom and "
+            f"left < right, got {tuple(patch)}"
         )
     return Patch(*values)
 
@@ -112,11 +113,12 @@ class FixedPatches:
     """
 
     def __init__(self, pairs: Sequence[Any], seed: int = 0) -> None:
-        given = [pairs] if pairs and isinstance(pairs[0][0], int) else list(pairs)
+        one = len(pairs) == 2 and all(len(p) == 4 for p in pairs)
+        given = [pairs] if one else list(pairs)
         if not given or any(len(pair) != 2 for pair in given):
             raise ValueError("FixedPatches: expected two patches or a list of pairs of patches")
         endless = 1 << 62
-        self.pairs = [check_patches(*pair, endless, endless) for pair in given]
+        self.pairs = [check_patches(a, b, endless, endless) for a, b in given]
         self._generator = torch.Generator().manual_seed(seed)
 
     def sample(self, height: int, width: int) -> Pair:
