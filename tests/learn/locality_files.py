@@ -27,11 +27,11 @@ def tiny(data: Path, **changes: object) -> Setting:
     """A grid of Is Same Class."""
     setting = {
         "task": "isc",
-        "distances": (0, 4),
+        "distances": (0, 20),
         "coefficients": (0.0, 1.0),
         "seeds": (0,),
         "data": str(data),
-        "canvas": (6, 16),
+        "canvas": (6, 40),
         "train_size": 48,
         "test_size": 20,
         "network": "small",

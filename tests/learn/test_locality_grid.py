@@ -6,10 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from locality_files import tiny, tiny_pathfinder, write_images
 
 from htflearn import UserError, cli
 from htflearn.locality import grid
@@ -17,11 +20,17 @@ from htflearn.locality.accuracy_figure import accuracy_rows, draw_accuracy
 from htflearn.locality.grid import How, run_grid
 from htflearn.locality.launch import launch
 
-from .locality_files import tiny, tiny_pathfinder, write_images
-
 ALONE = How(workers=1, threads=1, progress=False)
 FILES = {"accuracy.png", "profile.json", "profile.png", "results.jsonl", "runs", "settings.json"}
 FILES |= {"sheet.png"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -115,8 +124,8 @@ BAD = [
     (["locality", "isc", "--coefficients", "-1"], "--coefficients must not be negative"),
     (["locality", "isc", "--canvas", "big"], "--canvas takes a height and a width"),
     (["locality", "pathfinder", "--canvas", "64x32"], "--canvas must be square"),
-    (["locality", "pathfinder", "--distances", "99"], "path"),
-    (["locality", "isc", "--batch", "1"], "--batch must be in 2..2000"),
+    (["locality", "pathfinder", "--distances", "99"], "expected snakes that fit into the canvas"),
+    (["locality", "isc", "--batch", "1"], "--batch must be in 2..1000"),
     (["locality", "isc", "--epochs", "0"], "--epochs must be positive, got 0"),
     (["locality", "isc", "--lr", "0"], "--lr must be positive"),
     (["locality", "isc", "--network", "big"], "--network must be one of resnet18, resnet34, small"),
@@ -202,7 +211,9 @@ def test_two_processes_train_together(data: Path, tmp_path: Path) -> None:
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    results = [json.loads(x) for x in (tmp_path / "grid" / "results.jsonl").read_text().split("\n") if x]
+    results = [
+        json.loads(x) for x in (tmp_path / "grid" / "results.jsonl").read_text().split("\n") if x
+    ]
     assert len(results) == 4 and all(r["processes"] == 2 and r["epochs"] == 2 for r in results)
     assert done.stdout.count("written:") == 1
 

@@ -158,10 +158,10 @@ _LAPTOP = Setting(
     data=FASHION_MNIST,
     canvas=(14, 148),
     image_size=14,
-    train_size=2000,
+    train_size=1000,
     test_size=4000,
     network="small",
-    epochs=50,
+    epochs=70,
     every=4,
 )
 
