@@ -58,6 +58,7 @@ def locality(
     lr: Annotated[float | None, typer.Option(help="Step size.")] = None,
     momentum: Annotated[float | None, typer.Option(help="Of the steps.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Of the weights.")] = None,
+    test_every: Annotated[int | None, typer.Option(help="Epochs between two tests.")] = None,
     every: Annotated[
         int | None,
         typer.Option(help="Regularize at every so-manyth step, so many times as strongly."),
@@ -107,6 +108,7 @@ def locality(
         "lr": lr,
         "momentum": momentum,
         "weight_decay": weight_decay,
+        "test_every": test_every,
         "every": every,
         "patch": patch,
         "alike": alike,

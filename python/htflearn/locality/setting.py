@@ -52,6 +52,7 @@ class Setting:
         network: a name of :data:`htflearn.locality.resnets.NETWORKS`.
         epochs, batch, lr, momentum, weight_decay: of stochastic gradient descent. Samples left over
             after the last whole batch of an epoch are left out.
+        test_every: epochs between two tests; the last epoch always ends with one.
         every: the regularizer is computed at every so-manyth step, times that number.
         patch: side of the squares (Pathfinder); of Is Same Class, the patches are the two images.
         alike: of the pictures, see :class:`htflearn.locality.pathfinder.PathfinderSetting`.
@@ -74,6 +75,7 @@ class Setting:
     lr: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 0.0
+    test_every: int = 1
     every: int = 1
     patch: int = 2
     alike: bool = False
@@ -112,7 +114,7 @@ class Setting:
         Raises:
             UserError: a value is out of its range; the sentence names the option.
         """
-        for name in ("epochs", "batch", "every", "train_size", "test_size", "patch"):
+        for name in ("epochs", "batch", "test_every", "every", "train_size", "test_size", "patch"):
             if getattr(self, name) < 1:
                 option = name.replace("_", "-")
                 raise UserError(f"--{option} must be positive, got {getattr(self, name)}")
@@ -162,6 +164,7 @@ _LAPTOP = Setting(
     test_size=4000,
     network="small",
     epochs=70,
+    test_every=10,
     every=4,
 )
 

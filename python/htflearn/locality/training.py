@@ -207,8 +207,9 @@ class _Training:
             "train_loss": loss,
             "train_accuracy": right / seen,
             "change": change / (state.changes * parts.count) if state.changes else None,
-            "test_accuracy": self._accuracy(self.data.test),
         }
+        if epoch % self.setting.test_every == 0 or epoch == self.setting.epochs:
+            line["test_accuracy"] = self._accuracy(self.data.test)
         metrics.append(plain(line))
         state.loss, state.right, state.change, state.changes = 0.0, 0, 0.0, 0
 
