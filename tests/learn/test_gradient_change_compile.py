@@ -36,7 +36,7 @@ def mlp_end() -> nn.Module:
 
 
 def resnet() -> nn.Module:
-    return ResNet([1, 1], [4, 8], 2, 3)
+    return ResNet([1], [4], 2, 3)
 
 
 def batch(count: int = 6) -> tuple[Tensor, Tensor]:
@@ -70,12 +70,13 @@ def close(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("passes", ["one", "two"])
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("make", [mlp, in_place, resnet], ids=["mlp", "in place", "resnet"])
+@pytest.mark.parametrize(
+    ("make", "training"),
+    [(mlp, True), (in_place, True), (resnet, True), (resnet, False)],
+    ids=["mlp", "in place", "resnet, training", "resnet, eval"],
+)
 def test_a_compiled_step(make, training: bool, passes: str) -> None:
     """One graph; running statistics of a batch norm move in it as without it."""
-    if make is not resnet and not training:
-        pytest.skip("the same in training")
     model = make().train(training)
     step = step_of(model, passes)
     arguments = batch()
@@ -101,6 +102,7 @@ def test_patches_and_batches_change() -> None:
     model = mlp()
     step = step_of(model)
     count = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    # The first other number is made a variable, and so is each that was equal to another before.
     fast = torch.compile(step, fullgraph=True, backend=count)
     sampler = RandomSquares(2, 1, seed=4)
     for size in (6, 6, 5, 6, 6, 7, 6, 6):
@@ -152,10 +154,6 @@ def test_a_compiled_model(wrap) -> None:
         return nn.functional.cross_entropy(logits, y) + penalty
 
     close(outcome(model, shared, x, y), expected)
-    # Elsewhere it is compiled as ever.
-    count = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    wrapped(x.double().float())
-    assert count >= 1
 
 
 def test_the_class_in_a_compiled_step() -> None:
@@ -168,6 +166,7 @@ def test_the_class_in_a_compiled_step() -> None:
 
     expected = outcome(model, step_of(model), *batch())
     close(outcome(model, torch.compile(step, backend="aot_eager"), *batch()), expected)
+    torch._dynamo.reset()
     with pytest.raises(Exception, match="compile input_gradient_change instead"):
         torch.compile(step, fullgraph=True, backend="aot_eager")(*batch())
 
