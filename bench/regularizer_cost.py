@@ -78,7 +78,7 @@ class Training:
 
     def stepper(self, way: Way) -> Callable[[], Tensor]:
         """A function that takes one step and gives the penalty."""
-        passes = way.passes or "auto"
+        passes: Any = way.passes or "auto"
         regularize = InputGradientChange(RandomSquares(2), 1.0, every=way.every, passes=passes)
         nothing = self.x.new_zeros(())
 

@@ -105,10 +105,42 @@ def test_patches_and_batches_change() -> None:
     # The first other number is made a variable, and so is each that was equal to another before.
     fast = torch.compile(step, fullgraph=True, backend=count)
     sampler = RandomSquares(2, 1, seed=4)
-    for size in (6, 6, 5, 6, 6, 7, 6, 6):
+    for size in (6, 6, 5, 6, 7, 6):
         arguments = *batch(size), *sampler.sample(8, 8)
         close(outcome(model, fast, *arguments), outcome(model, step, *arguments))
     assert count.frame_count <= 4
+
+
+def test_derivatives_with_respect_to_images() -> None:
+    model = mlp()
+
+    def penalty(x: Tensor, y: Tensor) -> Tensor:
+        return input_gradient_change(model, x, y, A, B)
+
+    fast = torch.compile(penalty, fullgraph=True, backend="aot_eager")
+    x, y = batch()
+    with torch.no_grad():
+        close([fast(x, y)], [penalty(x, y)])
+    x.requires_grad_()
+    found, expected = (torch.autograd.grad(f(x, y), x) for f in (fast, penalty))
+    close(list(found), list(expected))
+
+
+class Breaking(nn.Module):
+    """What torch.compile makes two graphs of."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return x.tanh()
+
+
+@pytest.mark.parametrize("make", [mlp, resnet])
+def test_a_model_of_several_graphs(make) -> None:
+    """Where a step is not one graph, the penalty runs as written."""
+    model = nn.Sequential(make(), Breaking())
+    step = step_of(model)
+    expected = outcome(model, step, *batch())
+    close(outcome(model, torch.compile(step, backend="aot_eager"), *batch()), expected)
 
 
 def test_autocast_in_a_compiled_step() -> None:

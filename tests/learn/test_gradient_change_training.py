@@ -408,9 +408,9 @@ RUNS = [
     (kind, with_outputs, wrapper)
     for kind in ("plain", "batch norm")
     for with_outputs in (True, False)
-    for wrapper in ("ddp", "compiled in ddp", "ddp in compiled")
-    # A compiled batch-norm model would be compiled for its plain pass.
-    if wrapper == "ddp" or (kind == "plain" and with_outputs)
+    for wrapper in ("ddp", "unused", "static", "compiled in ddp", "ddp in compiled")
+    # Compiled models as far as the penalty shares their pass, which then runs as written.
+    if "compiled" not in wrapper or (kind == "plain" and with_outputs)
 ]
 
 
@@ -425,7 +425,9 @@ def _process(rank: int, port: int, folder: str) -> None:
     for kind, with_outputs, wrapper in RUNS:
         model = parallel_model(kind)
         inside = torch.compile(model, backend="eager") if wrapper == "compiled in ddp" else model
-        ddp = nn.parallel.DistributedDataParallel(inside)
+        ddp = nn.parallel.DistributedDataParallel(
+            inside, find_unused_parameters=wrapper == "unused", static_graph=wrapper == "static"
+        )
         outside = torch.compile(ddp, backend="eager") if wrapper == "ddp in compiled" else ddp
         step(outside, x[mine], y[mine], with_outputs)
         found.append(grads(model))

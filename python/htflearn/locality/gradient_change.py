@@ -142,7 +142,8 @@ class InputGradientChange:
 
         Args:
             model, x, y: as for :func:`input_gradient_change`. Of a model in
-                DistributedDataParallel, x goes through the wrapper.
+                DistributedDataParallel, x goes through the wrapper; with its ``static_graph``, the
+                penalty cannot share that pass and takes its own.
 
         Returns:
             the outputs as the model gave them (where x and x' were one batch, and a batch
@@ -161,7 +162,13 @@ class InputGradientChange:
         self, model: Any, x: Tensor, y: Tensor | None, wrapped: bool
     ) -> tuple[Tensor, Tensor]:
         patches = self.sampler.sample(*_size(x))
-        outputs, change = _change(model, x, y, *patches, self.passes, self.scale, wrapped)
+        parallel = _unwrapped(model)[1]
+        # With a static graph, the first derivative through it is taken for the whole backward: the
+        # gradients would be averaged then, before there are any.
+        alone = model(x) if wrapped and parallel is not None and parallel.static_graph else None
+        shared = wrapped and alone is None
+        outputs, change = _change(model, x, y, *patches, self.passes, self.scale, shared)
+        outputs = outputs if alone is None else alone
         return outputs, self.coefficient * self.every * change
 
     def state_dict(self) -> dict[str, Any]:
