@@ -368,6 +368,7 @@ def test_bad_images(x: Tensor) -> None:
         (None, r"with 3 logits, y must be classes \[4\], got None"),
         (torch.zeros(3).long(), r"y must be classes \[4\], got torch.int64 \[3\]"),
         (torch.zeros(4, 1).long(), r"got torch.int64 \[4, 1\]"),
+        (torch.tensor(0), r"got torch.int64 \[\]"),
         (torch.zeros(4), r"got torch.float32 \[4\]"),
         (torch.zeros(4).bool(), r"got torch.bool \[4\]"),
         (torch.tensor([0, 1, 2, 3]), r"with 3 logits, classes are 0 .. 2, y has 3"),
@@ -378,6 +379,9 @@ def test_bad_classes(y: Tensor | None, message: str) -> None:
     model, x, _ = make("mlp")
     with pytest.raises(ValueError, match=message):
         input_gradient_change(model, x, y, A, B, passes="two")
+    # Of x and x' in one batch there are twice as many.
+    with pytest.raises(ValueError, match=r"with 3 logits, (y must be|classes are)"):
+        input_gradient_change(model, x, y, A, B, passes="one")
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])

@@ -97,6 +97,7 @@ def test_inductor(make) -> None:
     close(outcome(model, fast, *batch()), outcome(model, step, *batch()))
 
 
+@pytest.mark.slow
 def test_patches_and_batches_change() -> None:
     """A compiled step takes the patches of a sampler, without a graph for each."""
     model = mlp()
@@ -134,7 +135,7 @@ class Breaking(nn.Module):
         return x.tanh()
 
 
-@pytest.mark.parametrize("make", [mlp, resnet])
+@pytest.mark.parametrize("make", [mlp, pytest.param(resnet, marks=pytest.mark.slow)])
 def test_a_model_of_several_graphs(make) -> None:
     """Where a step is not one graph, the penalty runs as written."""
     model = nn.Sequential(make(), Breaking())

@@ -97,7 +97,10 @@ class InputGradientChange:
             not positive, or ``passes`` that do not exist.
 
     Example:
+        >>> from htflearn.locality.patches import RandomSquares
         >>> regularize = InputGradientChange(RandomSquares(2, min_distance=4, seed=0), 9.0)
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Softplus(), nn.Linear(16, 3))
+        >>> x, y = torch.randn(5, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1])
         >>> logits, penalty = regularize.with_outputs(model, x, y)
         >>> (nn.functional.cross_entropy(logits, y) + penalty).backward()
     """
@@ -213,7 +216,7 @@ def _change(
 
     outer = parallel if wrapped and parallel is not None else inner
     if passes == "one":
-        labels = None if y is None else torch.cat([y, y])
+        labels = torch.cat([y, y]) if y is not None and y.ndim else y
         outputs, both = gradient(outer, torch.cat([x, replaced]), labels)
         outputs, (first, second) = outputs[: len(x)], both.chunk(2)
     else:
