@@ -169,6 +169,23 @@ def test_float16_keeps_small_gradients() -> None:
     assert abs(plain - expected) > 5e-2
 
 
+def test_what_runs_in_float32_under_autocast_stays_there() -> None:
+    """Also on the way back to the images."""
+    inner = small_logits()
+
+    class Exempt(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            with torch.autocast("cpu", enabled=False):
+                return inner(images)
+
+    x, y = batch(dtype=torch.float32)
+    expected = input_gradient_change(inner, x, y, A, B)
+    with torch.autocast("cpu", dtype=torch.float16):
+        found = input_gradient_change(Exempt(), x, y, A, B)
+    # float32, the same operations.
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
 def test_a_gradient_scaler() -> None:
     model = mlp()
     x, y = batch(dtype=torch.float32)
