@@ -97,7 +97,10 @@ class InputGradientChange:
             not positive, or ``passes`` that do not exist.
 
     Example:
+        >>> from htflearn.locality.patches import RandomSquares
         >>> regularize = InputGradientChange(RandomSquares(2, min_distance=4, seed=0), 9.0)
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Softplus(), nn.Linear(16, 3))
+        >>> x, y = torch.randn(5, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1])
         >>> logits, penalty = regularize.with_outputs(model, x, y)
         >>> (nn.functional.cross_entropy(logits, y) + penalty).backward()
     """
@@ -142,7 +145,8 @@ class InputGradientChange:
 
         Args:
             model, x, y: as for :func:`input_gradient_change`. Of a model in
-                DistributedDataParallel, x goes through the wrapper.
+                DistributedDataParallel, x goes through the wrapper; with its ``static_graph``, the
+                penalty cannot share that pass and takes its own.
 
         Returns:
             the outputs as the model gave them (where x and x' were one batch, and a batch
@@ -161,7 +165,13 @@ class InputGradientChange:
         self, model: Any, x: Tensor, y: Tensor | None, wrapped: bool
     ) -> tuple[Tensor, Tensor]:
         patches = self.sampler.sample(*_size(x))
-        outputs, change = _change(model, x, y, *patches, self.passes, self.scale, wrapped)
+        parallel = _unwrapped(model)[1]
+        # With a static graph, the first derivative through it is taken for the whole backward: the
+        # gradients would be averaged then, before there are any.
+        alone = model(x) if wrapped and parallel is not None and parallel.static_graph else None
+        shared = wrapped and alone is None
+        outputs, change = _change(model, x, y, *patches, self.passes, self.scale, shared)
+        outputs = outputs if alone is None else alone
         return outputs, self.coefficient * self.every * change
 
     def state_dict(self) -> dict[str, Any]:
@@ -206,7 +216,7 @@ def _change(
 
     outer = parallel if wrapped and parallel is not None else inner
     if passes == "one":
-        labels = None if y is None else torch.cat([y, y])
+        labels = torch.cat([y, y]) if y is not None and y.ndim else y
         outputs, both = gradient(outer, torch.cat([x, replaced]), labels)
         outputs, (first, second) = outputs[: len(x)], both.chunk(2)
     else:

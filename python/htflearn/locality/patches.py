@@ -171,8 +171,10 @@ class RandomSquares:
         max_distance: int | None = None,
         seed: int = 0,
     ) -> None:
-        if size < 1:
-            raise ValueError(f"{type(self).__name__}: size must be positive, got {size}")
+        if size < 1 or size != int(size):
+            raise ValueError(
+                f"{type(self).__name__}: size must be a whole number, 1 or more, got {size}"
+            )
         if min_distance < 0 or (max_distance is not None and max_distance < min_distance):
             raise ValueError(
                 "RandomSquares: expected 0 <= min_distance <= max_distance, got min_distance "
