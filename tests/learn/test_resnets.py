@@ -39,7 +39,8 @@ def test_strides() -> None:
         images = torch.empty(1, 3, 224, 224)
         assert large.pool(large.conv1(images)).shape == (1, 64, 56, 56)
         assert large.stages(large.pool(large.conv1(images))).shape == (1, 512, 7, 7)
-        assert small.stages(small.conv1(images)).shape == (1, 64, 28, 28)
+        assert small.stages(small.conv1(images)).shape == (1, 64, 7, 7)
+        assert small_resnet(3, stages=4).stages(small.conv1(images)).shape == (1, 64, 14, 14)
 
 
 def test_a_small_one_learns() -> None:
@@ -111,3 +112,21 @@ def test_as_in_other_libraries(name: str, library: str) -> None:
 def test_bad_sizes(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ResNet(*arguments)
+
+
+@pytest.mark.parametrize("stages", [1, 4, 5])
+def test_how_far_a_small_one_sees(stages: int) -> None:
+    """Pixels of a row that change an output in the middle."""
+    model = small_resnet(stages=stages).double().eval()
+    for block in model.modules():
+        if isinstance(block, nn.Conv2d):
+            nn.init.ones_(block.weight)
+    x = torch.zeros(1, 1, 1, 448, dtype=torch.float64, requires_grad=True)
+    y = model.stages(torch.relu(model.bn1(model.conv1(x + 1))))
+    (grad,) = torch.autograd.grad(y[0, 0, 0, y.shape[3] // 2], x)
+    assert int((grad != 0).sum()) == {1: 11, 4: 95, 5: 191}[stages]
+
+
+def test_stages_out_of_range() -> None:
+    with pytest.raises(ValueError, match=r"stages must be in 1\.\.5, got 6"):
+        small_resnet(stages=6)

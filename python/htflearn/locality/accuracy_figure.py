@@ -28,9 +28,10 @@ def accuracy_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         seed) of the test accuracy, ``train`` (mean train accuracy), ``change`` and ``seeds``.
 
     Example:
-        >>> outcome = run_grid(PRESETS["isc"]["smoke"], Path("grid"), How())
-        >>> accuracy_rows(outcome.results)[0]["seeds"]
-        1
+        >>> results = [{"coefficient": 0.0, "distance": 40, "seed": seed, "change": None,
+        ...     "test_accuracy": 0.5 + seed / 50, "train_accuracy": 1.0} for seed in range(3)]
+        >>> accuracy_rows(results)[0]["mean"]
+        0.52
     """
     rows = []
     keys = sorted({(r["coefficient"], r["distance"]) for r in results})
@@ -96,8 +97,8 @@ def draw_accuracy(results: Sequence[dict[str, Any]], task: str, path: Path) -> N
             [100 * r["test_accuracy"] for r in dots],
             ".",
             color=colour,
-            alpha=0.4,
-            markersize=5,
+            alpha=0.5,
+            markersize=7,
             markeredgewidth=0,
         )
     axis.axhline(50, color="#808080", linewidth=1, linestyle=(0, (4, 3)))
@@ -118,7 +119,8 @@ def draw_accuracy(results: Sequence[dict[str, Any]], task: str, path: Path) -> N
     axis.set_xlabel(DISTANCE[task])
     axis.set_ylabel("test accuracy (%)")
     lowest = min(100 * (row["mean"] - (row["std"] or 0.0)) for row in rows)
-    axis.set_ylim(min(46.0, lowest - 2), 102)
+    highest = max(100 * r["test_accuracy"] for r in results)
+    axis.set_ylim(min(46.0, lowest - 2), min(102.0, highest + 12))  # room for the legend
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", color="#E6E6E6", linewidth=0.8)
     axis.set_axisbelow(True)

@@ -27,7 +27,7 @@ class Follower:
 
     Example:
         >>> with Follower("isc", {Path("runs/a"): (50, 1.0), Path("runs/b"): (50, 2.5)}):
-        ...     train_them()
+        ...     time.sleep(0.01)  # the trainings
     """
 
     def __init__(
@@ -95,7 +95,9 @@ class Follower:
 def _duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    if seconds < 6000:
+        return f"{seconds // 60:.0f}:{seconds % 60:02.0f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 def _bar() -> Any:

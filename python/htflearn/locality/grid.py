@@ -252,8 +252,8 @@ def _outcome(setting: Setting, out: Path, cases: Sequence[Case], failed: dict[st
                 out / "profile.json",
                 json.dumps({name: p.to_dict() for name, p in profiles.items()}) + "\n",
             )
-            farthest = max(setting.distances)
-            draw_profiles(profiles, out / "profile.png", f"trained at distance {farthest}")
+            title = f"trained at distance {max(setting.distances)}"
+            draw_profiles(profiles, out / "profile.png", title, _place(setting, out))
             files += [out / "profile.png", out / "profile.json"]
     return Outcome(results, failed, files)
 
@@ -274,6 +274,16 @@ def _profiles(setting: Setting, out: Path, cases: Sequence[Case]) -> dict[str, L
         name = f"coefficient {coefficient:g}"
         profiles[name] = locality_profile(network, images, patch=size)
     return profiles
+
+
+def _place(setting: Setting, out: Path) -> tuple[float, float] | None:
+    """The middle of the left image of Is Same Class at the largest distance."""
+    if setting.task != "isc":
+        return None
+    data = load(setting, Case(max(setting.distances), 0.0, setting.seeds[0]), out / "data")
+    assert isinstance(data.sampler, FixedPatches)
+    patch = data.sampler.pairs[0][0]
+    return (patch.top + patch.bottom) / 2, (patch.left + patch.right) / 2
 
 
 def _folder(out: Path, case: Case) -> Path:

@@ -17,6 +17,7 @@ from htflearn.locality.separation import SeparationRank
 
 __all__ = ["draw_profiles", "draw_theory"]
 
+_FLAT = 2.5  # width over height from which on maps stand one above another
 _MAPS_IN_A_ROW = 4
 _LOG_FROM = 30.0  # the largest over the smallest coupling, from which an axis is logarithmic
 _LEAST = 1e-6  # of the largest: lower couplings do not stretch a logarithmic axis
@@ -25,17 +26,23 @@ _GRID = "#E6E6E6"
 _MARKERS = "osD^vPX*"
 
 
-def draw_profiles(named: Mapping[str, LocalityProfile], path: Path, title: str = "") -> None:
+def draw_profiles(
+    named: Mapping[str, LocalityProfile],
+    path: Path,
+    title: str = "",
+    place: tuple[float, float] | None = None,
+) -> None:
     """Coupling against distance, all models in one panel, and a map over the image for each.
 
     A curve is the mean over the pairs of patches at a distance, with two standard errors of that
     mean around it (as if pairs were independent). A map shows how strongly the gradient at each
-    place depends on the outlined patch, the replaced one that is nearest to the centre.
+    place depends on the outlined patch, the replaced one that is nearest to ``place``.
 
     Args:
         named: profiles by name, one or more; the names stand in the legend and above the maps.
         path: ``.png``, ``.svg`` or ``.pdf``, replaced as a whole.
         title: above all of it.
+        place: row and column in pixels; by default the middle of the image.
 
     Raises:
         ValueError: there is no profile, or one without any coupling.
@@ -47,16 +54,19 @@ def draw_profiles(named: Mapping[str, LocalityProfile], path: Path, title: str =
         >>> draw_profiles({"a square": profile}, Path("profile.png"))
     """
     _check("draw_profiles", named)
-    columns = min(len(named), _MAPS_IN_A_ROW)
+    flat = all(p.size[1] > _FLAT * p.size[0] for p in named.values())
+    columns = 1 if flat else min(len(named), _MAPS_IN_A_ROW)
     rows = -(-len(named) // columns)
-    figure = _new_figure(5.0 + 2.3 * columns + 0.6, max(3.6, 2.6 * rows), title)
-    curve, maps = figure.subfigures(1, 2, width_ratios=[5.0, 2.3 * columns + 0.6])
+    wide, high = (4.6, max(3.6, 1.2 * rows)) if flat else (2.3 * columns, max(3.6, 2.6 * rows))
+    figure = _new_figure(5.0 + wide + 0.6, high, title)
+    curve, maps = figure.subfigures(1, 2, width_ratios=[5.0, wide + 0.6])
     _draw_curves(curve.subplots(), named)
     axes = maps.subplots(rows, columns, squeeze=False).ravel()
-    images, scale = _map_scale(named)
+    centres = {name: _nearest(profile, place) for name, profile in named.items()}
+    images, scale = _map_scale([p.heat_map(centres[name]) for name, p in named.items()])
     for axis, (name, profile), image in zip(axes, named.items(), images, strict=False):
         shown = axis.imshow(image, norm=scale, cmap=_colours(), interpolation="nearest")
-        _outline(axis, profile.patches[_centre(profile)])
+        _outline(axis, profile.patches[centres[name]])
         axis.set_title(name, fontsize=9)
         axis.set_xticks([])
         axis.set_yticks([])
@@ -194,10 +204,9 @@ def _range(values: Sequence[float]) -> tuple[float | None, float]:
     return min(positive) / 2, high
 
 
-def _map_scale(named: Mapping[str, LocalityProfile]) -> tuple[list[np.ndarray], Any]:
+def _map_scale(images: list[np.ndarray]) -> tuple[list[np.ndarray], Any]:
     from matplotlib.colors import LogNorm, Normalize
 
-    images = [profile.heat_map(_centre(profile)) for profile in named.values()]
     values = [v for image in images for v in image[~np.isnan(image)].tolist()]
     low, high = _range(values or [0.0])
     if low is None:
@@ -206,13 +215,13 @@ def _map_scale(named: Mapping[str, LocalityProfile]) -> tuple[list[np.ndarray], 
     return [np.where(image < low, low, image) for image in images], LogNorm(low, high)
 
 
-def _centre(profile: LocalityProfile) -> int:
-    """The replaced patch that is nearest to the middle of the image."""
+def _nearest(profile: LocalityProfile, place: tuple[float, float] | None) -> int:
+    """The replaced patch that is nearest to a place, or to the middle of the image."""
+    row, column = place or (profile.size[0] / 2, profile.size[1] / 2)
 
     def away(index: int) -> float:
         p = profile.patches[index]
-        height, width = profile.size
-        return math.hypot(p.top + p.bottom - height, p.left + p.right - width)
+        return math.hypot((p.top + p.bottom) / 2 - row, (p.left + p.right) / 2 - column)
 
     return min(profile.replaced, key=away)
 

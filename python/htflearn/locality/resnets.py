@@ -98,10 +98,29 @@ def resnet34(channels: int = 3, classes: int = 1) -> ResNet:
     return ResNet([3, 4, 6, 3], [64, 128, 256, 512], channels, classes, "large")
 
 
-def small_resnet(channels: int = 1, classes: int = 1) -> ResNet:
-    """A small residual network for a CPU: its last outputs see 191 pixels in each direction."""
-    return ResNet([1, 1, 1, 1, 1], [16, 32, 64, 64, 64], channels, classes, "small")
+def small_resnet(channels: int = 1, classes: int = 1, stages: int = 5) -> ResNet:
+    """A small residual network for a CPU: with five stages its last outputs see 191 pixels in each
+    direction, with four 95.
+
+    Args:
+        channels: of the images.
+        classes: outputs.
+        stages: of one block each, 1 to 5.
+    """
+    widths = [16, 32, 64, 64, 64]
+    if not 1 <= stages <= len(widths):
+        raise ValueError(f"small_resnet: stages must be in 1..{len(widths)}, got {stages}")
+    return ResNet([1] * stages, widths[:stages], channels, classes, "small")
 
 
-NETWORKS = {"resnet18": resnet18, "resnet34": resnet34, "small": small_resnet}
-"""Name -> function of channels and classes."""
+def _small4(channels: int = 1, classes: int = 1) -> ResNet:
+    return small_resnet(channels, classes, 4)
+
+
+NETWORKS = {
+    "resnet18": resnet18,
+    "resnet34": resnet34,
+    "small": small_resnet,
+    "small4": _small4,
+}
+"""Name -> function of channels and classes; ``small4`` has four stages, ``small`` five."""

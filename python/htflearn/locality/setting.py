@@ -152,7 +152,7 @@ class Setting:
             raise UserError(str(error)) from error
 
 
-_PAPER = Setting("isc", (0, 40, 80, 120, 160), (0.0, 1.0), amp="bfloat16")
+_PAPER = Setting("isc", (0, 40, 80, 120, 160), (0.0, 1.0), test_every=10, amp="bfloat16")
 _LAPTOP = Setting(
     "isc",
     (0, 40, 80, 120),
@@ -197,9 +197,14 @@ PRESETS: dict[str, dict[str, Setting]] = {
             task="pathfinder",
             distances=(2, 4, 6),
             data=None,
-            canvas=(64, 64),
+            canvas=(48, 48),
             image_size=None,
-            train_size=4000,
+            train_size=8000,
+            test_size=2000,
+            network="small4",
+            epochs=14,
+            test_every=14,
+            every=6,
         ),
         "smoke": replace(
             _LAPTOP,
