@@ -15,7 +15,7 @@ import torch
 from locality_files import tiny, tiny_pathfinder, write_images
 
 from htflearn import UserError, cli
-from htflearn.locality import grid
+from htflearn.locality import grid, processes
 from htflearn.locality.accuracy_figure import accuracy_rows, draw_accuracy
 from htflearn.locality.grid import How, run_grid
 from htflearn.locality.launch import launch
@@ -184,6 +184,18 @@ def test_launching(tmp_path: Path) -> None:
     for workers in (1, 2):
         answers = dict(launch(pow, jobs, workers=workers))
         assert answers[0] == 8 and answers[1] == 9 and isinstance(answers[2], ZeroDivisionError)
+
+
+def test_two_processes_cannot_train_the_same(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "_PATIENCE", 0.3)
+    setting = tiny(data, distances=(20,), coefficients=(0.0,), epochs=1)
+    case = next(setting.cases())
+    with processes.only_one(tmp_path / "grid" / "runs" / case.name):
+        outcome = run_grid(setting, tmp_path / "grid", ALONE)
+    assert "another process is at work in" in outcome.failed[case.name]
+    assert len(run_grid(setting, tmp_path / "grid", ALONE, resume=True).results) == 1
 
 
 @pytest.mark.slow

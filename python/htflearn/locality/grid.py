@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from htflearn.locality.data import load, make_pictures
 from htflearn.locality.follow import Follower
 from htflearn.locality.launch import check_engine, cores, launch
 from htflearn.locality.patches import FixedPatches, Patch
-from htflearn.locality.processes import Processes, joined
+from htflearn.locality.processes import Processes, joined, only_one
 from htflearn.locality.profile import LocalityProfile, locality_profile
 from htflearn.locality.profile_figure import draw_profiles
 from htflearn.locality.setting import DISTANCE, Case, Setting
@@ -139,7 +140,8 @@ def _together(
     with Follower(setting.task, weights, how.progress and processes.first):
         for case in todo:
             data = load(setting, case, out / "data")
-            train(setting, case, data, _folder(out, case), place, processes)
+            with only_one(_folder(out, case)) if processes.first else nullcontext():
+                train(setting, case, data, _folder(out, case), place, processes)
             if processes.first:
                 _write_results(setting, out, cases)
             processes.wait()
@@ -147,7 +149,9 @@ def _together(
 
 
 def _train_one(setting: Setting, case: Case, out: Path, device: str) -> dict[str, Any]:
-    return train(setting, case, load(setting, case, out / "data"), _folder(out, case), device)
+    data = load(setting, case, out / "data")
+    with only_one(_folder(out, case)):
+        return train(setting, case, data, _folder(out, case), device)
 
 
 def _check_data(setting: Setting, out: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +17,7 @@ from htflearn.errors import UserError
 __all__ = ["ENGINES", "check_engine", "cores", "launch"]
 
 ENGINES = ("joblib", "submitit")
+_WATCH, _WATCH_SECONDS = "htf-launcher", 0.5
 
 
 def check_engine(engine: str, options: Mapping[str, Any]) -> None:
@@ -85,7 +88,9 @@ def launch(
         parallel = Parallel(
             workers, return_as="generator_unordered", batch_size=1, pre_dispatch=workers
         )
-        yield from parallel(delayed(_call)(function, *job, threads) for job in numbered)
+        yield from parallel(
+            delayed(_call_for)(os.getpid(), function, *job, threads) for job in numbered
+        )
 
 
 def _call(
@@ -97,6 +102,26 @@ def _call(
         return number, function(*job)
     except Exception as error:
         return number, error
+
+
+def _call_for(
+    launcher: int,
+    function: Callable[..., Any],
+    number: int,
+    job: tuple[Any, ...],
+    threads: int | None,
+) -> tuple[int, Any]:
+    """In a worker, which ends with the process that gave it the job: nobody would collect the
+    result, and the job may soon be given to another."""
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(_WATCH_SECONDS)
+        os._exit(1)
+
+    if not any(thread.name == _WATCH for thread in threading.enumerate()):
+        threading.Thread(target=watch, name=_WATCH, daemon=True).start()
+    return _call(function, number, job, threads)
 
 
 def _submitit(

@@ -1,18 +1,23 @@
-"""Several processes that train one network, as ``torchrun`` starts them."""
+"""Several processes that train one network, as ``torchrun`` starts them, or must not."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from htflearn.errors import UserError
 
-__all__ = ["ALONE", "Processes", "joined"]
+__all__ = ["ALONE", "Processes", "joined", "only_one"]
+
+_PATIENCE = 10.0
 
 
 @dataclass(frozen=True)
@@ -83,3 +88,30 @@ def joined(device: str) -> Iterator[tuple[Processes, str]]:
         yield Processes(group.get_rank(), group.get_world_size()), place
     finally:
         torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of a folder that they would write into, too; the system lets them
+    in again when this one ends, however it ends.
+
+    Args:
+        folder: made where it is missing; gets a file ``.lock``.
+
+    Raises:
+        UserError: another process is in it, and stays.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w", encoding="utf-8") as file:
+        began = time.monotonic()
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:  # perhaps of a process that is ending
+                if time.monotonic() - began > _PATIENCE:
+                    raise UserError(f"another process is at work in {folder}") from None
+                time.sleep(0.1)
+            except OSError:  # a file system without locks
+                break
+        yield
