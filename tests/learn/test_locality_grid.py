@@ -215,7 +215,7 @@ def test_two_processes_train_together(data: Path, tmp_path: Path) -> None:
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*run, "--master-port", "0", "-m", "htflearn.cli", *arguments],
+        [*run, "--standalone", "-m", "htflearn.cli", *arguments],
         capture_output=True,
         text=True,
         timeout=240,

@@ -202,8 +202,8 @@ PRESETS: dict[str, dict[str, Setting]] = {
             train_size=8000,
             test_size=2000,
             network="small4",
-            epochs=14,
-            test_every=14,
+            epochs=13,
+            test_every=13,
             every=6,
         ),
         "smoke": replace(
