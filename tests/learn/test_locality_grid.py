@@ -6,12 +6,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from locality_files import tiny, tiny_pathfinder, write_images
 
 from htflearn import UserError, cli
@@ -19,18 +17,11 @@ from htflearn.locality import grid, processes
 from htflearn.locality.accuracy_figure import accuracy_rows, draw_accuracy
 from htflearn.locality.grid import How, run_grid
 from htflearn.locality.launch import launch
+from htflearn.locality.shards import ShardedImages
 
 ALONE = How(workers=1, threads=1, progress=False)
 FILES = {"accuracy.png", "profile.json", "profile.png", "results.jsonl", "runs", "settings.json"}
 FILES |= {"sheet.png"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -88,6 +79,14 @@ def test_pathfinder(tmp_path: Path) -> None:
     assert (tmp_path / "grid" / "data" / "length-2" / "test" / "meta.json").exists()
     again = run_grid(tiny_pathfinder(seeds=(0, 1)), tmp_path / "grid", ALONE, resume=True)
     assert len(again.results) == 2 and again.results[0] == outcome.results[0]
+
+
+def test_data_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["locality", "pathfinder", "--preset", "smoke", "--out", str(tmp_path / "grid")]
+    assert cli.run([*arguments, "--workers", "1", "--data-only"]) == 0
+    assert {p.name for p in (tmp_path / "grid").iterdir()} == {"data", "settings.json", "sheet.png"}
+    assert len(ShardedImages(tmp_path / "grid" / "data" / "length-3" / "train")) == 128
+    assert "written: " in capsys.readouterr().out
 
 
 def test_a_training_that_fails_does_not_stop_the_others(

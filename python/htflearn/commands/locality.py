@@ -28,6 +28,9 @@ def locality(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where an earlier call was interrupted.")
     ] = False,
+    data_only: Annotated[
+        bool, typer.Option("--data-only", help="Make the data and sheet.png; train nothing.")
+    ] = False,
     data: Annotated[
         str | None,
         typer.Option(
@@ -117,7 +120,8 @@ def locality(
     }
     setting = _setting(task, preset, {k: v for k, v in chosen.items() if v is not None})
     place = out or Path(f"htf-locality-{task}")
-    how = How(device, workers, threads, engine, _options(engine_option or []))
+    options = _options(engine_option or [])
+    how = How(device, workers, threads, engine, options, data_only=data_only)
     try:
         outcome = run_grid(setting, place, how, resume)
     except KeyboardInterrupt:

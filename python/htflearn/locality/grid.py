@@ -44,6 +44,7 @@ class How:
         threads: of each training on a CPU; None shares the cores out.
         engine, options: see :func:`htflearn.locality.launch.launch`.
         progress: shows how far the grid is.
+        data_only: makes the data and the sheet of samples, and trains nothing.
     """
 
     device: str = "auto"
@@ -52,6 +53,7 @@ class How:
     engine: str = "joblib"
     options: Mapping[str, Any] = field(default_factory=dict)
     progress: bool = True
+    data_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,9 @@ def _alone(setting: Setting, out: Path, how: How, resume: bool, device: str) -> 
     if setting.task == "isc":  # what is wrong with the images is seen before anything is written
         _check_data(setting, out)
     _prepare(setting, out, how, resume)
+    if how.data_only:
+        data = [out / "data"] if setting.task == "pathfinder" else []
+        return Outcome([], {}, [*data, out / "sheet.png"])
     todo = [case for case in cases if not _done(setting, out, case)]
     workers, threads = _workers(how, device, max(1, len(todo)))
     gpus = torch.cuda.device_count()

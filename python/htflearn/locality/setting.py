@@ -32,7 +32,7 @@ class Case(NamedTuple):
     @property
     def name(self) -> str:
         """Of its folder."""
-        return f"distance-{self.distance}-coefficient-{self.coefficient:g}-seed-{self.seed}"
+        return f"distance-{self.distance}-coefficient-{self.coefficient:.12g}-seed-{self.seed}"
 
 
 @dataclass(frozen=True)

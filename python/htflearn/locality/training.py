@@ -144,9 +144,12 @@ class _Training:
                 self._step(model, order[step * self.setting.batch :][: self.setting.batch])
                 state.iteration += 1
                 state.seconds = before + time.monotonic() - began
-                if step + 1 == self.steps:
+                whole = step + 1 == self.steps
+                if whole:
                     self._log(metrics, epoch + 1)
-                if time.monotonic() - saved > _CHECKPOINT_SECONDS or state.iteration == total:
+                # Within an epoch the first process knows its own part of the sums only.
+                due = time.monotonic() - saved > _CHECKPOINT_SECONDS
+                if (due and (whole or self.processes.count == 1)) or state.iteration == total:
                     self._save(metrics)
                     saved = time.monotonic()
             return self._finish(metrics)
