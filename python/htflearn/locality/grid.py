@@ -30,6 +30,7 @@ __all__ = ["How", "Outcome", "run_grid"]
 
 _REGULARIZED_WEIGHT = 6.0  # a step with the regularizer in plain steps, for the time left
 _PROFILE_IMAGES = 128
+_PROFILE_PIXELS = 2**18  # of all replaced patches' images together, for one image, on a CPU
 _SHEET_COLUMNS = 4
 
 
@@ -119,7 +120,7 @@ def _alone(setting: Setting, out: Path, how: How, resume: bool, device: str) -> 
                 failed[todo[number].name] = f"{answer}" or type(answer).__name__
             else:
                 _write_results(setting, out, cases)
-    return _outcome(setting, out, cases, failed)
+    return _outcome(setting, out, cases, failed, device)
 
 
 def _together(
@@ -150,7 +151,7 @@ def _together(
             if processes.first:
                 _write_results(setting, out, cases)
             processes.wait()
-    return _outcome(setting, out, cases, {}) if processes.first else Outcome([], {}, [])
+    return _outcome(setting, out, cases, {}, place) if processes.first else Outcome([], {}, [])
 
 
 def _train_one(setting: Setting, case: Case, out: Path, device: str) -> dict[str, Any]:
@@ -249,13 +250,15 @@ def _write_results(setting: Setting, out: Path, cases: Sequence[Case]) -> list[d
     return results
 
 
-def _outcome(setting: Setting, out: Path, cases: Sequence[Case], failed: dict[str, str]) -> Outcome:
+def _outcome(
+    setting: Setting, out: Path, cases: Sequence[Case], failed: dict[str, str], device: str
+) -> Outcome:
     results = _write_results(setting, out, cases)
     files = [out / "results.jsonl", out / "sheet.png"]
     if results:
         draw_accuracy(results, setting.task, out / "accuracy.png")
         files.append(out / "accuracy.png")
-        profiles = _profiles(setting, out, cases)
+        profiles = _profiles(setting, out, cases, device)
         if profiles:
             replace_file(
                 out / "profile.json",
@@ -267,7 +270,9 @@ def _outcome(setting: Setting, out: Path, cases: Sequence[Case], failed: dict[st
     return Outcome(results, failed, files)
 
 
-def _profiles(setting: Setting, out: Path, cases: Sequence[Case]) -> dict[str, LocalityProfile]:
+def _profiles(
+    setting: Setting, out: Path, cases: Sequence[Case], device: str
+) -> dict[str, LocalityProfile]:
     """Of the networks of the largest distance and the first seed, one for each coefficient."""
     profiles = {}
     for coefficient in sorted(setting.coefficients):
@@ -279,9 +284,14 @@ def _profiles(setting: Setting, out: Path, cases: Sequence[Case]) -> dict[str, L
         load_checkpoint(_folder(out, case) / "checkpoints", network)
         rows = torch.arange(min(_PROFILE_IMAGES, len(data.test)))
         images = inputs(data.test.batch(rows), data, setting)
-        size = min(images.shape[2], max(2, images.shape[3] // 8))
-        name = f"coefficient {coefficient:g}"
-        profiles[name] = locality_profile(network, images, patch=size)
+        height, width = images.shape[2:]
+        size = min(height, max(2, width // 8))
+        # On a CPU, minutes for large images: fewer patches are replaced there.
+        patches, most = (height // size) * (width // size), _PROFILE_PIXELS // (height * width)
+        replaced = None if device != "cpu" else min(patches, max(4, most))
+        profiles[f"coefficient {coefficient:g}"] = locality_profile(
+            network.to(device), images, patch=size, replaced=replaced
+        )
     return profiles
 
 
