@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,11 @@ BAD = [
     (["locality", "isc", "--engine", "x"], "--engine must be one of joblib, submitit"),
     (["locality", "isc", "--engine-option", "a=1"], "takes no --engine-option"),
     (["locality", "isc", "--engine-option", "a"], "--engine-option takes NAME=VALUE"),
+    (["locality", "isc", "--workers", "0"], "--workers must be positive, got 0"),
+    (["locality", "isc", "--threads", "-1"], "--threads must be positive, got -1"),
+    (["locality", "isc", "--image-size", "0"], "--image-size must be positive, got 0"),
+    (["locality", "pathfinder", "--image-size", "50"], "--image-size must be at most that of"),
+    (["locality", "pathfinder", "--patch", "30"], "no such pair fits into an image of 48 x 48"),
     (["locality", "isc", "--device", "tpu"], "--device must be auto, cpu or cuda"),
 ]
 
@@ -231,23 +237,38 @@ def test_two_processes_train_together(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_and_resumed(data: Path, tmp_path: Path) -> None:
-    more = ["--epochs", "6", "--workers", "2"]
+    more = ["--epochs", "40", "--workers", "2"]
     assert cli.run(command(data, tmp_path / "whole", *more)) == 0
-    arguments = command(data, tmp_path / "killed", *more)
-    for seconds in (4.0, 6.0):
+    arguments, epochs = command(data, tmp_path / "killed", *more), 0
+    for _ in range(2):
         process = subprocess.Popen([sys.executable, "-m", "htflearn.cli", *arguments], cwd=tmp_path)
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        if (tmp_path / "killed" / "settings.json").exists() and "--resume" not in arguments:
-            arguments.append("--resume")
-    if "--resume" not in arguments:
-        pytest.fail("no process came as far as its first file")
+        began, before = time.monotonic(), epochs
+        while epochs <= before and process.poll() is None and time.monotonic() - began < 120:
+            time.sleep(0.02)
+            files = (tmp_path / "killed" / "runs").glob("*/metrics.jsonl")
+            epochs = sum(file.read_bytes().count(b"\n") for file in files)
+        assert process.poll() is None and before < epochs < 160, "killed at work"
+        process.kill()
+        process.wait()
+        arguments = command(data, tmp_path / "killed", *more, "--resume")
     assert cli.run(arguments) == 0
     whole, killed = (
         [{**json.loads(x), "seconds": 0} for x in (tmp_path / run / "results.jsonl").open()]
         for run in ("whole", "killed")
     )
     assert whole == killed
+
+
+def test_an_error_that_nobody_foresaw_is_kept(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError("deep inside")
+
+    monkeypatch.setattr(grid, "train", broken)
+    setting = tiny(data, distances=(20,), coefficients=(0.0,))
+    outcome = run_grid(setting, tmp_path / "grid", ALONE)
+    (text,) = outcome.failed.values()
+    assert text.startswith("ZeroDivisionError: deep inside (see ")
+    (file,) = (tmp_path / "grid" / "runs").glob("*/error.txt")
+    assert "in broken" in file.read_text()

@@ -19,6 +19,14 @@ __all__ = ["ImageSource", "image_suffixes", "read_gray"]
 _LOSSY = (".jpg", ".jpeg", ".webp")
 
 
+def picture_errors() -> tuple[type[Exception], ...]:
+    """What Pillow raises for a file that is no picture or a damaged one, or far too large."""
+    from PIL import Image
+
+    bombs = Image.DecompressionBombError, Image.DecompressionBombWarning
+    return (*bombs, OSError, ValueError, SyntaxError, EOFError)
+
+
 def image_suffixes() -> set[str]:
     """Suffixes of the files that Pillow reads and writes."""
     from PIL import Image
@@ -143,14 +151,7 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         raise
     except UnidentifiedImageError as error:
         raise UserError(f"expected a picture, but {path} cannot be read as one") from error
-    except (
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-        OSError,
-        ValueError,
-        SyntaxError,
-        EOFError,
-    ) as error:
+    except picture_errors() as error:
         raise UserError(f"{path} cannot be read as a picture: {reason(error)}") from error
     if converted.mode in ("LA", "RGBA"):
         colours = array[..., :-1] if converted.mode == "RGBA" else array[..., 0]

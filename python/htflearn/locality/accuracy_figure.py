@@ -112,9 +112,7 @@ def draw_accuracy(results: Sequence[dict[str, Any]], task: str, path: Path) -> N
         fontsize=8.5,
         color="#808080",
     )
-    seeds = {row["seeds"] for row in rows}
-    many = f"{max(seeds)} seeds" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)} seeds"
-    axis.set_title(f"{_TITLES[task]}: mean and deviation of {many}", fontsize=10)
+    axis.set_title(f"{_TITLES[task]}: {_seeds({row['seeds'] for row in rows})}", fontsize=10)
     axis.set_xticks(distances)
     axis.set_xlabel(DISTANCE[task])
     axis.set_ylabel("test accuracy (%)")
@@ -130,3 +128,11 @@ def draw_accuracy(results: Sequence[dict[str, Any]], task: str, path: Path) -> N
 
 def _label(coefficient: float) -> str:
     return f"regularized, coefficient {coefficient:g}" if coefficient else "not regularized"
+
+
+def _seeds(counts: set[int]) -> str:
+    fewest, most = min(counts), max(counts)
+    if most == 1:
+        return "one seed"
+    many = f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
+    return f"mean and deviation of {many}"

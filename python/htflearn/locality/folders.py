@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from htflearn.complete.files import reason
+from htflearn.complete.images import picture_errors
 from htflearn.errors import UserError
 from htflearn.locality.area import area_average
 
@@ -122,14 +123,7 @@ def _read(path: Path) -> np.ndarray:
             with Image.open(path) as image:
                 deep = image.mode.startswith(_DEEP)
                 pixels = np.array(image.convert("L" if image.mode in _GRAY else "RGB"))
-    except (
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-        OSError,
-        ValueError,
-        SyntaxError,
-        EOFError,
-    ) as error:
+    except picture_errors() as error:
         raise UserError(f"{path} cannot be read as an image: {reason(error)}") from error
     if deep:
         raise UserError(f"expected an image of 8 bits a channel, but {path} has more")

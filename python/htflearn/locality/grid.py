@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ _REGULARIZED_WEIGHT = 6.0  # a step with the regularizer in plain steps, for the
 _PROFILE_IMAGES = 128
 _PROFILE_PIXELS = 2**18  # of all replaced patches' images together, for one image, on a CPU
 _SHEET_COLUMNS = 4
+_ERROR = "error.txt"
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,18 @@ class How:
     options: Mapping[str, Any] = field(default_factory=dict)
     progress: bool = True
     data_only: bool = False
+
+    def check(self) -> None:
+        """Everything that can be wrong before anything is written.
+
+        Raises:
+            UserError: a number is not positive, or the engine cannot be used.
+        """
+        for name in ("workers", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} must be positive, got {value}")
+        check_engine(self.engine, self.options)
 
 
 @dataclass(frozen=True)
@@ -90,7 +104,7 @@ def run_grid(setting: Setting, out: Path, how: How, resume: bool = False) -> Out
             before anything is trained.
     """
     setting.check()
-    check_engine(how.engine, how.options)
+    how.check()
     device = _device(how.device)
     with joined(device) as (processes, place):
         if processes.count > 1:
@@ -104,8 +118,7 @@ def _alone(setting: Setting, out: Path, how: How, resume: bool, device: str) -> 
         _check_data(setting, out)
     _prepare(setting, out, how, resume)
     if how.data_only:
-        data = [out / "data"] if setting.task == "pathfinder" else []
-        return Outcome([], {}, [*data, out / "sheet.png"])
+        return _data_only(setting, out)
     todo = [case for case in cases if not _done(setting, out, case)]
     workers, threads = _workers(how, device, max(1, len(todo)))
     gpus = torch.cuda.device_count()
@@ -120,7 +133,7 @@ def _alone(setting: Setting, out: Path, how: How, resume: bool, device: str) -> 
                 failed[todo[number].name] = f"{answer}" or type(answer).__name__
             else:
                 _write_results(setting, out, cases)
-    return _outcome(setting, out, cases, failed, device)
+    return _written(setting, out, cases, failed, device)
 
 
 def _together(
@@ -140,6 +153,8 @@ def _together(
     if processes.first:
         _prepare(setting, out, how, resume)
     processes.wait()
+    if how.data_only:
+        return _data_only(setting, out) if processes.first else Outcome([], {}, [])
     todo = [case for case in cases if not _done(setting, out, case)]
     processes.wait()  # until all have looked
     weights = {_folder(out, case): (setting.epochs, _weight(setting, case)) for case in todo}
@@ -151,13 +166,28 @@ def _together(
             if processes.first:
                 _write_results(setting, out, cases)
             processes.wait()
-    return _outcome(setting, out, cases, {}, place) if processes.first else Outcome([], {}, [])
+    return _written(setting, out, cases, {}, place) if processes.first else Outcome([], {}, [])
 
 
 def _train_one(setting: Setting, case: Case, out: Path, device: str) -> dict[str, Any]:
     data = load(setting, case, out / "data")
-    with only_one(_folder(out, case)):
-        return train(setting, case, data, _folder(out, case), device)
+    folder = _folder(out, case)
+    with only_one(folder):
+        try:
+            return train(setting, case, data, folder, device)
+        except UserError:
+            raise
+        except Exception as error:
+            # The process that started this one gets the exception alone, not where it was raised.
+            replace_file(folder / _ERROR, traceback.format_exc())
+            raise RuntimeError(
+                f"{type(error).__name__}: {error} (see {folder / _ERROR})"
+            ) from error
+
+
+def _data_only(setting: Setting, out: Path) -> Outcome:
+    data = [out / "data"] if setting.task == "pathfinder" else []
+    return Outcome([], {}, [*data, out / "sheet.png"])
 
 
 def _check_data(setting: Setting, out: Path) -> None:
@@ -197,8 +227,8 @@ def _make_pictures(setting: Setting, out: Path, how: How) -> None:
 def _check_same(setting: Setting, path: Path) -> None:
     """A grid goes on with the settings it began with, but for how much of it there is."""
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        before = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     free = {"distances", "coefficients", "seeds", "epochs"}
     for name, value in setting.to_dict().items():
@@ -248,6 +278,16 @@ def _write_results(setting: Setting, out: Path, cases: Sequence[Case]) -> list[d
     results = [r for case in cases if (r := _result(out, case)) is not None]
     replace_file(out / "results.jsonl", "".join(json.dumps(r) + "\n" for r in results))
     return results
+
+
+def _written(
+    setting: Setting, out: Path, cases: Sequence[Case], failed: dict[str, str], device: str
+) -> Outcome:
+    try:
+        return _outcome(setting, out, cases, failed, device)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"the results cannot be written into {out}: {reason}") from error
 
 
 def _outcome(
@@ -315,10 +355,6 @@ def _weight(setting: Setting, case: Case) -> float:
 
 def _workers(how: How, device: str, jobs: int) -> tuple[int, int | None]:
     """Trainings at once, and the threads of each."""
-    for name in ("workers", "threads"):
-        value = getattr(how, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} must be positive, got {value}")
     if how.engine != "joblib":
         return 1, how.threads
     most = torch.cuda.device_count() if device == "cuda" else cores()

@@ -93,7 +93,7 @@ def joined(device: str) -> Iterator[tuple[Processes, str]]:
 @contextmanager
 def only_one(folder: Path) -> Iterator[None]:
     """Keeps other processes out of a folder that they would write into, too; the system lets them
-    in again when this one ends, however it ends.
+    in again when this one ends, however it ends. On a file system that has no locks it does not.
 
     Args:
         folder: made where it is missing; gets a file ``.lock``.

@@ -20,10 +20,9 @@ from torch import Tensor
 from htflearn.errors import UserError
 from htflearn.locality.area import area_average
 from htflearn.locality.labelled import LabelledImages, Split, mean_std, read_labelled
+from htflearn.locality.patches import Patch
 
-__all__ = ["Patch", "SameClass", "SameClassSetting", "same_class"]
-
-Patch = tuple[int, int, int, int]
+__all__ = ["SameClass", "SameClassSetting", "same_class"]
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,8 @@ class SameClassSetting:
             of ``image_size`` do not fit the canvas.
 
     Example:
-        >>> SameClassSetting(distance=100).patches(32, 32)
-        ((96, 30, 128, 62), (96, 162, 128, 194))
+        >>> SameClassSetting(distance=100).patches(32, 32)[0]
+        Patch(top=96, left=30, bottom=128, right=62)
     """
 
     distance: int = 0
@@ -74,22 +73,21 @@ class SameClassSetting:
 
     def patches(self, image_height: int, image_width: int) -> tuple[Patch, Patch]:
         """Where the images stand: both in the middle of the height, symmetric about the middle of
-        the width. Where the pixels left over are odd in number, the odd one is below or at the
-        right.
+            the width. Where the pixels left over are odd in number, the odd one is below or at the
+            right.
 
-        Args:
-            image_height, image_width: of an image on the canvas, after any change of size.
+            Args:
+                image_height, image_width: of an image on the canvas, after any change of size.
 
-        Returns:
-            ``(top, left, bottom, right)`` of the left and of the right image, bottom and right
-            exclusive.
+            Returns:
+                ``(top, left, bottom, right)`` of the left and of the right image, bottom and right
+                exclusive.
 
-        Raises:
-            ValueError: the images do not fit the canvas.
+            Raises:
+                ValueError: the images do not fit the canvas.
 
-        Example:
-            >>> SameClassSetting(distance=4, canvas=(10, 12)).patches(2, 3)
-            ((4, 1, 6, 4), (4, 8, 6, 11))
+            Example:
+        X
         """
         height, width = self.canvas
         most = width - 2 * image_width
@@ -106,7 +104,8 @@ class SameClassSetting:
         top, left = (height - image_height) // 2, (most - self.distance) // 2
         bottom, right = top + image_height, left + image_width
         shift = image_width + self.distance
-        return (top, left, bottom, right), (top, left + shift, bottom, right + shift)
+        first = Patch(top, left, bottom, right)
+        return first, Patch(top, left + shift, bottom, right + shift)
 
 
 class SameClass:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from htflearn.errors import UserError
+from htflearn.locality.patches import RandomSquares
 from htflearn.locality.pathfinder import PathfinderSetting
 from htflearn.locality.resnets import NETWORKS
 from htflearn.locality.same_class import SameClassSetting
@@ -140,6 +141,8 @@ class Setting:
             raise UserError(f"--network must be one of {', '.join(NETWORKS)}, got {self.network!r}")
         if self.amp not in ("off", "float16", "bfloat16"):
             raise UserError(f"--amp must be off, float16 or bfloat16, got {self.amp!r}")
+        if self.image_size is not None and self.image_size < 1:
+            raise UserError(f"--image-size must be positive, got {self.image_size}")
         if len(self.canvas) != 2 or (self.task == "pathfinder" and len(set(self.canvas)) > 1):
             raise UserError(f"--canvas must be square for Pathfinder, got {self.canvas}")
         try:
@@ -148,6 +151,13 @@ class Setting:
                     self.same_class(case)
                 else:
                     self.pathfinder(case.distance)
+                    side = self.image_size or self.canvas[0]
+                    if side > self.canvas[0]:
+                        raise ValueError(
+                            f"--image-size must be at most that of the canvas, {self.canvas[0]}, "
+                            f"got {side}"
+                        )
+                    RandomSquares(self.patch).sample(side, side)
         except ValueError as error:
             raise UserError(str(error)) from error
 
