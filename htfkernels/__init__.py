@@ -25,6 +25,7 @@ from htfkernels.layout import Layout
 from htfkernels.memory import release_memory
 from htfkernels.nn import HTF
 from htfkernels.plan import Plan
+from htfkernels.precision import use_precision
 from htfkernels.ranks import (
     effective_rank,
     entanglement_entropy,
@@ -70,4 +71,5 @@ __all__ = [
     "slog_inner",
     "stable_rank",
     "use_backend",
+    "use_precision",
 ]

@@ -7,15 +7,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 
-__all__ = ["BACKENDS", "Spec", "backends", "choose", "requested", "use_backend", "why_not"]
+__all__ = [
+    "BACKENDS",
+    "Spec",
+    "backends",
+    "choose",
+    "interpreted",
+    "requested",
+    "use_backend",
+    "why_not",
+]
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
 _PREFERENCE = ("cuda", "triton", "cpp", "reference")
 _CPP_OPS = {"evaluate", "evaluate_at", "full_tensor", "group_rmsprop", "spectra", "trace_ranks"}
 _CPP_DTYPES = {torch.float32, torch.float64, torch.bfloat16}
+_TRITON_OPS = {"evaluate", "evaluate_at", "full_tensor"}
+_TRITON_DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 
 # Loaded here, not on first use: a compiled graph must find the operators with their fake kernels
 # and autograd formulas, and registering them while torch.compile traces is too late.
@@ -73,7 +86,7 @@ def requested() -> str:
 
 def backends() -> dict[str, str | None]:
     """Every backend, with None where it can run here and the reason where it cannot."""
-    device = {"cuda": "cuda", "triton": "cuda"}
+    device = {"cuda": "cuda", "triton": "cpu" if interpreted() else "cuda"}
     return {
         name: why_not(name, Spec("evaluate", torch.float32, device.get(name, "cpu")))
         for name in BACKENDS
@@ -94,7 +107,36 @@ def why_not(backend: str, spec: Spec) -> str | None:
         return _EXTENSION_MISSING
     if backend == "cuda":
         return "this version of htfkernels has no CUDA C++ kernels"
-    return "this version of htfkernels has no Triton kernels"
+    if spec.op not in _TRITON_OPS:
+        return f"triton has no {spec.op}; it has {', '.join(sorted(_TRITON_OPS))}"
+    if spec.dtype not in _TRITON_DTYPES:
+        return f"triton computes in float16, bfloat16, float32 and float64, not in {spec.dtype}"
+    return _no_triton(spec.device)
+
+
+@cache
+def _no_triton(device: str) -> str | None:
+    if find_spec("triton") is None:
+        return "Triton is not installed; htfkernels[triton] asks for it"
+    if interpreted():
+        # Kernels of such a process run nowhere else.
+        return None if device == "cpu" else "TRITON_INTERPRET is set: kernels run on CPU tensors"
+    if device != "cuda":
+        return f"triton runs on CUDA tensors, and these are on {device}"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if torch.version.hip is not None:
+        return "the Triton kernels are written for NVIDIA GPUs, and this is a ROCm build of PyTorch"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"the Triton kernels need compute capability 8.0, and this GPU has {major}.{minor}"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels of this process run in its interpreter, on CPU tensors. Very slow: to
+    check kernels without a GPU."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def choose(spec: Spec, request: str) -> tuple[str, str]:
@@ -111,6 +153,8 @@ def choose(spec: Spec, request: str) -> tuple[str, str]:
     reasons: list[str] = []
     for name in _PREFERENCE:
         reason = why_not(name, spec)
+        if reason is None and name == "triton" and spec.device == "cpu":
+            reason = "Triton's interpreter runs only when asked for by name"
         if reason is None:
             return name, "; ".join(reasons) or "the fastest for this device"
         reasons.append(reason)

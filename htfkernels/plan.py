@@ -67,7 +67,10 @@ def plan_for(op: str, layout: Layout, dtype: torch.dtype, device: str) -> Plan:
 
 @torch.compiler.assume_constant_result
 def _traced_backend(op: str, dtype: torch.dtype, device: str) -> str:
-    return dispatch.choose(dispatch.Spec(op, dtype, device), dispatch.requested())[0]
+    backend = dispatch.choose(dispatch.Spec(op, dtype, device), dispatch.requested())[0]
+    if backend == "triton" and device == "cpu":
+        raise RuntimeError(f"{op}: Triton's interpreter does not run under torch.compile")
+    return backend
 
 
 @lru_cache(maxsize=1024)

@@ -60,6 +60,8 @@ def _target(backend: str, device: str) -> object:
 
 
 CPU = [_target("reference", "cpu"), _target("cpp", "cpu")]
+if dispatch.interpreted():
+    CPU.append(_target("triton", "cpu"))
 GPU = [_target("reference", "cuda"), _target("cuda", "cuda"), _target("triton", "cuda")]
 
 

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "exponents": set(),
     "ops": set(),
     "ops.library": {"_C"},
-    "ops.autograd": {"layout"},
+    "ops.autograd": {"layout", "precision"},
     "ops.*": {
         "index_plan",
         "layout",
@@ -40,7 +40,10 @@ MAY_IMPORT = {
     },
     "ops.*.planned_reference": {"index_plan", "layout"},
     "ops.*.reference": {"exponents", "layout", "ops.*.reference"},
-    "ops.*.triton": {"layout"},
+    "ops.*.triton": {"gpu.*", "layout"},
+    "precision": set(),
+    "gpu": set(),
+    "gpu.*": {"gpu.*"},
     "functional": {"dispatch", "index_plan", "layout", "ops.*", "plan", "tree"},
     "ranks": set(),
     "grams": {"layout", "ops.autograd"},
@@ -91,6 +94,7 @@ MAY_IMPORT = {
         "memory",
         "nn",
         "plan",
+        "precision",
         "ranks",
         "spectra",
         "tree",
@@ -116,7 +120,7 @@ def rule(name):
     if name in MAY_IMPORT:
         return name
     parts = name.split(".")
-    if parts[0] == "ops":
+    if parts[0] in ("ops", "gpu"):
         parts[1] = "*"
     return ".".join(parts)
 

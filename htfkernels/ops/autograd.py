@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from htfkernels.layout import Layout
+from htfkernels.precision import float32_precision
 
-__all__ = ["Kernel", "apply", "call", "only_once", "squeeze"]
+__all__ = ["Kernel", "apply", "call", "only_once", "runner", "squeeze"]
 
 Tensors = tuple[Tensor, ...]
 
@@ -28,11 +30,13 @@ class Kernel:
 
     Attributes:
         layout: tree and shapes.
+        run: ``(name, *arguments) -> result`` of a compiled operator, as :func:`runner` gives it.
         num_weights: how many of the arguments are weights.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, run: Callable[..., Any]) -> None:
         self.layout = layout
+        self.run = run
         self.num_weights = len(layout.groups)
 
     def forward(self, *tensors: Tensor) -> Tensor:
@@ -86,6 +90,16 @@ def call(name: str, *args: Any) -> Any:
     and the Python layer of ``register_autograd`` would cost several microseconds for nothing."""
     with torch._C._AutoDispatchBelowAutograd():
         return _operator(name)(*args)
+
+
+def runner(op: str, backend: str) -> Callable[..., Any]:
+    """Who runs an operation's operators for a backend: :func:`call`, or the functions of the same
+    names and arguments in the operation's Triton module, which also get the float32 precision in
+    force now."""
+    if backend == "cpp":
+        return call
+    module, precision = import_module(f"htfkernels.ops.{op}.{backend}"), float32_precision()
+    return lambda name, *args: getattr(module, name)(*args, precision=precision)
 
 
 def apply(kernel: Kernel, *tensors: Tensor) -> Tensor:

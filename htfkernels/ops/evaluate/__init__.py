@@ -18,14 +18,12 @@ class _Evaluate(autograd.Kernel):
     def forward(self, *tensors: Tensor) -> Tensor:
         *weights, x = tensors
         layout = self.layout
-        return autograd.call("evaluate", weights, x, layout.program, layout.out_features)
+        return self.run("evaluate", weights, x, layout.program, layout.out_features)
 
     def forward_keeping(self, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
         *weights, x = tensors
         layout = self.layout
-        result, kept = autograd.call(
-            "evaluate_keeping", weights, x, layout.program, layout.out_features
-        )
+        result, kept = self.run("evaluate_keeping", weights, x, layout.program, layout.out_features)
         return result, kept
 
     def backward(
@@ -37,9 +35,7 @@ class _Evaluate(autograd.Kernel):
     ) -> list[Tensor]:
         *weights, x = tensors
         kept = grad.new_empty(0) if kept is None else kept
-        return autograd.call(
-            "evaluate_backward", grad, weights, x, kept, self.layout.program, needs
-        )
+        return self.run("evaluate_backward", grad, weights, x, kept, self.layout.program, needs)
 
     def reference(self, *tensors: Tensor) -> Tensor:
         result = reference.evaluate(self.layout, tensors[:-1], tensors[-1])
@@ -53,4 +49,5 @@ def evaluate(plan: Plan, weights: Sequence[Tensor], x: Tensor) -> Tensor:
         return autograd.squeeze(layout, reference.evaluate(layout, weights, x))
     if torch.compiler.is_compiling():
         return torch.ops.htfkernels.evaluate(list(weights), x, layout.program, layout.out_features)
-    return autograd.apply(_Evaluate(layout), *weights, x)
+    kernel = _Evaluate(layout, autograd.runner("evaluate", plan.backend))
+    return autograd.apply(kernel, *weights, x)

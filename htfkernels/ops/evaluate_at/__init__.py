@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,12 +20,12 @@ class _EvaluateAt(autograd.Kernel):
     def forward(self, *tensors: Tensor) -> Tensor:
         *weights, indices = tensors
         layout = self.layout
-        return autograd.call("evaluate_at", weights, indices, layout.program, layout.out_features)
+        return self.run("evaluate_at", weights, indices, layout.program, layout.out_features)
 
     def forward_keeping(self, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
         *weights, indices = tensors
         layout = self.layout
-        result, kept = autograd.call(
+        result, kept = self.run(
             "evaluate_at_keeping", weights, indices, layout.program, layout.out_features
         )
         return result, kept
@@ -38,7 +39,7 @@ class _EvaluateAt(autograd.Kernel):
     ) -> list[Tensor]:
         *weights, indices = tensors
         kept = grad.new_empty(0) if kept is None else kept
-        grads = autograd.call(
+        grads = self.run(
             "evaluate_at_backward", grad, weights, indices, kept, self.layout.program, needs[:-1]
         )
         return [*grads, grad.new_empty(0)]
@@ -49,8 +50,8 @@ class _EvaluateAt(autograd.Kernel):
 
 
 class _EvaluateAtPlanned(autograd.Kernel):
-    def __init__(self, indices: IndexPlan) -> None:
-        super().__init__(indices.layout)
+    def __init__(self, indices: IndexPlan, run: Callable[..., Any]) -> None:
+        super().__init__(indices.layout, run)
         self.indices = indices
 
     def _fixed(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,11 +59,11 @@ class _EvaluateAtPlanned(autograd.Kernel):
 
     def forward(self, *tensors: Tensor) -> Tensor:
         sizes = (len(self.indices), self.layout.out_features)
-        return autograd.call("evaluate_at_planned", tensors, *self._fixed(), *sizes)
+        return self.run("evaluate_at_planned", tensors, *self._fixed(), *sizes)
 
     def forward_keeping(self, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
         sizes = (len(self.indices), self.layout.out_features)
-        result, kept = autograd.call("evaluate_at_planned_keeping", tensors, *self._fixed(), *sizes)
+        result, kept = self.run("evaluate_at_planned_keeping", tensors, *self._fixed(), *sizes)
         return result, kept
 
     def backward(
@@ -73,9 +74,7 @@ class _EvaluateAtPlanned(autograd.Kernel):
         kept: Tensor | None = None,
     ) -> list[Tensor]:
         kept = grad.new_empty(0) if kept is None else kept
-        return autograd.call(
-            "evaluate_at_planned_backward", grad, tensors, kept, *self._fixed(), needs
-        )
+        return self.run("evaluate_at_planned_backward", grad, tensors, kept, *self._fixed(), needs)
 
     def reference(self, *tensors: Tensor) -> Tensor:
         result = planned_reference.evaluate_at_planned(self.layout, tensors, self.indices)
@@ -91,7 +90,8 @@ def evaluate_at(plan: Plan, weights: Sequence[Tensor], indices: Tensor) -> Tenso
         return torch.ops.htfkernels.evaluate_at(
             list(weights), indices, layout.program, layout.out_features
         )
-    return autograd.apply(_EvaluateAt(layout), *weights, indices)
+    kernel = _EvaluateAt(layout, autograd.runner("evaluate_at", plan.backend))
+    return autograd.apply(kernel, *weights, indices)
 
 
 def evaluate_at_planned(plan: Plan, weights: Sequence[Tensor], indices: IndexPlan) -> Tensor:
@@ -110,4 +110,5 @@ def evaluate_at_planned(plan: Plan, weights: Sequence[Tensor], indices: IndexPla
             indices.batch,
             layout.out_features,
         )
-    return autograd.apply(_EvaluateAtPlanned(indices), *weights)
+    kernel = _EvaluateAtPlanned(indices, autograd.runner("evaluate_at", plan.backend))
+    return autograd.apply(kernel, *weights)

@@ -18,7 +18,7 @@ class _FullTensor(autograd.Kernel):
     def forward(self, *tensors: Tensor) -> Tensor:
         layout = self.layout
         entries = layout.num_entries // layout.out_features
-        return autograd.call("full_tensor", tensors, layout.program, entries, layout.out_features)
+        return self.run("full_tensor", tensors, layout.program, entries, layout.out_features)
 
     def backward(
         self,
@@ -27,7 +27,7 @@ class _FullTensor(autograd.Kernel):
         needs: Sequence[bool],
         kept: Tensor | None = None,
     ) -> list[Tensor]:
-        return autograd.call("full_tensor_backward", grad, tensors, self.layout.program, needs)
+        return self.run("full_tensor_backward", grad, tensors, self.layout.program, needs)
 
     def reference(self, *tensors: Tensor) -> Tensor:
         return autograd.squeeze(self.layout, reference.full_tensor(self.layout, tensors))
@@ -44,5 +44,6 @@ def full_tensor(plan: Plan, weights: Sequence[Tensor]) -> Tensor:
             list(weights), layout.program, entries, layout.out_features
         )
     else:
-        flat = autograd.apply(_FullTensor(layout), *weights)
+        kernel = _FullTensor(layout, autograd.runner("full_tensor", plan.backend))
+        flat = autograd.apply(kernel, *weights)
     return reference.natural_order(layout, flat)

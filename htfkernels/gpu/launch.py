@@ -1,0 +1,79 @@
+"""Launching Triton kernels: one door for all of them, so that a check can stand in it.
+
+Every kernel of this package is launched by :func:`launch` with everything that decides its machine
+code: the compile-time constants and the tile configuration. ``bench/compile_gate.py`` puts a
+recorder there and compiles what would have run, on a machine without a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+__all__ = ["INTERPRETED", "Config", "cdiv", "dot_precision", "launch", "recorded"]
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""Whether kernels run in Triton's interpreter, on CPU tensors (``TRITON_INTERPRET=1``)."""
+
+Recorder = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any], "Config"], None]
+_recorder: Recorder | None = None
+
+
+class Config(NamedTuple):
+    """Tile sizes of a launch: rows, columns and the summed dimension; warps and pipeline stages."""
+
+    m: int
+    n: int
+    k: int
+    warps: int = 4
+    stages: int = 3
+
+
+def launch(
+    kernel: Any, programs: int, args: tuple[Any, ...], constants: dict[str, Any], config: Config
+) -> None:
+    """Runs ``programs`` instances of a kernel on the current stream.
+
+    Args:
+        kernel: a ``triton.jit`` function.
+        programs: size of the one-dimensional grid; none are launched for 0.
+        args: the run-time arguments, in order.
+        constants: the compile-time arguments by name.
+        config: warps and stages are taken from it; tile sizes are among the constants.
+    """
+    if programs == 0:
+        return
+    if programs >= 2**31:
+        raise ValueError(f"htfkernels: {programs} tiles in one launch, more than a GPU takes")
+    if _recorder is not None:
+        _recorder(kernel, (programs,), args, constants, config)
+        return
+    kernel[(programs,)](
+        *args,
+        **constants,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        enable_fp_fusion=True,
+    )
+
+
+@contextmanager
+def recorded(recorder: Recorder) -> Iterator[None]:
+    """In the block, launches are handed to ``recorder(kernel, grid, args, constants, config)``
+    instead of run; results hold garbage then."""
+    global _recorder
+    before, _recorder = _recorder, recorder
+    try:
+        yield
+    finally:
+        _recorder = before
+
+
+def cdiv(a: int, b: int) -> int:
+    """``ceil(a / b)``."""
+    return -(-a // b)
