@@ -29,8 +29,8 @@ def use_precision(name: str) -> Iterator[None]:
             products of split operands, about as exact as float32, at about a third of the speed of
             ``"tf32"``. ``"auto"`` (the default): ``"tf32"`` where PyTorch's own setting allows it
             (``torch.set_float32_matmul_precision("high")`` or
-            ``torch.backends.cuda.matmul.fp32_precision = "tf32"``), else ``"ieee"``. The environment
-            variable ``HTF_PRECISION`` sets the same for a process.
+            ``torch.backends.cuda.matmul.fp32_precision = "tf32"``), else ``"ieee"``. The
+            environment variable ``HTF_PRECISION`` sets the same for a process.
 
     Raises:
         ValueError: there is no precision of that name.

@@ -101,7 +101,8 @@ MAY_IMPORT = {
         "testing",
     },
 }
-NOT_AT_IMPORT = ["triton", "matplotlib", "typer", "rich", "scipy", "sklearn", "skimage", "htflearn"]
+NOT_AT_IMPORT = ["matplotlib", "typer", "rich", "scipy", "sklearn", "skimage", "htflearn"]
+NOT_AT_IMPORT += ["htfkernels.gpu"]  # PyTorch itself loads Triton where it is installed
 NOT_AT_IMPORT += ["tensap", "tensorly", "pyttb", "hiepy"]
 
 

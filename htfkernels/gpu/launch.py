@@ -7,15 +7,13 @@ recorder there and compiles what would have run, on a machine without a GPU.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
 import triton
 
-__all__ = ["INTERPRETED", "Config", "cdiv", "dot_precision", "launch", "recorded"]
+__all__ = ["INTERPRETED", "Config", "cdiv", "launch", "recorded"]
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter, on CPU tensors (``TRITON_INTERPRET=1``)."""
