@@ -10,7 +10,7 @@ import triton.language as tl
 
 from htfkernels.gpu.launch import INTERPRETED
 
-__all__ = ["accumulator", "dot", "input_precision"]
+__all__ = ["accumulator", "cast", "dot", "input_precision"]
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -34,3 +34,14 @@ def dot(a, b, total, PRECISION: tl.constexpr):
         if a.dtype == tl.bfloat16:  # whose bits the interpreter would multiply as integers
             return tl.dot(a.to(tl.float32), b.to(tl.float32), total, out_dtype=total.dtype)
     return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
+
+
+@triton.jit
+def cast(value, DTYPE: tl.constexpr):
+    """``value`` rounded to the nearest of another dtype."""
+    if _INTERPRETED:
+        if DTYPE == tl.bfloat16:  # which the interpreter would truncate to
+            bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
+            bits += 0x7FFF + ((bits >> 16) & 1)
+            return bits.to(tl.float32, bitcast=True).to(DTYPE)
+    return value.to(DTYPE)

@@ -1,0 +1,324 @@
+"""A tree as the Triton kernels read it: which nodes go into which launch, and where messages lie.
+
+The message of a node is a block ``[B, R_out]`` of one flat buffer; a node's *column* is the sum of
+the widths ``R_out`` of the nodes before it, so its block starts at ``column * B`` and nothing here
+depends on the batch. The nodes of a launch are neighbours there. The root has no column: its
+message is the result.
+
+Launches, in the order of the forward pass:
+
+- :class:`Fused`: nodes of one group whose children are leaves of one group; the leaves' messages
+  are formed in the kernel and never stored.
+- :class:`Uniform`: nodes of one group, all leaves or all interior.
+- :class:`Ragged`: nodes of any shapes. Its programs each take a *part*: a run of nodes, walked
+  one after the other for one tile of the batch. A level of many shapes has a part for each node;
+  the top of a tree, where a level no longer fills a GPU, is one part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from htfkernels.gpu.configs import STATIC_ARITY, WIDEST_BACKWARD
+
+__all__ = ["Fused", "Launch", "Node", "Ragged", "Tables", "Uniform", "tables_of"]
+
+# Layout.program: a header of 8 numbers, then 11 for each node, children before their parents.
+_HEADER, _FIELDS = 8, 11
+
+FUSED_CHILDREN, FUSED_DIM, FUSED_WIDTH = 4, 128, 256
+"""Leaves that are formed inside their parent's kernel: as many, of such dimension, and parents of
+such width, as leave room in registers."""
+
+_GROUPS_ALONE = 2  # a level of more groups takes one launch for all of them
+_WALKED_PER_LEVEL, _WALKED_SIZE = 3, 128 * 128  # of the top: nodes, and entries of a weight
+
+
+@dataclass(frozen=True)
+class Node:
+    """A row of the program: ``index`` is its place there, ``group`` is -1 for the root of a sum."""
+
+    index: int
+    group: int
+    slot: int
+    rows: int
+    cols: int
+    mode: int
+    offset: int
+    parent: int
+    children: tuple[int, ...]
+    level: int
+
+    @property
+    def is_leaf(self) -> bool:
+        return self.mode >= 0
+
+    @property
+    def operands(self) -> int:
+        """What its product has: children, or the one vector of a leaf."""
+        return max(1, len(self.children))
+
+
+@dataclass
+class Uniform:
+    """Nodes of one group. ``table`` has a row ``[slot, place, operand, operand, ...]`` for each; an
+    operand is a child's column, or for a leaf its first column of ``x``."""
+
+    nodes: tuple[Node, ...]
+    column: int
+    rows: list[list[int]]
+    table: Tensor
+
+    @property
+    def first(self) -> Node:
+        return self.nodes[0]
+
+    @property
+    def aligned(self) -> bool:
+        """Whether every operand starts at a multiple of 16 numbers."""
+        return all(n % 16 == 0 for row in self.rows for n in row[2:])
+
+    @property
+    def fits_backward(self) -> bool:
+        """Whether :func:`htfkernels.gpu.uniform.backward` takes them: all columns of a weight in
+        one tile, and the operands together in registers."""
+        return self.first.cols <= WIDEST_BACKWARD and self.first.operands <= STATIC_ARITY
+
+    @cached_property
+    def as_ragged(self) -> Ragged:
+        """The same nodes as a launch of parts, for a backward pass that does not fit."""
+        parts = tuple((i, i + 1) for i in range(len(self.nodes)))
+        return Ragged(self.nodes, self.column, parts)
+
+
+@dataclass
+class Fused:
+    """Nodes of one group over leaves of one group. ``table`` has a row ``[slot, place]`` for each,
+    and behind it ``[column of x, slot, place]`` for each of its leaves. ``leaves`` and ``parents``
+    are the same as two launches, with the leaves' messages in a buffer of their own, ``width``
+    columns wide: what the gradients of vectors take."""
+
+    nodes: tuple[Node, ...]
+    column: int
+    leaf: Node
+    rows: list[list[int]]
+    table: Tensor
+    leaves: Uniform
+    parents: Uniform
+    width: int
+
+    @property
+    def first(self) -> Node:
+        return self.nodes[0]
+
+    @property
+    def aligned(self) -> bool:
+        """Whether every leaf's vectors start at a multiple of 16 numbers."""
+        return all(n % 16 == 0 for row in self.rows for n in row[2::3])
+
+
+@dataclass
+class Ragged:
+    """Nodes of any shapes; see :mod:`htfkernels.gpu.ragged` for the tables."""
+
+    nodes: tuple[Node, ...]
+    column: int
+    parts: tuple[tuple[int, int], ...]
+    cache: dict[object, object] = field(default_factory=dict)
+
+
+Launch = Uniform | Fused | Ragged
+
+
+class Tables:
+    """Everything about a tree that its launches read, on one device.
+
+    Attributes:
+        nodes: in execution order.
+        groups: number of weights.
+        width: columns of the message buffer.
+        launches: in the order of the forward pass.
+        cache: what is derived from all this when it is first asked for.
+        column: node index -> column; none for the root and for leaves that are formed in kernels.
+        of_group: the nodes of each group, by slot.
+        place: node index -> its place there. Without shared weights, its slot.
+    """
+
+    def __init__(self, program: Tensor, device: torch.device, fuse: bool) -> None:
+        self.device = device
+        numbers = program.tolist()
+        self.groups, self.x_width = numbers[2], numbers[5]
+        self.nodes = list(_nodes(numbers))
+        self.root = self.nodes[-1]
+        self.of_group: list[list[Node]] = [[] for _ in range(self.groups)]
+        for node in sorted(self.nodes, key=lambda n: (n.slot, n.index)):
+            if node.group >= 0:
+                self.of_group[node.group].append(node)
+        self.place = {n.index: i for of in self.of_group for i, n in enumerate(of)}
+        self.cache: dict[object, object] = {}
+        self.column: dict[int, int] = {}
+        self.width = 0
+        self.launches: list[Launch] = []
+        walked = self._top()
+        fused = self._fused(walked) if fuse else []
+        inside = {c for nodes in fused for node in nodes for c in node.children}
+        below = [n for n in self.nodes if n.index not in walked and n.index not in inside]
+        for level in range(self.root.level + 1):
+            here = [n for n in below if n.level == level]
+            together = [nodes for nodes in fused if nodes[0].level == level]
+            for nodes in together:
+                self._add_fused(nodes)
+            done = {n.index for nodes in together for n in nodes}
+            groups = _by_shape([n for n in here if n.index not in done])
+            if len(groups) > _GROUPS_ALONE or any(_is_sum(g[0]) for g in groups):
+                nodes = [n for g in groups for n in g]
+                self._add_ragged(nodes, [(i, i + 1) for i in range(len(nodes))])
+            else:
+                for nodes in groups:
+                    self._add_uniform(nodes)
+        if walked:
+            nodes = [self.nodes[i] for i in sorted(walked)]
+            self._add_ragged(nodes, [(0, len(nodes))])
+
+    def needed_below(self, needs: Sequence[bool]) -> list[bool]:
+        """For each node, whether a gradient is needed of anything strictly below it: for a leaf,
+        of its vectors."""
+        found = []
+        for node in self.nodes:
+            if node.is_leaf:
+                found.append(bool(needs[-1]))
+            else:
+                kids = node.children
+                found.append(any(found[c] or needs[self.nodes[c].group] for c in kids))
+        return found
+
+    def tensor(self, rows: list[list[int]]) -> Tensor:
+        """A table of int64 on the device."""
+        made = torch.tensor(rows, dtype=torch.int64)
+        return made if self.device.type == "cpu" else made.to(self.device)
+
+    def _top(self) -> set[int]:
+        """The nodes of the levels at the top that are walked in one launch: few and small, so that
+        the launches cost more than the work. Empty where no two levels are."""
+        best: set[int] = set()
+        taken: list[Node] = []
+        for levels in range(1, self.root.level + 1):
+            taken += [n for n in self.nodes if n.level == self.root.level + 1 - levels]
+            if any(n.rows * n.cols > _WALKED_SIZE for n in taken):
+                break
+            if levels > 1 and len(taken) <= _WALKED_PER_LEVEL * levels:
+                best = {n.index for n in taken}
+        return best
+
+    def _fused(self, walked: set[int]) -> list[list[Node]]:
+        def fits(node: Node) -> bool:
+            kids = [self.nodes[c] for c in node.children]
+            return (
+                node.index not in walked
+                and not node.is_leaf
+                and node.group >= 0
+                and len(kids) <= FUSED_CHILDREN
+                and node.cols <= FUSED_WIDTH
+                and all(k.is_leaf and k.rows <= FUSED_DIM for k in kids)
+                and len({k.group for k in kids}) == 1
+            )
+
+        return _by_shape(
+            [n for n in self.nodes if fits(n)],
+            lambda n: self.nodes[n.children[0]].group if n.children else -1,
+        )
+
+    def _add_uniform(self, nodes: list[Node]) -> None:
+        self.launches.append(self._uniform(nodes, self._place(nodes), self.column))
+
+    def _uniform(self, nodes: list[Node], column: int, columns: dict[int, int]) -> Uniform:
+        rows = [
+            [
+                n.slot,
+                self.place[n.index],
+                *([n.offset] if n.is_leaf else [columns[c] for c in n.children]),
+            ]
+            for n in nodes
+        ]
+        return Uniform(tuple(nodes), column, rows, self.tensor(rows))
+
+    def _add_fused(self, nodes: list[Node]) -> None:
+        kids = [self.nodes[c] for n in nodes for c in n.children]
+        rows = []
+        for node in nodes:
+            row = [node.slot, self.place[node.index]]
+            for c in node.children:
+                row += [self.nodes[c].offset, self.nodes[c].slot, self.place[c]]
+            rows.append(row)
+        local = {kid.index: i * kid.cols for i, kid in enumerate(kids)}
+        column = self._place(nodes)
+        self.launches.append(
+            Fused(
+                tuple(nodes), column, kids[0], rows, self.tensor(rows),
+                self._uniform(kids, 0, local), self._uniform(nodes, column, local),
+                len(kids) * kids[0].cols,
+            )
+        )  # fmt: skip
+
+    def _add_ragged(self, nodes: list[Node], parts: list[tuple[int, int]]) -> None:
+        self.launches.append(Ragged(tuple(nodes), self._place(nodes), tuple(parts)))
+
+    def _place(self, nodes: list[Node]) -> int:
+        """Gives nodes their columns; the first one's."""
+        first = self.width
+        for node in nodes:
+            if node.parent >= 0:
+                self.column[node.index] = self.width
+                self.width += node.cols
+        return first
+
+
+def _is_sum(node: Node) -> bool:
+    return node.group < 0
+
+
+def _nodes(numbers: list[int]) -> Iterator[Node]:
+    steps = numbers[1]
+    at = [_HEADER + s * _FIELDS for s in range(steps)]
+    children: list[list[int]] = [[] for _ in range(steps)]
+    for s, a in enumerate(at):
+        if numbers[a + 6] >= 0:
+            children[numbers[a + 6]].append(s)
+    level = [0] * steps
+    for s, a in enumerate(at):
+        level[s] = 1 + max((level[c] for c in children[s]), default=-1)
+        group, slot, rows, cols, mode, offset, parent = numbers[a : a + 7]
+        yield Node(s, group, slot, rows, cols, mode, offset, parent, tuple(children[s]), level[s])
+
+
+def _by_shape(nodes: list[Node], more=lambda node: 0) -> list[list[Node]]:
+    """Nodes of one group with as many operands each, in the order of the groups and slots."""
+    found: dict[tuple[int, ...], list[Node]] = {}
+    for node in sorted(nodes, key=lambda n: (n.group, n.slot, n.index)):
+        key = (node.group, node.level, node.operands, more(node))
+        found.setdefault(key, []).append(node)
+    return list(found.values())
+
+
+_tables: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def tables_of(program: Tensor, device: torch.device, fuse: bool) -> Tables:
+    """The tables of a program, made at the first call and kept as long as the program lives.
+
+    Args:
+        program: :attr:`htfkernels.layout.Layout.program`.
+        device: where the launches run.
+        fuse: whether leaves may be formed in their parents' kernels.
+    """
+    made = _tables.setdefault(program, {})
+    key = (device, fuse)
+    if key not in made:
+        made[key] = Tables(program, device, fuse)
+    return made[key]
