@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -31,13 +32,13 @@ def scale(x, y, count, step, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def product(a, b, c, K, M: tl.constexpr, N: tl.constexpr, P: tl.constexpr):
+def product(a, b, c, K, M: tl.constexpr, N: tl.constexpr, P: tl.constexpr, ACC: tl.constexpr):
     m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, 32)
-    total = tl.zeros((M, N), tl.float64 if a.dtype.element_ty == tl.float64 else tl.float32)
+    total = tl.zeros((M, N), ACC)
     for first in range(0, K, 32):
         left = tl.load(a + m[:, None] * K + first + k[None, :])
         right = tl.load(b + (first + k[:, None]) * N + n[None, :])
-        total = tl.dot(left, right, total, input_precision=P, out_dtype=total.dtype)
+        total = tl.dot(left, right, total, input_precision=P, out_dtype=ACC)
     tl.store(c + m[:, None] * N + n[None, :], total.to(c.dtype.element_ty))
 
 
@@ -55,7 +56,8 @@ def run_scale(count=100, step=1, dtype=torch.float32, first=0, block=64):
 
 def run_product(dtype=torch.float32, precision="ieee", m=64, n=64, warps=4, stages=3, K=256):
     a, b, c = (torch.empty(size, dtype=dtype) for size in (m * K, K * n, m * n))
-    constants = {"M": m, "N": n, "P": precision}
+    total = tl.float64 if dtype == torch.float64 else tl.float32
+    constants = {"M": m, "N": n, "P": precision, "ACC": total}
     launch(product, 1, (a, b, c, K), constants, Config(m, n, 32, warps, stages))
 
 
@@ -83,6 +85,8 @@ def test_launches_are_specialised_as_on_a_gpu():
     types = [torch.float64, torch.float16, torch.bfloat16, torch.int64]
     keys = [only(kernels.collect(lambda t=t: run_scale(dtype=t))).key for t in types]
     assert [key.split("/16 ")[0] for key in keys] == ["x:*fp64", "x:*fp16", "x:*bf16", "x:*i64"]
+    key = only(kernels.collect(lambda: run_product(torch.bfloat16, "tf32"))).key
+    assert key.endswith(" K:i32/16 M=64 N=64 P=tf32 ACC=fp32 warps=4 stages=3")
 
 
 def test_large_sizes_are_64_bit():
@@ -151,7 +155,7 @@ def test_tensor_cores_are_seen(dtype, precision, arch, expected):
 
 def test_spills_are_seen():
     roomy = report(lambda: run_product(m=32, n=32)).found
-    tight = report(lambda: run_product(m=128, n=256, warps=4)).found
+    tight = report(lambda: run_product(precision="tf32", m=64, n=256, warps=1), 80).found
     assert (roomy.stack, roomy.local) == (0, 0)
     assert tight.stack > 0 and tight.local > 0 and tight.registers == 255
 
@@ -177,6 +181,23 @@ def test_what_does_not_compile_is_named():
     assert list(table) == [launches[0].name]
     violation = only(gate.check(reports, table))
     assert "broken" in violation and "does not compile" in violation and "\n" not in violation
+
+
+def test_a_compiler_that_dies_is_named(monkeypatch):
+    """And what its siblings were at is not lost."""
+    launches, _ = kernels.collect_all([("one", run_scale), ("two", run_product)])
+    compile_launch = kernels.compile_launch
+
+    def dies(launch, arch):
+        if launch.cases == ["two"]:
+            os._exit(1)
+        return compile_launch(launch, arch)
+
+    monkeypatch.setattr(kernels, "compile_launch", dies)
+    good, bad = kernels.compile_all(launches, [80], processes=2)
+    assert good.error is None and good.found.registers
+    assert bad.error == "the compiler's process died"
+    assert "launched by two: it does not compile" in only(gate.limits([good, bad]))
 
 
 @pytest.fixture
