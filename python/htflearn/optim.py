@@ -104,9 +104,8 @@ class GroupRMSprop(Optimizer):
         asked = self.param_groups[0]["capturable"]
         if asked is not None:
             return asked
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        device = parameters[0].device
-        return device.type == "cuda" and all(p.device == device for p in parameters)
+        devices = {p.device for group in self.param_groups for p in group["params"]}
+        return len(devices) == 1 and next(iter(devices)).type == "cuda"
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from htflearn.optim import GroupRMSprop
 
-__all__ = ["CudaGraph", "Graph", "GraphStep", "make_step"]
+__all__ = ["CudaGraph", "Graph", "GraphStep", "make_step", "waits"]
 
 _log = logging.getLogger("htflearn")
 
@@ -85,7 +85,7 @@ class CudaGraph:
             with (
                 torch.cuda.stream(self._stream),
                 warnings.catch_warnings(),
-                _waits(found, watch),
+                waits(found, watch),
             ):
                 # torch.optim's warn of a step that could be captured and is not: it will be.
                 warnings.filterwarnings("ignore", "This instance was constructed with capturable")
@@ -113,8 +113,12 @@ class CudaGraph:
 
 
 @contextmanager
-def _waits(found: list[str], watch: bool) -> Iterator[None]:
-    """Collects the operations in the block that wait for the device, a sentence for each.
+def waits(found: list[str], watch: bool) -> Iterator[None]:
+    """Collects the operations in the block that wait for the device.
+
+    Args:
+        found: gets a sentence for each.
+        watch: False: collects nothing. Nor does it where the user has PyTorch tell of them.
 
     That they could not be captured would show in a capture too; but one that CUDA breaks off leaves
     allocator and random generators of some versions of PyTorch in disorder.
@@ -255,7 +259,8 @@ def make_step(
 
 
 def _device(optimizer: torch.optim.Optimizer) -> torch.device:
-    return optimizer.param_groups[0]["params"][0].device
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    return next((p.device for p in parameters), torch.device("cpu"))
 
 
 def _refusal(reason: str) -> RuntimeError:

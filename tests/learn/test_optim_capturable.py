@@ -181,6 +181,18 @@ def test_a_step_size_that_is_a_tensor_is_read_at_each_step() -> None:
         torch.testing.assert_close(a, b, rtol=1e-14, atol=0)
 
 
+@pytest.mark.parametrize("capturable", [None, True])
+def test_a_group_without_parameters(capturable: bool | None) -> None:
+    params = parameters()
+    groups = [{"params": []}, *groups_of(params)]
+    optimizer = GroupRMSprop(groups, lr=0.05, alpha=0.9, eps=1e-3, capturable=capturable)
+    walk(optimizer, params, range(20))
+    assert error(params, formula(20, 0.9, 1e-3)) < 1e-14
+    nothing = GroupRMSprop([{"params": []}], capturable=capturable)
+    nothing.step()
+    assert nothing.capturable is bool(capturable)
+
+
 def test_groups_cannot_differ() -> None:
     params = parameters()
     with pytest.raises(ValueError, match="capturable belongs to the one average"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from htflearn import (
     matrix_factorization,
     sensing,
 )
-from htflearn.step import WARM_UP, GraphStep
+from htflearn.step import WARM_UP, GraphStep, waits
 from htflearn.trackers import LocalComponentNorms
 
 STEPS = 20
@@ -128,6 +129,13 @@ def test_fewer_steps_than_it_takes_to_warm_up(graphs: list[SimulatedGraph]) -> N
     made = trainer(None, config={"iterations": 2})
     assert made.fit().iterations == 2
     assert graphs[0].events == ["run"] * 2
+
+
+def test_a_group_without_parameters(graphs: list[SimulatedGraph]) -> None:
+    made = trainer(None, optimizer="sgd")
+    made.optimizer.param_groups.insert(0, {**made.optimizer.param_groups[0], "params": []})
+    made.fit()
+    assert graphs[0].events.count("replay") == STEPS - WARM_UP
 
 
 def changing(graph: bool | None, change: Callable[[Trainer, int], None], **options: Any) -> Trainer:
@@ -284,6 +292,27 @@ def test_a_loss_that_reads_a_number_cannot_be_captured(
         found.append(numbers(made))
     assert equal(*found)
     assert "_local_scalar_dense waits for the device" in caplog.text
+
+
+def test_a_watched_step_tells_where_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch warns of it; other warnings go their way."""
+    modes: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    found: list[str] = []
+    with pytest.warns(UserWarning) as seen:
+        with waits(found, watch=True):
+            warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
+            warnings.warn("something else", stacklevel=1)
+            warnings.warn("called a synchronizing CUDA operation (Triggered ...)", stacklevel=1)
+    assert [str(w.message) for w in seen] == ["something else"]
+    assert len(found) == 1
+    assert found[0].startswith(f"it waits for the device in {__file__}, line ")
+    assert modes == ["warn", 0]
+
+    with pytest.warns(UserWarning, match="synchronizing"), waits(found, watch=False):
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+    assert len(found) == 1 and len(modes) == 2
 
 
 def test_autograd_knows_of_a_replay() -> None:
