@@ -104,8 +104,10 @@ class GroupRMSprop(Optimizer):
         asked = self.param_groups[0]["capturable"]
         if asked is not None:
             return asked
-        devices = {p.device for group in self.param_groups for p in group["params"]}
-        return len(devices) == 1 and next(iter(devices)).type == "cuda"
+        groups = [group["params"] for group in self.param_groups]
+        if not all(p.is_cuda for params in groups for p in params):  # told by one look on the CPU
+            return False
+        return len({p.device for params in groups for p in params}) == 1
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -94,17 +94,25 @@ class CudaGraph:
         return found[0] if found else None
 
     def capture(self, step: Callable[[], None]) -> None:
+        torch.cuda.synchronize(self._device)  # a replay may be under way
         self._graph = None  # its memory is free for the next
-        graph = torch.cuda.CUDAGraph()
+        graph, first = torch.cuda.CUDAGraph(), list[RuntimeError]()
         with torch.cuda.device(self._device):
             here = torch.cuda.current_stream()
             try:
                 with torch.cuda.graph(graph, stream=self._stream):
-                    step()
+                    try:
+                        step()
+                    except RuntimeError as error:
+                        first.append(error)
+                        raise
             except BaseException:
                 CudaGraph._broken.append(graph)
-                # torch.cuda.graph leaves its stream in force where it cannot end the capture.
+                # torch.cuda.graph leaves its stream in force where it cannot end the capture, and
+                # the error from there says only that there was one.
                 torch.cuda.set_stream(here)
+                if first:
+                    raise first[0] from None
                 raise
         self._graph = graph
 
