@@ -251,11 +251,20 @@ def _read(found: Path, model: Any, optimizer: Any) -> dict[str, Any]:
         _load_weights(model, tensors, found)
     if optimizer is not None and saved["optimizer"] is not None:
         try:
+            _keep_capturable(saved["optimizer"], optimizer)
             optimizer.load_state_dict(saved["optimizer"])
         except (ValueError, KeyError) as error:
             raise UserError(f"{found} is of another optimizer: {error}") from error
         _set_random_state(saved["random"])
     return saved["state"]
+
+
+def _keep_capturable(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """How steps are executed belongs to the device a run goes on with, not to what it has learned;
+    PyTorch's optimizers would take it from the saved groups, and place their counts by it."""
+    for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=False):
+        if "capturable" in own:
+            group["capturable"] = own["capturable"]
 
 
 def _read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -21,7 +21,7 @@ import htfkernels as hk
 from htfkernels.dispatch import requested
 from htfkernels.plan import make_plan
 from htflearn.checkpoint import replace_file
-from htflearn.errors import UserError, writable_directory
+from htflearn.errors import UserError, usable_device, writable_directory
 from htflearn.models import matrix_factorization, tensor_factorization
 from htflearn.optim import GroupRMSprop
 from htflearn.targets import make_target
@@ -73,6 +73,7 @@ class Setting:
             panel forward 1.6 times as fast as one where both cores are free, and about as fast as
             one where another program has a core (unless OpenMP's threads wait by long spinning,
             see :mod:`htflearn.cli`). The steps of the other panels are too small to be shared.
+        device: ``"cpu"`` or ``"cuda"``, where steps are captured as a CUDA graph.
     """
 
     panel: Panel
@@ -94,6 +95,7 @@ class Setting:
     dtype: str = "float32"
     seed: int = 0
     threads: int = 1
+    device: str = "cpu"
 
 
 # Three of four random targets of local rank 5 are nearly of a lower one: the fifth singular value
@@ -144,6 +146,7 @@ def _prepare(setting: Setting) -> tuple[CompletionTask, hk.HTF, torch.optim.Opti
         )
     if setting.dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {setting.dtype!r}")
+    device = usable_device(setting.device)
     if setting.init_std <= 0 or setting.norm <= 0:
         raise ValueError("the initial standard deviation and the target's norm must be positive")
     dtype, dims = DTYPES[setting.dtype], (setting.dim,) * setting.order
@@ -155,10 +158,12 @@ def _prepare(setting: Setting) -> tuple[CompletionTask, hk.HTF, torch.optim.Opti
     task = completion(target, setting.samples, setting.noise_std, generator, setting.loss)
     model = _model(setting, dims)
     model.reset_parameters(generator)
-    model = model.to(dtype)
+    model = model.to(device, dtype)
     make: Any = {"grouprmsprop": GroupRMSprop, "sgd": torch.optim.SGD, "adam": torch.optim.Adam}
-    optimizer = make[setting.optimizer](model.parameters(), lr=setting.lr)
-    return task.to(dtype=dtype), model, optimizer
+    # Adam is no part of a CUDA graph unless it says so; the two others need not say it.
+    options = {"capturable": True} if setting.optimizer == "adam" and device == "cuda" else {}
+    optimizer = make[setting.optimizer](model.parameters(), lr=setting.lr, **options)
+    return task.to(device, dtype), model, optimizer
 
 
 def _model(setting: Setting, dims: tuple[int, ...]) -> hk.HTF:
@@ -253,7 +258,9 @@ def _run_panel(setting: Setting, out: Path, resume: bool, progress: bool) -> dic
             f"{setting.panel}: the loss is no longer finite after {result.iterations} iterations; "
             f"a smaller --lr than {setting.lr:g} may help"
         )
-    plan = make_plan("full_tensor", model.layout, DTYPES[setting.dtype], "cpu", requested())
+    plan = make_plan(
+        "full_tensor", model.layout, DTYPES[setting.dtype], setting.device, requested()
+    )
     final = result.history[-1]
     return {
         "settings": asdict(setting),
@@ -333,7 +340,7 @@ def _components(iterations: list[int], norms: list[list[float]]) -> list[dict[st
 
 
 def _check_same_settings(setting: Setting, out: Path, resume: bool) -> None:
-    """A run goes on with the settings it began with, but for where it ends."""
+    """A run goes on with the settings it began with, but for where it ends and where it runs."""
     path = out / "settings.json"
     if not resume or not path.exists():
         return
@@ -342,7 +349,7 @@ def _check_same_settings(setting: Setting, out: Path, resume: bool) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     now = asdict(setting)
-    free = {"iterations", "stop_train_loss"}
+    free = {"iterations", "stop_train_loss", "device"}
     for name, value in now.items():
         if name not in free and before.get(name) != value:
             option = name.replace("_", "-")

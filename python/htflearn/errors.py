@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-__all__ = ["UserError", "writable_directory"]
+__all__ = ["UserError", "usable_device", "writable_directory"]
 
 
 class UserError(Exception):
@@ -14,6 +14,31 @@ class UserError(Exception):
 
     The command line prints it without a traceback and ends with exit code 2.
     """
+
+
+def usable_device(name: str) -> str:
+    """Proves that a device is there, before the work begins.
+
+    Args:
+        name: ``"cpu"`` or ``"cuda"``.
+
+    Returns:
+        the same name.
+
+    Raises:
+        UserError: there is none of that name, or no GPU here.
+
+    Example:
+        >>> usable_device("cpu")
+        'cpu'
+    """
+    import torch  # not above: `htf --help` imports this module and needs no PyTorch
+
+    if name not in ("cpu", "cuda"):
+        raise UserError(f"--device must be cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no GPU here")
+    return name
 
 
 def writable_directory(path: str | os.PathLike[str]) -> Path:

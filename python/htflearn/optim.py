@@ -39,15 +39,25 @@ class GroupRMSprop(Optimizer):
     formula in PyTorch's operations, which round differently. Either way the average is float32, or
     float64 with float64 parameters, and the same run has the same bits again.
 
+    A capturable step keeps average and count as tensors beside the parameters and waits for
+    nothing, so that a CUDA graph can hold it: the same formula in PyTorch's operations, with the
+    factor of ``v`` in float64. The first step, which makes these tensors, cannot be captured. What
+    a graph has captured keeps the settings of that moment, but for an ``lr`` that is a tensor on
+    the parameters' device. A state dict fits optimizers of either kind, on any device.
+
     Args:
         params: parameters, or groups of them, which may differ in ``lr`` and ``weight_decay``.
         lr: step size.
         alpha: smoothing constant of the average.
         eps: added to the denominator.
         weight_decay: coefficient of an L2 penalty, added to the gradient.
+        capturable: whether steps are of the kind that a CUDA graph can hold; None: where all
+            parameters are on one CUDA device.
 
     Raises:
-        ValueError: a setting is out of range, or ``alpha`` and ``eps`` differ between groups.
+        ValueError: a setting is out of range, or ``alpha``, ``eps`` or ``capturable`` differ
+            between groups.
+        RuntimeError: a step is being captured, and none was taken before.
 
     Example:
         >>> model = torch.nn.Linear(3, 1)
@@ -62,6 +72,7 @@ class GroupRMSprop(Optimizer):
         alpha: float = 0.99,
         eps: float = 1e-6,
         weight_decay: float = 0.0,
+        capturable: bool | None = None,
     ) -> None:
         if not lr >= 0:
             raise ValueError(f"GroupRMSprop: lr must not be negative, got {lr}")
@@ -71,15 +82,32 @@ class GroupRMSprop(Optimizer):
             raise ValueError(f"GroupRMSprop: eps must not be negative, got {eps}")
         if not weight_decay >= 0:
             raise ValueError(f"GroupRMSprop: weight_decay must not be negative, got {weight_decay}")
-        defaults = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay}
+        defaults = {
+            "lr": lr,
+            "alpha": alpha,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "capturable": capturable,
+        }
         super().__init__(params, defaults)
-        for name in ("alpha", "eps"):
+        for name in ("alpha", "eps", "capturable"):
             values = {group[name] for group in self.param_groups}
             if len(values) > 1:
                 raise ValueError(
                     f"GroupRMSprop: {name} belongs to the one average and cannot differ between "
-                    f"groups, got {sorted(values)}"
+                    f"groups, got {sorted(values, key=str)}"
                 )
+
+    @property
+    def capturable(self) -> bool:
+        """Whether steps are of the kind that a CUDA graph can hold."""
+        asked = self.param_groups[0]["capturable"]
+        if asked is not None:
+            return asked
+        groups = [group["params"] for group in self.param_groups]
+        if not all(p.is_cuda for params in groups for p in params):  # told by one look on the CPU
+            return False
+        return len({p.device for params in groups for p in params}) == 1
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -92,14 +120,35 @@ class GroupRMSprop(Optimizer):
         if not any(params for params, _ in groups):
             return loss
         shared: dict[str, Any] = cast(Any, self.state)[_SHARED]
-        count = shared.get("step", 0) + 1
+        if self.capturable:
+            self._advance_in_place(groups, shared)
+            return loss
+        count = int(shared.get("step", 0)) + 1  # a capturable optimizer's is a tensor
         advance = self._advance_compiled if _compiled(groups) else self._advance
         # Out of place, so that a state dict taken or loaded earlier keeps its own value.
         shared["average"] = advance(groups, shared.get("average"), count)
         shared["step"] = count
         return loss
 
-    def _advance(self, groups: list[_Group], average: Tensor | None, count: int) -> Tensor:
+    def _advance_in_place(self, groups: list[_Group], shared: dict[str, Any]) -> None:
+        """The same for a CUDA graph: what changes is written where it was, and the host neither
+        reads nor counts."""
+        gradients = [g for _, grads in groups for g in grads]
+        device, dtype = gradients[0].device, _average_dtype(gradients)
+        average, count = shared.get("average"), shared.get("step")
+        if average is None or not isinstance(count, Tensor) or count.device != device:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "GroupRMSprop: take a step before one is captured: the average that steps "
+                    "share is not on the device yet"
+                )
+            count = torch.tensor(float(count or 0), dtype=torch.float64, device=device)
+            average = torch.tensor(float(average or 0), dtype=dtype, device=device)
+            shared["step"], shared["average"] = count, average
+        count += 1
+        average.copy_(self._advance(groups, average, count))
+
+    def _advance(self, groups: list[_Group], average: Tensor | None, count: int | Tensor) -> Tensor:
         """Moves the parameters; returns the new average."""
         decayed = [
             _decayed(params, grads, group["weight_decay"])
@@ -107,7 +156,7 @@ class GroupRMSprop(Optimizer):
         ]
         gradients = [g for grads in decayed for g in grads]
         device = gradients[0].device
-        dtype = reduce(torch.promote_types, (g.dtype for g in gradients), torch.float32)
+        dtype = _average_dtype(gradients)
         norms = [n.to(device) for n in torch._foreach_norm(gradients, dtype=dtype)]
         squared = torch.stack(norms).square().sum()
 
@@ -142,12 +191,35 @@ class GroupRMSprop(Optimizer):
         torch.autograd.graph.increment_version(params)
         return new
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state as it is now; later steps do not change it."""
+        saved = super().state_dict()
+        if _SHARED in saved["state"]:
+            saved["state"][_SHARED] = _copied(saved["state"][_SHARED])
+        return saved
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what ``state_dict`` returned, bit for bit."""
+        """Restores what ``state_dict`` returned, bit for bit; ``capturable`` stays as it was."""
+        capturable = self.param_groups[0]["capturable"]
         super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            group["capturable"] = capturable
         state = cast(Any, self.state)
         if _SHARED in state:  # a copy: the saved dictionary may feed another optimizer
-            state[_SHARED] = dict(state[_SHARED])
+            state[_SHARED] = _copied(state[_SHARED])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # saved before there was such a setting
+            group.setdefault("capturable", None)
+
+
+def _copied(shared: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in shared.items()}
+
+
+def _average_dtype(gradients: list[Tensor]) -> torch.dtype:
+    return reduce(torch.promote_types, (g.dtype for g in gradients), torch.float32)
 
 
 def _with_gradients(group: dict[str, Any]) -> _Group:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import htfkernels as hk
-from htflearn.losses import Loss, loss_function
+from htflearn.losses import LOSSES, Loss, loss_function
 from htflearn.targets import make_target
 
 __all__ = ["CompletionTask", "SensingTask", "Task", "completion", "make_target", "sensing"]
@@ -19,7 +19,12 @@ _LARGEST_FULL = 2**24
 
 
 class Task(Protocol):
-    """What :class:`htflearn.Trainer` needs to know of a task."""
+    """What :class:`htflearn.Trainer` needs to know of a task.
+
+    A task may have an attribute ``capturable``: True says that its loss on all samples is the same
+    operations on the same tensors every time, and waits for no device, so that a CUDA graph can
+    hold them.
+    """
 
     @property
     def num_samples(self) -> int:
@@ -90,6 +95,11 @@ class CompletionTask:
     def num_samples(self) -> int:
         """Number of training entries."""
         return len(self.values)
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold the loss: with one of :data:`htflearn.LOSSES`."""
+        return self.loss_function in LOSSES.values()
 
     def predict(self, model: hk.HTF, rows: Tensor | None = None) -> Tensor:
         """The model's training entries ``[M]``, or those of ``rows [B]``.
@@ -210,6 +220,11 @@ class SensingTask:
     def num_samples(self) -> int:
         """Number of training measurements."""
         return len(self.values)
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold the loss: with one of :data:`htflearn.LOSSES`."""
+        return self.loss_function in LOSSES.values()
 
     def predict(self, model: hk.HTF, rows: Tensor | None = None) -> Tensor:
         """The measurements of the model's tensor ``[M]``, or those of ``rows [B]``."""

@@ -16,6 +16,7 @@ from htflearn.checkpoint import load_checkpoint, save_checkpoint
 from htflearn.errors import UserError, writable_directory
 from htflearn.metrics import MetricsFile, plain
 from htflearn.progress import Progress
+from htflearn.step import CudaGraph, Graph, make_step
 from htflearn.tasks import Task
 from htflearn.trackers import Tracker
 
@@ -41,6 +42,11 @@ class TrainConfig:
         plateau_tolerance: what improves by less than this fraction has not improved.
         max_seconds: stops after that many seconds, those before a resume included.
         seed: of the order of the samples.
+        cuda_graph: whether steps are captured as a CUDA graph, which launches all kernels of a step
+            at once; the iterations and their numbers are those of eager steps. None: where they
+            can be (parameters on a GPU, no ``batch_size``, a capturable optimizer) and the task
+            says that its loss is capturable. True: always; a run that cannot raises the reason.
+            False: never.
     """
 
     iterations: int = 10_000
@@ -54,6 +60,7 @@ class TrainConfig:
     plateau_tolerance: float = 1e-3
     max_seconds: float | None = None
     seed: int = 0
+    cuda_graph: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("iterations", "log_every", "stop_patience"):
@@ -136,6 +143,8 @@ class Trainer:
         'iterations'
     """
 
+    _graph: type[Graph] = CudaGraph
+
     def __init__(
         self,
         model: nn.Module,
@@ -168,7 +177,17 @@ class Trainer:
 
         Raises:
             UserError: the checkpoint cannot be read, or is of another model or optimizer.
+            RuntimeError: ``cuda_graph`` is True, and a step cannot be captured.
         """
+        step = make_step(
+            self._eager_step(),
+            self.task,
+            self.optimizer,
+            self.regularizer,
+            self.config.batch_size,
+            self.config.cuda_graph,
+            self._graph,
+        )
         state, metrics = self._begin(resume)
         batches = _Batches(self.task.num_samples, self.config, _device(self.model))
         if state.batches:
@@ -180,7 +199,7 @@ class Trainer:
                 self.config.iterations, state.iteration, self.title, self.progress
             ) as progress,
         ):
-            self._loop(state, metrics, batches, progress, began)
+            self._loop(step, state, metrics, batches, progress, began)
             state.seconds = time.monotonic() - began
             self._save(state, metrics, batches)
             if self.restore_best and state.best_weights:
@@ -211,20 +230,35 @@ class Trainer:
             self._write(_State())
         return _State(), MetricsFile(path)
 
+    def _eager_step(self) -> Callable[[Tensor | None], None]:
+        model, optimizer, loss_of = self.model, self.optimizer, self.task.loss
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+        def step(rows: Tensor | None) -> None:
+            for p in parameters:
+                p.grad = None
+            loss = loss_of(model, rows)
+            if self.regularizer is not None:
+                loss = loss + self.regularizer(model)
+            loss.backward()
+            optimizer.step()
+
+        return step
+
     def _loop(
         self,
+        step: Callable[[Tensor | None], None],
         state: _State,
         metrics: MetricsFile,
         batches: _Batches,
         progress: Progress,
         began: float,
     ) -> None:
-        config, model, optimizer, loss_of = self.config, self.model, self.optimizer, self.task.loss
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        config = self.config
         every, seconds_every = config.checkpoint_every or 0, config.checkpoint_seconds or math.inf
         end = began + (config.max_seconds or math.inf)
         saved_at = time.monotonic()
-        model.train()
+        self.model.train()
         # A run that stopped on one of its conditions, resumed under the same ones, stops again.
         state.reason = self._reason(state)
         while not state.reason:
@@ -246,13 +280,7 @@ class Trainer:
                 state.seconds = now - began
                 self._save(state, metrics, batches)
                 saved_at = time.monotonic()
-            for p in parameters:
-                p.grad = None
-            loss = loss_of(model, batches.next())
-            if self.regularizer is not None:
-                loss = loss + self.regularizer(model)
-            loss.backward()
-            optimizer.step()
+            step(batches.next())
             state.iteration += 1
 
     def _log(self, state: _State, metrics: MetricsFile) -> float:

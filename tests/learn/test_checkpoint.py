@@ -229,3 +229,18 @@ def test_a_model_whose_checkpoint_is_replaced_while_it_is_read(
     (module.find_weights(tmp_path)).unlink()
     with pytest.raises(UserError, match="there is no file"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("kind", [GroupRMSprop, torch.optim.Adam])
+def test_how_steps_are_executed_is_not_taken_from_a_checkpoint(
+    kind: Any, before: bool, tmp_path: Path
+) -> None:
+    """A run from a CPU goes on in a CUDA graph, and one from there on a CPU."""
+    model = matrix_factorization(6, 5)
+    # PyTorch's Adam takes a capturable step on a GPU alone, but keeps the setting anywhere.
+    save_checkpoint(tmp_path, model, kind(model.parameters(), lr=0.5, capturable=before))
+    other = kind(model.parameters(), capturable=not before)
+    load_checkpoint(tmp_path, model, other)
+    (group,) = other.param_groups
+    assert group["lr"] == 0.5 and group["capturable"] is not before

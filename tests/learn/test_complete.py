@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +216,19 @@ def test_a_loss_that_diverges_is_told(tmp_path: Path, capsys: pytest.CaptureFixt
     assert htf(tmp_path / "t.npy", "--optimizer", "sgd", "--lr", "1e30", "--init-std", "1e20") == 2
     assert "no finite result" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["t.npy"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("smoothness", [0.0, 0.1])
+def test_on_a_gpu_the_same_is_learned(smoothness: float, tmp_path: Path) -> None:
+    np.save(tmp_path / "t.npy", with_gaps(low_rank(6, 5, 4), 0.3))
+    found = []
+    for device in ("cpu", "cuda"):
+        out = tmp_path / f"{device}.npy"
+        options = replace(
+            QUICK, device=device, dtype="float64", out=out, weight_decay=0.0, smoothness=smoothness,
+            max_seconds=1e6,  # the step size falls by the clock where that is nearer to its end
+        )  # fmt: skip
+        found.append(np.load(complete(tmp_path / "t.npy", options).result))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-6)

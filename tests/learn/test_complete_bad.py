@@ -166,6 +166,7 @@ CASES: list[Case] = [
     ("t.npy", GOOD, ("--loss", "l3"), "--loss expects one of l2, l1, huber"),
     ("t.npy", GOOD, ("--optimizer", "lbfgs"), "--optimizer expects one of"),
     ("t.npy", GOOD, ("--dtype", "int8"), "--dtype expects one of"),
+    ("t.npy", GOOD, ("--device", "tpu"), "--device must be cpu or cuda, got 'tpu'"),
     ("t.npy", GOOD, ("--lr", "-1"), "--lr expects a positive number"),
     ("t.npy", GOOD, ("--lr", "nan"), "--lr expects a positive number"),
     ("t.npy", GOOD, ("--iterations", "0"), "--iterations expects a positive number"),

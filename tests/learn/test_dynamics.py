@@ -174,6 +174,7 @@ def test_an_output_that_cannot_be_written(
         (["--lr", "-1"], "lr"),
         (["--depth", "1"], "depth"),
         (["--seed", "-1"], "--seed"),
+        (["--device", "tpu"], "--device must be cpu or cuda, got 'tpu'"),
     ],
 )
 def test_bad_options(
@@ -196,6 +197,40 @@ def test_resume_with_other_settings(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "width 12, not 13" in fails([*QUICK, *out, "--resume", "--width", "13"], capsys)
     assert (tmp_path / "dynamics.json").read_bytes() == before
     assert run([*QUICK, *out, "--resume", "--iterations", "150"]) == 0
+
+
+def test_no_gpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = fails([*QUICK, "--device", "cuda", "--out", str(tmp_path / "out")], capsys)
+    assert "--device cuda: PyTorch finds no GPU here" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_from_before_there_were_devices_goes_on(tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path)]
+    assert run([*QUICK, *out]) == 0
+    path = tmp_path / "mf" / "settings.json"
+    settings = json.loads(path.read_text())
+    assert settings.pop("device") == "cpu"
+    path.write_text(json.dumps(settings))
+    assert run([*QUICK, *out, "--resume", "--iterations", "150"]) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("optimizer", ["grouprmsprop", "adam"])
+def test_a_run_on_a_gpu_learns_what_one_on_the_cpu_does(optimizer: str, tmp_path: Path) -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        command = ["dynamics", "--preset", "smoke", "--iterations", "60", "--dtype", "float64"]
+        more = ["--optimizer", optimizer, "--device", device, "--out", str(tmp_path / device)]
+        assert run([*command, *more]) == 0
+        found.append(json.loads((tmp_path / device / "dynamics.json").read_text())["panels"])
+    for cpu, gpu in zip(*found, strict=True):
+        assert gpu["settings"]["device"] == "cuda"
+        assert gpu["train_loss"] == pytest.approx(cpu["train_loss"], rel=1e-6)
 
 
 def test_a_run_that_diverges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

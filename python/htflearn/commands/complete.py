@@ -157,6 +157,7 @@ def complete(
     dtype: Annotated[
         str, typer.Option(help="float32 or float64.", rich_help_panel=_TRAINING)
     ] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.", rich_help_panel=_TRAINING)] = "cpu",
     seed: Annotated[
         int,
         typer.Option(
@@ -237,6 +238,7 @@ def complete(
             init_std=init_std,
             batch_size=batch_size,
             dtype=dtype,
+            device=device,
             seed=seed,
             out=out,
             smooth=smooth,

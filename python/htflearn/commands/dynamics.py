@@ -53,6 +53,7 @@ def dynamics(
     log_every: Annotated[int | None, typer.Option(help="Iterations between two points.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or float64.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of PyTorch.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
 ) -> None:
     """Watch low rank being learned, one component at a time.
 
@@ -78,6 +79,7 @@ def dynamics(
         "log_every": log_every,
         "dtype": dtype,
         "threads": threads,
+        "device": device,
     }
     given = {name: value for name, value in chosen.items() if value is not None}
     settings = _settings(preset, panels, given)
@@ -159,8 +161,9 @@ def _learned(panel: dict[str, Any]) -> str:
 
 
 def _backend(panel: dict[str, Any]) -> str:
-    threads = panel["settings"]["threads"]
-    return f"{panel['backend']}, {panel['settings']['dtype']}, threads: {threads}"
+    s = panel["settings"]
+    where = f"threads: {s['threads']}" if s["device"] == "cpu" else s["device"]
+    return f"{panel['backend']}, {s['dtype']}, {where}"
 
 
 def _each(panel: dict[str, Any], key: str, form: str) -> str:

@@ -48,6 +48,7 @@ class Settings:
         smoothness: coefficient of :class:`_SmoothTask`'s penalty.
         init_std: standard deviation of all initial weights, or None, which makes the tensor's 0.3.
         dtype: of the parameters.
+        device: where models are trained; they come back to the CPU.
         batch_size: entries a step, or None.
         seed: of initial weights and batches.
         progress: whether to show it.
@@ -62,6 +63,7 @@ class Settings:
     smoothness: float = 0.0
     init_std: float | None = None
     dtype: torch.dtype = torch.float32
+    device: str = "cpu"
     batch_size: int | None = None
     seed: int = 0
     progress: bool = True
@@ -179,14 +181,14 @@ class Fitted:
 @torch.no_grad()
 def _values_at(model: hk.HTF, split: Split, indices: Tensor) -> np.ndarray:
     total = prod(split.shape)
-    places = split.split(indices)
+    places = split.split(indices).to(model.weights[0].device)
     if total <= LARGEST_FULL and total <= 64 * max(len(places), 1):
         full = model.full_tensor()
         values = full[tuple(places.T)]
     else:
         parts = [model.at(part) for part in places.split(2**16)]
         values = torch.cat(parts) if parts else torch.zeros(0)
-    return values.double().numpy()
+    return values.double().cpu().numpy()
 
 
 def make_htf(
@@ -276,6 +278,7 @@ def _task(problem: Problem, split: Split, settings: Settings) -> CompletionTask:
     scaled = (problem.entries.values - problem.mean) / (problem.scale or 1.0)
     values = torch.from_numpy(scaled).to(settings.dtype)
     train, held = torch.from_numpy(problem.train), torch.from_numpy(problem.held)
+    indices, values = indices.to(settings.device), values.to(settings.device)
     parts = (indices[train], values[train], split.shape, indices[held], values[held])
     if settings.smoothness == 0:
         return CompletionTask(*parts, loss=settings.loss)
@@ -303,7 +306,7 @@ def _run(
 ) -> Fitted:
     """One run with a share of the iterations, its step size annealed within them or the time."""
     torch.manual_seed(settings.seed)
-    model = make()
+    model = make().to(settings.device)
     iterations = max(round(settings.iterations * share), 1)
     optimizer = _optimizer(model, settings.optimizer, settings.lr, 2 * decay)
     batch = settings.batch_size
@@ -337,7 +340,7 @@ def _run(
         ).fit()
     return Fitted(
         name,
-        model,
+        model.cpu(),
         split,
         decay,
         math.inf if result.best is None else result.best,

@@ -20,7 +20,7 @@ from htflearn.complete.quantize import LONG, Split, factors_of, parse_factors
 from htflearn.complete.report import make_report, picture_writer, report_writer
 from htflearn.complete.tables import TableSource
 from htflearn.complete.trees import make_ranks, make_tree
-from htflearn.errors import UserError
+from htflearn.errors import UserError, usable_device
 
 __all__ = ["Options", "Outputs", "complete"]
 
@@ -69,6 +69,7 @@ class Options:
     init_std: float | None = None
     batch_size: int | None = None
     dtype: str = "float32"
+    device: str = "cpu"
     seed: int = 0
     out: Path | None = None
     smooth: bool = False
@@ -180,6 +181,7 @@ def _settings(options: Options) -> Settings:
         weight_decay=options.weight_decay,
         init_std=options.init_std,
         dtype=_DTYPES[options.dtype],
+        device=usable_device(options.device),
         batch_size=options.batch_size,
         seed=options.seed,
         progress=options.progress,
