@@ -177,6 +177,7 @@ def test_what_does_not_compile_is_named():
     reports = kernels.compile_all(launches, [90], processes=2)
     good, bad = reports
     assert good.error is None and bad.error is not None
+    assert good.found == report(run_scale).found
     table = gate.updated({}, reports, [90])
     assert list(table) == [launches[0].name]
     violation = only(gate.check(reports, table))
@@ -186,18 +187,28 @@ def test_what_does_not_compile_is_named():
 def test_a_compiler_that_dies_is_named(monkeypatch):
     """And what its siblings were at is not lost."""
     launches, _ = kernels.collect_all([("one", run_scale), ("two", run_product)])
-    compile_launch = kernels.compile_launch
+    compile_one = kernels._compile
 
     def dies(launch, arch):
         if launch.cases == ["two"]:
             os._exit(1)
-        return compile_launch(launch, arch)
+        return compile_one(launch, arch)
 
-    monkeypatch.setattr(kernels, "compile_launch", dies)
+    monkeypatch.setattr(kernels, "_compile", dies)
     good, bad = kernels.compile_all(launches, [80], processes=2)
     assert good.error is None and good.found.registers
     assert bad.error == "the compiler's process died"
     assert "launched by two: it does not compile" in only(gate.limits([good, bad]))
+
+
+def test_kernels_compiled_together_are_read_apart():
+    """They are disassembled in one file."""
+    runs = [run_scale, lambda: run_product(torch.bfloat16), lambda: run_scale(block=512)]
+    launches = [launch for run in runs for launch in kernels.collect(run)]
+    together = kernels.compile_all(launches, [80, 90], processes=2)
+    apart = [kernels.compile_launch(launch, arch) for arch in (80, 90) for launch in launches]
+    assert [r.found for r in together] == [r.found for r in apart]
+    assert [r.found.tensor for r in together] == ["", "HMMA", "", "", "HGMMA", ""]
 
 
 @pytest.fixture
