@@ -92,6 +92,7 @@ def models() -> tuple[Model, ...]:
         Model("paper", indices, _balanced(4, 8, 512), 2048, ALL),
         Model("completion", indices, _balanced(6, 50, 32), 1_000_000, (IEEE, TF32)),
         Model("dense", tensor, _balanced(8, 8, 32), 1, ALL),
+        Model("repeated", ("planned",), _balanced(4, 4, 16), 2048, (TF32,)),
         Model("odd", everything, _balanced(4, 5, 17), 300, MAIN),
         Model("unaligned", vectors, _balanced(8, 16, 64), 256, (TF32,), aligned=False),
         Model("one sample", (*vectors, "at"), _balanced(8, 16, 64), 1, (IEEE,)),
