@@ -59,7 +59,7 @@ class Model(NamedTuple):
     ops: tuple[str, ...]
     layout: Layout
     batch: int
-    numbers: tuple[Numbers, ...] = MAIN
+    numbers: tuple[Numbers, ...]
     each: bool = False
     aligned: bool = True
 
@@ -77,27 +77,29 @@ def _ragged(order: int) -> Layout:
 @lru_cache(maxsize=1)
 def models() -> tuple[Model, ...]:
     """All models: first those of ``htf bench``, then shapes and layouts that are none of theirs."""
-    vectors, indices = ("evaluate",), ("at", "planned")
+    vectors, indices, tensor = ("evaluate",), ("at", "planned"), ("tensor",)
+    everything = (*vectors, *indices, *tensor)
     cp = Layout.make(ModeTree.flat(3), 16, 256, root="sum")
     mf = Layout.make(ModeTree.chain(3), 64, 64, root="sum")
     return (
         Model("wide", vectors, _balanced(256, 64, 128), 512, ALL, each=True),
-        Model("medium", vectors, _balanced(64, 16, 64), 1024),
-        Model("deep", vectors, _balanced(1024, 8, 32), 256),
-        Model("small", vectors, _balanced(16, 8, 16), 1024),
-        Model("ragged", vectors, _ragged(100), 300, (IEEE, TF32, FP64)),
+        Model("medium", vectors, _balanced(64, 16, 64), 1024, MAIN),
+        Model("deep", vectors, _balanced(1024, 8, 32), 256, (TF32, FP64)),
+        Model("small", vectors, _balanced(16, 8, 16), 1024, (IEEE, BF16)),
+        Model("ragged", vectors, _ragged(100), 300, (IEEE, TF32)),
         # Of the largest model only a few nodes: the others are launched with them.
-        Model("huge", vectors, _balanced(8, 64, 256), 4096, (TF32, TF32X3, BF16, FP64)),
+        Model("huge", vectors, _balanced(8, 64, 256), 4096, (TF32, TF32X3, BF16)),
         Model("paper", indices, _balanced(4, 8, 512), 2048, ALL),
-        Model("completion", indices, _balanced(6, 50, 32), 1_000_000, MAIN),
-        Model("dense", ("tensor",), _balanced(8, 8, 32), 1, ALL),
-        Model("odd", (*vectors, *indices, "tensor"), _balanced(4, 5, 17), 300, ALL, each=True),
-        Model("unaligned", vectors, _balanced(8, 16, 64), 256, (TF32, BF16), aligned=False),
-        Model("one sample", (*vectors, "at"), _balanced(8, 16, 64), 1, (IEEE, TF32)),
-        Model("outputs", (*vectors, *indices, "tensor"), _balanced(4, 8, 32, out_features=10), 256),
-        Model("shared", vectors, _balanced(8, 16, 64, share_weights=True), 256, (IEEE, TF32)),
-        Model("cp", (*vectors, *indices, "tensor"), cp, 1024, (IEEE, TF32)),
-        Model("mf", (*vectors, *indices, "tensor"), mf, 1024, (IEEE, TF32)),
+        Model("completion", indices, _balanced(6, 50, 32), 1_000_000, (IEEE, TF32)),
+        Model("dense", tensor, _balanced(8, 8, 32), 1, ALL),
+        Model("repeated", ("planned",), _balanced(4, 4, 16), 2048, (TF32,)),
+        Model("odd", everything, _balanced(4, 5, 17), 300, MAIN),
+        Model("unaligned", vectors, _balanced(8, 16, 64), 256, (TF32,), aligned=False),
+        Model("one sample", (*vectors, "at"), _balanced(8, 16, 64), 1, (IEEE,)),
+        Model("outputs", everything, _balanced(4, 8, 32, out_features=10), 256, (TF32,)),
+        Model("shared", vectors, _balanced(8, 16, 64, share_weights=True), 256, (IEEE,)),
+        Model("cp", everything, cp, 1024, (TF32,)),
+        Model("mf", everything, mf, 1024, (IEEE,)),
     )
 
 

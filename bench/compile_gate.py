@@ -8,6 +8,7 @@ of ``compile_cases.py``:
     python bench/compile_gate.py              # checks against bench/compile_ceilings.json
     python bench/compile_gate.py --table      # and prints what was found
     python bench/compile_gate.py --update     # takes what was found as the new ceilings
+    python bench/compile_gate.py --cases "^evaluate .*, wide" --arch 90     # looks at a part
 
 The check fails, with a sentence for each reason, where a kernel does not compile; where it needs
 more registers, shared memory, stack, local memory instructions (spills) or code than its ceiling;
@@ -98,14 +99,26 @@ def ceiling(found: Needs) -> Needs:
     )
 
 
-def updated(table: Table, reports: Iterable[Report], archs: Iterable[int], only: str = "") -> Table:
-    """The table with what was found as ceilings. Rows of these architectures that nobody launches
-    any more are gone; those of others, and of other versions of Triton, stay."""
+def updated(
+    table: Table,
+    reports: Iterable[Report],
+    archs: Iterable[int],
+    complete: bool = True,
+    only: str = "",
+) -> Table:
+    """The table with what was found as ceilings.
+
+    Args:
+        table: as it was.
+        reports, archs: what was found, and for which architectures. Rows of others stay.
+        complete: whether a row without a report is dropped.
+        only: the choice that was made among the configurations.
+    """
     columns = {target(arch) for arch in archs}
     kept = {
         (name, key, column): row
         for name, key, column, row in _rows(table)
-        if column not in columns or not selected(name, key, only)
+        if not complete or column not in columns or not selected(name, key, only)
     }
     for report in reports:
         if report.error is None:
@@ -199,6 +212,7 @@ def check(reports: list[Report], table: Table, complete: bool = True, only: str 
 
 def _about(report: Report) -> str:
     where = f", launched by {report.cases[0]}" if report.cases else ""
+    where += f" and {len(report.cases) - 1} more" if len(report.cases) > 1 else ""
     return f"{report.name} [{report.key}] on {report.target}{where}"
 
 
@@ -223,6 +237,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--only", default="", help="kernels or configurations, a regular expression"
     )
+    parser.add_argument(
+        "--cases",
+        default="",
+        help="only these cases' launches, a regular expression of their names",
+    )
     parser.add_argument("--arch", default=",".join(map(str, ARCHITECTURES)), help="80,90")
     parser.add_argument("--jobs", type=int, help="processes; as many as there are CPUs")
     parser.add_argument("--ceilings", type=Path, default=CEILINGS, help="the table's file")
@@ -230,28 +249,31 @@ def main(arguments: list[str] | None = None) -> int:
     archs = [int(arch) for arch in options.arch.split(",")]
 
     start = time.perf_counter()
-    launches, violations = collect_all(compile_cases.cases())
-    complete = not violations
+    cases = [case for case in compile_cases.cases() if re.search(options.cases, case[0])]
+    launches, violations = collect_all(cases)
+    if options.update and violations:
+        # A case that fails would take its rows out of the table.
+        print(*violations, "The table is as it was.", sep="\n", file=sys.stderr)
+        return 1
+    complete = not violations and not options.cases
     launches = [launch for launch in launches if selected(launch.name, launch.key, options.only)]
     recorded = time.perf_counter() - start
     reports = compile_all(launches, archs, options.jobs)
     if options.table:
         print(markdown(reports))
     if options.update:
-        if not complete:
-            # A case that fails would take its rows out of the table.
-            print(*violations, "The table is as it was.", sep="\n", file=sys.stderr)
-            return 1
-        table = updated(load(options.ceilings), reports, archs, options.only)
-        save(table, options.ceilings)
-        violations += limits(reports)
+        table = load(options.ceilings)
+        save(updated(table, reports, archs, complete, options.only), options.ceilings)
+        violations = limits(reports)
     else:
         violations += check(reports, load(options.ceilings), complete, options.only)
     print(*violations, sep="\n", file=sys.stderr, end="\n" if violations else "")
     total = time.perf_counter() - start
+    spilling = sum(report.found.local > 0 for report in reports)
     print(
         f"{len(launches)} configurations for {', '.join(map(target, archs))}: "
-        f"{len(violations)} violations ({recorded:.0f} s recording, {total:.0f} s in all)"
+        f"{spilling} of {len(reports)} kernels spill, {len(violations)} violations "
+        f"({recorded:.0f} s recording, {total:.0f} s in all)"
     )
     return 1 if violations else 0
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -240,10 +241,66 @@ def _line(error: BaseException) -> str:
 # -- compiling ------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Binary:
+    """A compiled kernel before it is disassembled; or why there is none."""
+
+    code: bytes = b""
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+    seconds: float = 0.0
+    error: str | None = None
+
+
 def compile_launch(launch: Launch, arch: int) -> Report:
     """Compiles a kernel for an architecture and reads what it needs off its machine code."""
+    (report,) = _reports([(launch, arch)], [_compile(launch, arch)])
+    return report
+
+
+def compile_all(
+    launches: Iterable[Launch], archs: Iterable[int], processes: int | None = None
+) -> list[Report]:
+    """Compiles all launches for all architectures, in several processes.
+
+    They are forks of this one, which know the kernels without importing them again. One that dies
+    takes its siblings' work with it, which is then done one by one, so that the culprit is named.
+    """
+    launches = list(launches)
+    _jobs[:] = [(launch, arch) for arch in archs for launch in launches]
+    binaries: dict[int, _Binary] = {}
+    with _pool(processes or os.cpu_count() or 1) as pool:
+        numbers = {pool.submit(_compile_job, number): number for number in range(len(_jobs))}
+        for future in as_completed(numbers):
+            try:
+                binaries[numbers[future]] = future.result()
+            except BrokenProcessPool:
+                continue
+    for number in range(len(_jobs)):
+        if number in binaries:
+            continue
+        with _pool(1) as pool:
+            try:
+                binaries[number] = pool.submit(_compile_job, number).result()
+            except BrokenProcessPool:
+                binaries[number] = _Binary(error="the compiler's process died")
+    return _reports(_jobs, [binaries[number] for number in range(len(_jobs))])
+
+
+_jobs: list[tuple[Launch, int]] = []
+
+
+def _compile_job(number: int) -> _Binary:
+    return _compile(*_jobs[number])
+
+
+def _pool(processes: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(processes, mp_context=get_context("fork"))
+
+
+def _compile(launch: Launch, arch: int) -> _Binary:
     start = time.perf_counter()
-    about = (launch.name, launch.key, arch, tuple(launch.cases))
     source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
     options = {
         "num_warps": launch.warps,
@@ -257,30 +314,19 @@ def compile_launch(launch: Launch, arch: int) -> Report:
             compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
             cubin = Path(folder) / "kernel.cubin"
             cubin.write_bytes(compiled.asm["cubin"])
-            found = _read(cubin, int(compiled.metadata.shared))
+            printed = _tool(knobs.nvidia.cuobjdump.path, "-res-usage", cubin)
+            usage = re.findall(r"REG:(\d+) STACK:(\d+)", printed)
+            if not usage:
+                raise RuntimeError(f"cuobjdump -res-usage prints no registers: {printed}")
+            return _Binary(
+                _code(compiled.asm["cubin"]),
+                max(int(registers) for registers, _ in usage),
+                max(int(stack) for _, stack in usage),
+                int(compiled.metadata.shared),
+                time.perf_counter() - start,
+            )
     except Exception as error:
-        return Report(*about, error=f"{type(error).__name__}: {_line(error)}")
-    return Report(*about, found, time.perf_counter() - start)
-
-
-_USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
-_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)")
-
-
-def _read(cubin: Path, shared: int) -> Needs:
-    usage = _USAGE.findall(_tool(knobs.nvidia.cuobjdump.path, "-res-usage", cubin))
-    code = _INSTRUCTION.findall(_tool(knobs.nvidia.nvdisasm.path, "-c", cubin))
-    if not usage or not code:
-        raise RuntimeError("cuobjdump and nvdisasm print nothing that is known of this kernel")
-    names = [name for _, name in code]
-    return Needs(
-        max(int(registers) for registers, _ in usage),
-        shared,
-        max(int(stack) for _, stack in usage),
-        sum(name in ("LDL", "STL") for name in names),
-        16 * len(code),  # bytes of an instruction, since sm_70
-        "+".join(i for i in TENSOR_CORES if any(name.startswith(i) for name in names)),
-    )
+        return _Binary(error=f"{type(error).__name__}: {_line(error)}")
 
 
 def _tool(path: str, *arguments: object) -> str:
@@ -288,45 +334,70 @@ def _tool(path: str, *arguments: object) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-_jobs: list[tuple[Launch, int]] = []
+def _code(cubin: bytes) -> bytes:
+    """The instructions in a cubin, which is a 64-bit ELF file: its sections ``.text.*``."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<3H", cubin, 0x3A)
+    # Of a section: offset of its name, type, flags, address, offset, size.
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    strings = sections[names][4]
+    return b"".join(
+        cubin[offset : offset + length]
+        for name, _, _, _, offset, length in sections
+        if cubin[strings + name :].startswith(b".text.")
+    )
 
 
-def _compile_job(number: int) -> Report:
-    return compile_launch(*_jobs[number])
+# -- reading machine code -------------------------------------------------------------------------
+
+_INSTRUCTION_BYTES = 16  # since sm_70
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)")
 
 
-def compile_all(
-    launches: Iterable[Launch], archs: Iterable[int], processes: int | None = None
-) -> list[Report]:
-    """Compiles all launches for all architectures, in several processes.
-
-    They are forks of this one, which know the kernels without importing them again. One that dies
-    takes its siblings' work with it, which is then done one by one, so that the culprit is named.
-    """
-    _jobs[:] = [(launch, arch) for arch in archs for launch in launches]
-    reports: dict[int, Report] = {}
-    if processes is None:
-        processes = os.cpu_count() or 1
-    with _pool(processes) as pool:
-        numbers = {pool.submit(_compile_job, number): number for number in range(len(_jobs))}
-        for future in as_completed(numbers):
-            try:
-                reports[numbers[future]] = future.result()
-            except BrokenProcessPool:
-                continue
-    for number, (launch, arch) in enumerate(_jobs):
-        if number in reports:
-            continue
-        with _pool(1) as pool:
-            try:
-                reports[number] = pool.submit(_compile_job, number).result()
-            except BrokenProcessPool:
-                died = "the compiler's process died"
-                reports[number] = Report(
-                    launch.name, launch.key, arch, tuple(launch.cases), error=died
-                )
-    return [reports[number] for number in range(len(_jobs))]
+def _reports(jobs: Sequence[tuple[Launch, int]], binaries: Sequence[_Binary]) -> list[Report]:
+    found: dict[int, Needs] = {}
+    for arch in {arch for _, arch in jobs}:
+        numbers = [i for i, (_, a) in enumerate(jobs) if a == arch and binaries[i].error is None]
+        code = [binaries[i].code for i in numbers]
+        for i, names in zip(numbers, _disassembled(code, arch), strict=True):
+            found[i] = Needs(
+                binaries[i].registers,
+                binaries[i].shared,
+                binaries[i].stack,
+                sum(name in ("LDL", "STL") for name in names),
+                len(binaries[i].code),
+                "+".join(t for t in TENSOR_CORES if any(name.startswith(t) for name in names)),
+            )
+    return [
+        Report(
+            launch.name,
+            launch.key,
+            arch,
+            tuple(launch.cases),
+            found.get(i, NOTHING),
+            binaries[i].seconds,
+            binaries[i].error,
+        )
+        for i, (launch, arch) in enumerate(jobs)
+    ]
 
 
-def _pool(processes: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(processes, mp_context=get_context("fork"))
+def _disassembled(code: Sequence[bytes], arch: int) -> Iterator[list[str]]:
+    """Names of the instructions of several kernels, disassembled together: starting the
+    disassembler takes longer than a kernel."""
+    if not code:
+        return
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(code))
+        file.flush()
+        target = f"SM{arch}a" if arch >= 90 else f"SM{arch}"
+        arguments = ("--binary", target, "--no-dataflow", "--print-code", file.name)
+        names = _INSTRUCTION.findall(_tool(knobs.nvidia.nvdisasm.path, *arguments))
+    total = sum(map(len, code)) // _INSTRUCTION_BYTES
+    if len(names) != total:
+        raise RuntimeError(f"compile gate: nvdisasm shows {len(names)} instructions of {total}")
+    first = 0
+    for kernel in code:
+        last = first + len(kernel) // _INSTRUCTION_BYTES
+        yield names[first:last]
+        first = last

@@ -6,12 +6,13 @@ import json
 import os
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-from htfkernels import dispatch
+from htfkernels import dispatch, index_plan
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -177,6 +178,7 @@ def test_what_does_not_compile_is_named():
     reports = kernels.compile_all(launches, [90], processes=2)
     good, bad = reports
     assert good.error is None and bad.error is not None
+    assert good.found == report(run_scale).found
     table = gate.updated({}, reports, [90])
     assert list(table) == [launches[0].name]
     violation = only(gate.check(reports, table))
@@ -186,18 +188,28 @@ def test_what_does_not_compile_is_named():
 def test_a_compiler_that_dies_is_named(monkeypatch):
     """And what its siblings were at is not lost."""
     launches, _ = kernels.collect_all([("one", run_scale), ("two", run_product)])
-    compile_launch = kernels.compile_launch
+    compile_one = kernels._compile
 
     def dies(launch, arch):
         if launch.cases == ["two"]:
             os._exit(1)
-        return compile_launch(launch, arch)
+        return compile_one(launch, arch)
 
-    monkeypatch.setattr(kernels, "compile_launch", dies)
+    monkeypatch.setattr(kernels, "_compile", dies)
     good, bad = kernels.compile_all(launches, [80], processes=2)
     assert good.error is None and good.found.registers
     assert bad.error == "the compiler's process died"
     assert "launched by two: it does not compile" in only(gate.limits([good, bad]))
+
+
+def test_kernels_compiled_together_are_read_apart():
+    """They are disassembled in one file."""
+    runs = [run_scale, lambda: run_product(torch.bfloat16), lambda: run_scale(block=512)]
+    launches = [launch for run in runs for launch in kernels.collect(run)]
+    together = kernels.compile_all(launches, [80, 90], processes=2)
+    apart = [kernels.compile_launch(launch, arch) for arch in (80, 90) for launch in launches]
+    assert [r.found for r in together] == [r.found for r in apart]
+    assert [r.found.tensor for r in together] == ["", "HMMA", "", "", "HGMMA", ""]
 
 
 @pytest.fixture
@@ -276,6 +288,10 @@ def test_updates_drop_what_is_gone_and_keep_what_was_not_looked_at(measured):
     assert rows(dropped) == everything - {(reports[0].name, reports[0].key, reports[0].target)}
     assert rows(gate.updated(table, [], [90])) == {r for r in everything if r[2].endswith("80")}
     assert rows(gate.updated(table, [], [80, 90], only="scale$")) == everything
+    assert rows(gate.updated(table, [], [80, 90], complete=False)) == everything
+    assert rows(gate.updated(table, [], [80, 90], only="product")) == {
+        row for row in everything if "scale" in row[0]
+    }
 
 
 def test_the_table_survives_its_file(measured, tmp_path):
@@ -308,6 +324,12 @@ def test_the_command_checks_updates_and_prints(monkeypatch, tmp_path, capsys):
     assert gate.main(fast) == 1
     assert "nobody launches" in capsys.readouterr().err
     assert gate.main([*fast, "--only", "scale"]) == 0
+    assert gate.main([*fast, "--cases", "one"]) == 0
+    before = path.read_text()
+    assert gate.main([*fast, "--cases", "one", "--update"]) == 0
+    assert path.read_text() == before
+    assert gate.main([*fast, "--update"]) == 0
+    assert path.read_text() != before
 
 
 def test_a_failing_case_does_not_touch_the_table(monkeypatch, tmp_path, capsys):
@@ -316,3 +338,21 @@ def test_a_failing_case_does_not_touch_the_table(monkeypatch, tmp_path, capsys):
     assert gate.main(["--update", "--ceilings", str(path)]) == 1
     assert not path.exists()
     assert "case idle: it launches nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("op", ["evaluate", "evaluate_at", "full_tensor"])
+def test_every_case_launches_something(op):
+    """On the models that the gate is run for."""
+    if find_spec(f"htfkernels.ops.{op}.triton") is None:
+        pytest.skip(f"{op} has no Triton kernels")
+    ours = {"evaluate": "evaluate ", "evaluate_at": ("at ", "planned "), "full_tensor": "tensor "}
+    cases = [case for case in gate.compile_cases.cases() if case[0].startswith(ours[op])]
+    launches, failures = kernels.collect_all(cases)
+    assert not failures
+    assert {name for launch in launches for name in launch.cases} == {name for name, _ in cases}
+
+
+def test_the_models_visit_every_form_of_index_plan():
+    models = [m for m in gate.compile_cases.models() if "planned" in m.ops and m.batch < 10**5]
+    forms = {gate.compile_cases._plan(model).form for model in models}
+    assert forms == {index_plan.WALK, index_plan.BILINEAR, index_plan.FRAMED_ROOT}
