@@ -214,7 +214,7 @@ def test_tolerances_are_those_of_the_rounding(
     ]
     print(f"{name}, {rounding}: off by {max(off):.1e}, allowed {judged[1]:.1e}")
     if (name, rounding) == ("paper", "float16"):
-        assert max(off) == inf  # its entries are below the smallest number
+        assert max(off) == 1  # its entries are below the smallest number
     else:
         assert max(off) < judged[1] / 2
 
@@ -325,8 +325,22 @@ def test_cutensornet_gets_the_network(workload: str, monkeypatch: pytest.MonkeyP
 
 
 def test_compiling_is_cut_short_where_asked() -> None:
+    def stubborn() -> None:
+        for _ in range(2):  # as a compiler that goes on with the next kernel
+            try:
+                time.sleep(10)
+            except Exception:
+                pass
+        raise AssertionError("not cut short")
+
+    def wrapping() -> None:
+        try:
+            stubborn()
+        except Exception as error:
+            raise RuntimeError("a kernel failed") from error
+
     def prepare(problem: Problem) -> Prepared:
-        return Prepared(lambda: time.sleep(10), [])
+        return Prepared(wrapping, [])
 
     problem = workloads("tiny")["small"].build(torch.float32)
     ways = {"slow": Implementation("", prepare, limit=300.0)}

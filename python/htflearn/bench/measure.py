@@ -26,6 +26,7 @@ __all__ = ["Machine", "measure"]
 
 _SLOW_SECONDS, _SLOW_REPEATS = 2.0, 5
 _SHORT_SECONDS = 0.05
+_ALARM_SECONDS = 0.5
 _FOLDERS = re.compile(r"(?<![\w.])/(?:[\w.@+-]+/)+")
 # Numbers in the messages of a chunk of the float64 computation.
 _CHUNK = {"cpu": 2**25, "cuda": 2**28}
@@ -275,13 +276,23 @@ def _time_limit(seconds: float | None) -> Iterator[None]:
         yield
         return
 
+    sentence = f"compiling it takes more than {seconds:g} s"
+    over = False
+
     def stop(number: int, frame: Any) -> None:
-        raise Skipped(f"compiling it takes more than {seconds:g} s")
+        nonlocal over
+        over = True
+        raise Skipped(sentence)
 
     previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    # Again and again: a compiler that tries many kernels goes on with the next where one raises.
+    signal.setitimer(signal.ITIMER_REAL, seconds, _ALARM_SECONDS)
     try:
         yield
+    except Exception as error:
+        if not over:
+            raise
+        raise Skipped(sentence) from error
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
