@@ -36,6 +36,9 @@ class Prepared:
         by_pass: pass -> what it computes, where that is not ``forward``; or a sentence that says
             why there is no such pass.
         by_node: what a pass computes, of spectra -> one tensor for each node but the root.
+        captured: each pass runs as one CUDA graph, captured before it is checked.
+        allocates: whether a run takes its memory when it runs; where it replays graphs of its own,
+            nobody can tell.
     """
 
     forward: Callable[[], Tensor] | None
@@ -47,6 +50,8 @@ class Prepared:
     setup_seconds: float | None = None
     by_pass: Mapping[str, Callable[[], Any] | str] = field(default_factory=dict)
     by_node: Callable[[Any], list[Tensor]] = list
+    captured: bool = False
+    allocates: bool = True
 
     def computes(self, which: str) -> Callable[[], Any]:
         """What a pass computes.

@@ -61,7 +61,7 @@ def circuit(problem: Problem) -> Prepared:
     compiler = TorchCompiler(semiring="sum-product", fold=True, optimize=True)
     layers = list(dict.fromkeys([*tops, *below]))
     compiled = compiler.compile_pipeline(Circuit(layers, below, [tops[tree.root.index]]))
-    compiled.to(problem.cotangent.dtype)
+    compiled.to(problem.device, problem.cotangent.dtype)
 
     found = [compiler.state.retrieve_compiled_parameter(symbol) for symbol in symbols]
     folded = list(dict.fromkeys(module for module, _ in found))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from importlib.util import find_spec
 
@@ -17,26 +18,28 @@ from torch import Tensor
 import htfkernels as hk
 from htflearn.bench import Implementation, Prepared, Skipped
 from htflearn.bench.circuit import circuit
+from htflearn.bench.device import free_bytes
 from htflearn.bench.workloads import Problem
 
-__all__ = ["IMPLEMENTATIONS", "OURS"]
+__all__ = ["IMPLEMENTATIONS", "OURS", "Network", "compiled", "engine", "folded", "network"]
 
 OURS = "htfkernels"
 _LARGEST_INTERMEDIATE = 2**28
 _PATH_TRIALS, _PATH_SECONDS = 128, 20.0
 
 
-def _htfkernels(problem: Problem) -> Prepared:
+def engine(problem: Problem) -> Prepared:
+    """This package, at indices with a plan."""
     model, indices = problem.model, problem.indices
     if indices is None:
-        return _engine(problem)
+        return _unplanned(problem)
     start = time.perf_counter()
     plan = model.index_plan(indices)
     seconds = time.perf_counter() - start
     return Prepared(lambda: model.at(plan), [], setup_seconds=seconds)
 
 
-def _engine(problem: Problem) -> Prepared:
+def _unplanned(problem: Problem) -> Prepared:
     model, vectors, indices = problem.model, problem.vectors, problem.indices
     if problem.workload.kind == "tensor":
         return Prepared(model.full_tensor, [])
@@ -65,7 +68,7 @@ def _no_plan(problem: Problem) -> Prepared:
 def _distinct(problem: Problem) -> Prepared:
     if problem.indices is None:
         raise Skipped("it differs at indices only")
-    return _on_reference(_htfkernels(problem))
+    return _on_reference(engine(problem))
 
 
 def _on_reference(prepared: Prepared) -> Prepared:
@@ -85,18 +88,10 @@ def _reference(problem: Problem) -> Prepared:
         # The root's Khatri-Rao product, saved for the backward, and gradients of that size.
         root = layout.shape(layout.tree.root)[0]
         needed = 4 * problem.workload.batch * root * problem.cotangent.element_size()
-        free = _available_bytes()
+        free = free_bytes(problem.device)
         if free is not None and needed > free:
             raise Skipped(f"it needs {needed / 2**30:.0f} GB and {free / 2**30:.0f} GB are free")
-    return _on_reference(_engine(problem))
-
-
-def _available_bytes() -> int | None:
-    try:
-        with open("/proc/meminfo") as lines:
-            return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
+    return _on_reference(_unplanned(problem))
 
 
 def _one_group_per_level(layout: hk.Layout) -> bool:
@@ -117,7 +112,9 @@ def _gather(
     return lambda messages: torch.stack([messages[g].select(dim, s) for g, s in places], dim)
 
 
-def _walk(layout: hk.Layout, dim: int) -> Callable[[list[Tensor], list[Tensor]], Tensor]:
+def _walk(
+    layout: hk.Layout, dim: int, device: str
+) -> Callable[[list[Tensor], list[Tensor]], Tensor]:
     """``(weights, messages of the leaf groups) -> [B]``, nodes along dimension ``dim``."""
     nodes, steps = layout.tree.nodes, []
     for group in layout.groups:
@@ -131,7 +128,8 @@ def _walk(layout: hk.Layout, dim: int) -> Callable[[list[Tensor], list[Tensor]],
             for count, part in zip(counts, parts, strict=True)
         ]
         mixed = [i for part in parts for i in part]
-        steps.append((gathers, torch.tensor([mixed.index(i) for i in group.nodes])))
+        order = torch.tensor([mixed.index(i) for i in group.nodes], device=device)
+        steps.append((gathers, order))
 
     def walk(weights: list[Tensor], leaves: list[Tensor]) -> Tensor:
         messages = list(leaves)
@@ -150,12 +148,18 @@ def _multiply(x: Tensor, weight: Tensor, dim: int) -> Tensor:
     return torch.einsum("bnr,nrs->bns", x, weight) if dim else torch.bmm(x, weight)
 
 
-def _folded(problem: Problem, dim: int = 0, compiled: bool = False) -> Prepared:
-    """Level by level, same-shaped nodes in one product; nodes along dimension ``dim``."""
+def folded(problem: Problem, dim: int = 0, compiled: str | None = None) -> Prepared:
+    """Level by level, same-shaped nodes in one product; nodes along dimension ``dim``.
+
+    Args:
+        problem: vectors or indices.
+        dim: 0, or 1: the batch comes first, as in the paper's code.
+        compiled: a mode of ``torch.compile``; None: run as written.
+    """
     layout = problem.workload.layout
     if problem.workload.kind == "tensor":
         raise Skipped("it evaluates on vectors and at indices only")
-    walk = _walk(layout, dim)
+    walk = _walk(layout, dim, problem.device)
     weights = list(problem.model.weights)
     indices, columns = problem.indices, problem.columns
     groups = [g for g in layout.groups if not g.level]
@@ -171,11 +175,11 @@ def _folded(problem: Problem, dim: int = 0, compiled: bool = False) -> Prepared:
         leaves += [w[at] for w, at in zip(weights, lookups, strict=False)]
         return walk(weights, leaves)
 
-    if compiled:
+    if compiled is not None:
         # Dynamo counts recompilations by code object, which all workloads share, and at its limit
         # it would stop to compile.
         torch._dynamo.reset()
-        run = torch.compile(run, dynamic=False, fullgraph=True)
+        run = torch.compile(run, dynamic=False, fullgraph=True, mode=compiled)
 
     def by_mode(grads: Sequence[Tensor]) -> list[Tensor]:
         modes = [n for g in layout.groups if not g.level for n in g.nodes]
@@ -186,24 +190,47 @@ def _folded(problem: Problem, dim: int = 0, compiled: bool = False) -> Prepared:
 
 
 def _lookup(indices: Tensor, modes: Sequence[int], dim: int) -> tuple[Tensor, Tensor]:
-    number, chosen = torch.arange(len(modes)), indices[:, list(modes)]
+    number, chosen = torch.arange(len(modes), device=indices.device), indices[:, list(modes)]
     return (number, chosen) if dim else (number[:, None], chosen.T.contiguous())
 
 
-def _compiled(problem: Problem) -> Prepared:
+def compiled(problem: Problem, mode: str = "default") -> Prepared:
+    """:func:`folded` under ``torch.compile``."""
     layout = problem.workload.layout
     if problem.workload.kind != "tensor" and not _one_group_per_level(layout):
         raise Skipped(f"compiling {len(layout.tree.nodes)} nodes one by one takes many minutes")
-    return _folded(problem, compiled=True)
+    return folded(problem, compiled=mode)
 
 
 def _batch_major(problem: Problem) -> Prepared:
     if problem.workload.kind != "tensor" and not _one_group_per_level(problem.workload.layout):
         raise Skipped("the paper's code takes trees whose levels have one shape")
-    return _folded(problem, dim=1)
+    return folded(problem, dim=1)
 
 
-def _opt_einsum(problem: Problem) -> Prepared:
+@dataclass(frozen=True)
+class Network:
+    """A workload as one contraction.
+
+    Attributes:
+        equation: of ``einsum``; samples are an index that many operands share.
+        operands: makes them, differentiable by the weights and by ``inputs``.
+        inputs: leaf tensors of vectors.
+        path: pairs to contract, the best that opt_einsum found.
+    """
+
+    equation: str
+    operands: Callable[[], list[Tensor]]
+    inputs: list[Tensor]
+    path: list[tuple[int, ...]]
+
+
+def network(problem: Problem) -> Network:
+    """The whole tree with its vectors or indices as one contraction.
+
+    Raises:
+        Skipped: opt_einsum is not there, or finds no path without a huge intermediate tensor.
+    """
     if find_spec("opt_einsum") is None:
         raise Skipped("opt_einsum is not installed")
     import opt_einsum as oe
@@ -243,8 +270,16 @@ def _opt_einsum(problem: Problem) -> Prepared:
     if info.largest_intermediate > _LARGEST_INTERMEDIATE:
         size = f"{float(info.largest_intermediate):.1e}"
         raise Skipped(f"the best path found has an intermediate tensor of {size} numbers")
-    expression = oe.contract_expression(equation, *shapes, optimize=path)
-    return Prepared(lambda: expression(*operands(), backend="torch"), inputs)
+    return Network(equation, operands, inputs, path)
+
+
+def _opt_einsum(problem: Problem) -> Prepared:
+    whole = network(problem)
+    import opt_einsum as oe
+
+    shapes = [tuple(t.shape) for t in whole.operands()]
+    expression = oe.contract_expression(whole.equation, *shapes, optimize=whole.path)
+    return Prepared(lambda: expression(*whole.operands(), backend="torch"), whole.inputs)
 
 
 def _einsum_tensor(problem: Problem) -> Prepared:
@@ -273,13 +308,13 @@ def _einsum_tensor(problem: Problem) -> Prepared:
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    OURS: Implementation("this package; at indices with a plan made before", _htfkernels),
+    OURS: Implementation("this package; at indices with a plan made before", engine),
     f"{OURS}, no plan": Implementation("this package, at indices not seen before", _no_plan),
     "distinct, PyTorch": Implementation(
         "each node once per distinct sub-index, in plain PyTorch", _distinct
     ),
-    "folded bmm": Implementation("one torch.bmm for the same-shaped nodes of a level", _folded),
-    "folded bmm, compiled": Implementation("the same under torch.compile", _compiled, limit=300.0),
+    "folded bmm": Implementation("one torch.bmm for the same-shaped nodes of a level", folded),
+    "folded bmm, compiled": Implementation("the same under torch.compile", compiled, limit=300.0),
     "batch-major": Implementation("einsum on [B, node, R], as the paper's code", _batch_major),
     "reference": Implementation("this package's formulas in plain PyTorch, grouped", _reference),
     "opt_einsum": Implementation("opt_einsum's best path for the whole network", _opt_einsum),

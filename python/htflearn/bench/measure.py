@@ -1,14 +1,13 @@
-"""Correct first, then fast: errors against float64, times, memory, and the machine's GEMM rate."""
+"""Correct first, then fast: errors against float64, times and memory."""
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import random
+import re
 import signal
 import statistics
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,32 +18,18 @@ from torch import Tensor
 
 import htfkernels as hk
 from htflearn.bench import Implementation, Prepared, Skipped, spectra
+from htflearn.bench.accuracy import Judge, judge
+from htflearn.bench.device import Machine, Replay, peak_mb, poison, released, seconds
 from htflearn.bench.workloads import PASSES, Problem
 
-__all__ = ["COPIED", "GEMMS", "TOLERANCE", "Machine", "copy_rate", "gemm_rate", "measure"]
-
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9, torch.bfloat16: 0.1}
-"""How far a result may be off, relative to the largest number of the tensor: far above rounding,
-far below what a wrong formula gives."""
+__all__ = ["Machine", "measure"]
 
 _SLOW_SECONDS, _SLOW_REPEATS = 2.0, 5
 _SHORT_SECONDS = 0.05
-_CHUNK = 2**25  # numbers in the messages of a chunk of the float64 computation
-GEMMS = ((1024, 1024, 1024), (4096, 128, 128), (2048, 512, 512))
-COPIED = 2**26  # bytes, more than caches hold
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the machine did best in this run.
-
-    Attributes:
-        gemm: rate of ``torch.mm``, GFLOP/s.
-        copy: rate of ``Tensor.copy_`` between large tensors, GB/s read and written together.
-    """
-
-    gemm: float
-    copy: float
+_ALARM_SECONDS = 0.5
+_FOLDERS = re.compile(r"(?<![\w.])/(?:[\w.@+-]+/)+")
+# Numbers in the messages of a chunk of the float64 computation.
+_CHUNK = {"cpu": 2**25, "cuda": 2**28}
 
 
 @dataclass(frozen=True)
@@ -52,6 +37,10 @@ class _Truth:
     values: Tensor
     weights: list[Tensor]
     inputs: list[Tensor]
+
+    def vanishes_in(self, dtype: torch.dtype) -> bool:
+        """Whether all values are below the smallest normal number."""
+        return bool(self.values.abs().max() < torch.finfo(dtype).tiny)
 
 
 def measure(
@@ -61,6 +50,8 @@ def measure(
     repeats: int,
     machine: Machine,
     log: Callable[[str], None] = lambda line: None,
+    precision: str = "ieee",
+    limit: float | None = None,
 ) -> list[dict[str, Any]]:
     """Validates all implementations on a problem, then times the correct ones in turn.
 
@@ -73,6 +64,9 @@ def measure(
             takes less than 0.05 once more before each time, untimed.
         machine: what it did best in the same run.
         log: told what is being done.
+        precision: the float32 precision in force, which the tolerance depends on.
+        limit: seconds that preparing and the first run of a pass may take, for the implementations
+            that have such a limit, where theirs is longer.
 
     Returns:
         a row for each pass and implementation; ``error`` says why a row has no times.
@@ -87,10 +81,14 @@ def measure(
     refused: dict[str, str] = {}
     for name, implementation in implementations.items():
         try:
+            if truth is not None and truth.vanishes_in(problem.cotangent.dtype):
+                raise Skipped(f"all results are below what {problem.cotangent.dtype} can hold")
             prepared[name] = implementation.prepare(problem)
         except Exception as error:
             refused[name] = _sentence(error)
     rows = []
+    nodes = len(workload.layout.tree.nodes)
+    judged = judge(problem.cotangent.dtype, problem.device, precision, nodes)
     for which in passes:
         errors, off, ready = dict(refused), {}, {}
         expected = spectra.exact(problem.model, which) if truth is None else truth
@@ -99,18 +97,23 @@ def measure(
             for x in ways.inputs:
                 x.requires_grad_(which == "inputs")
             try:
-                run = _runner(problem, ways, which)
-                with _time_limit(implementations[name].limit):
-                    off[name] = _error(problem, ways, which, run, expected)
+                released(problem.device)
+                poison(problem.device)
+                allowed = implementations[name].limit
+                if allowed is not None and limit is not None:
+                    allowed = min(allowed, limit)
+                with _time_limit(allowed):
+                    run = _runner(problem, ways, which)
+                    off[name] = _error(problem, ways, which, run, expected, judged)
             except Exception as error:
                 errors[name] = _sentence(error)
                 continue
-            if off[name] < spectra.TOLERANCES.get(which, TOLERANCE[problem.cotangent.dtype]):
+            if off[name] < spectra.TOLERANCES.get(which, judged[1]):
                 ready[name] = run
             else:
                 errors[name] = f"wrong: off by {off[name]:.1e} of the largest number"
         log(f"{workload.name}, {PASSES[which]}: timing {', '.join(ready) or 'nothing'}")
-        times = _interleaved(ready, prepared, repeats)
+        times = _interleaved(ready, prepared, repeats, problem.device)
         flops, moved = problem.flops(which), problem.bytes(which)
         by_flops = 0.0 if flops is None else flops / machine.gemm / 1e6
         by_bytes = moved / machine.copy / 1e6
@@ -144,54 +147,33 @@ def measure(
                     "repeats": len(times[name]),
                     "gflops": rate,
                     "fraction_of_gemm": None if rate is None else rate / machine.gemm,
-                    "peak_mb": _peak_mb(ready[name], prepared[name]),
+                    "peak_mb": _peak_mb(ready[name], prepared[name], problem.device),
                 }
             rows.append(row)
     return rows
 
 
-def gemm_rate(
-    dtype: torch.dtype, shapes: Sequence[tuple[int, int, int]] = GEMMS, repeats: int = 10
-) -> float:
-    """The best rate of ``torch.mm`` in GFLOP/s over a few shapes ``(m, k, n)``.
-
-    Example:
-        >>> gemm_rate(torch.float32) > 0
-        True
-    """
-    best = 0.0
-    for m, k, n in shapes:
-        a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
-        for _ in range(repeats):
-            start = time.perf_counter()
-            torch.mm(a, b)
-            best = max(best, 2e-9 * m * k * n / (time.perf_counter() - start))
-    return best
-
-
-def copy_rate(copied: int = COPIED, repeats: int = 10) -> float:
-    """The best rate of copying ``copied`` bytes between tensors in GB/s, read and written together.
-
-    Example:
-        >>> copy_rate(2**20) > 0
-        True
-    """
-    source, target = (torch.ones(copied // 4) for _ in range(2))
-    best = 0.0
-    for _ in range(repeats):
-        start = time.perf_counter()
-        target.copy_(source)
-        best = max(best, 2e-9 * copied / (time.perf_counter() - start))
-    return best
-
-
 def _runner(problem: Problem, ways: Prepared, which: str) -> Callable[[], Any]:
     compute = ways.computes(which)
+    step: Callable[[], Any]
     if which.startswith("forward"):
-        return torch.no_grad()(compute)
-    weights = list(problem.model.weights) if ways.weights is None else ways.weights
-    wanted = [*weights, *(ways.inputs if which == "inputs" else [])]
-    return lambda: torch.autograd.grad(compute(), wanted, problem.cotangent)
+        step = torch.no_grad()(compute)
+    else:
+        weights = list(problem.model.weights) if ways.weights is None else ways.weights
+        wanted = [*weights, *(ways.inputs if which == "inputs" else [])]
+
+        def step() -> Any:
+            return torch.autograd.grad(compute(), wanted, problem.cotangent)
+
+    return Replay(step) if ways.captured else step
+
+
+def _peak_mb(run: Callable[[], Any], ways: Prepared, device: str) -> float | None:
+    if not ways.allocates:
+        return None
+    if ways.before:
+        ways.before()
+    return peak_mb(run, device)
 
 
 def _exact(problem: Problem) -> _Truth:
@@ -206,7 +188,7 @@ def _exact(problem: Problem) -> _Truth:
     dense = problem.workload.kind == "tensor"
     # Of the full tensor, a slice of the first mode at a time.
     per_row = sum(len(g.nodes) * (g.rows + g.cols) for g in layout.groups)
-    rows = 1 if dense else max(1, _CHUNK // per_row)
+    rows = 1 if dense else max(1, _CHUNK[problem.device] // per_row)
     with hk.use_backend("reference"):
         for start in range(0, len(cotangent), rows):
             part = slice(start, start + rows)
@@ -238,6 +220,7 @@ def _error(
     which: str,
     run: Callable[[], Any],
     truth: _Truth | list[Tensor],
+    judged: Judge,
 ) -> float:
     """The largest error of what a pass computes, relative to the largest number of its tensor."""
     if ways.before:
@@ -246,17 +229,18 @@ def _error(
     if isinstance(truth, list):
         sort = ways.by_node if which.startswith("forward") else ways.by_weight
         return spectra.error(which, sort(result), truth)
+    relative = judged[0]
     if which == "forward":
-        return spectra.relative([result], [truth.values])
+        return relative([result], [truth.values])
     count = len(truth.weights if ways.weights is None else ways.weights)
-    worst = spectra.relative(ways.by_weight(result[:count]), truth.weights)
+    worst = relative(ways.by_weight(result[:count]), truth.weights)
     if which == "inputs":
-        worst = max(worst, spectra.relative(ways.by_mode(result[count:]), truth.inputs))
+        worst = max(worst, relative(ways.by_mode(result[count:]), truth.inputs))
     return worst
 
 
 def _interleaved(
-    ready: dict[str, Callable[[], Any]], prepared: dict[str, Prepared], repeats: int
+    ready: dict[str, Callable[[], Any]], prepared: dict[str, Prepared], repeats: int, device: str
 ) -> dict[str, list[float]]:
     """Seconds of each, run in turn, so that what disturbs the machine disturbs all of them."""
     times: dict[str, list[float]] = {name: [] for name in ready}
@@ -279,39 +263,15 @@ def _interleaved(
                     ready[name]()
                 if before:
                     before()
-                start = time.perf_counter()
-                result = ready[name]()
-                seconds = time.perf_counter() - start
+                taken, result = seconds(ready[name], device)
                 del result
                 if repeat:  # the first round warms up
-                    times[name].append(seconds)
-                if seconds > _SLOW_SECONDS:
+                    times[name].append(taken)
+                if taken > _SLOW_SECONDS:
                     slow.add(name)
     finally:
         gc.enable()
     return times
-
-
-def _peak_mb(run: Callable[[], Any], ways: Prepared) -> float | None:
-    """Memory that a run needs beyond what the process holds; None where Linux does not tell."""
-    if ways.before:
-        ways.before()
-    try:
-        # What this library and malloc keep for later would hide that the run asks for it.
-        hk.release_memory()
-        ctypes.CDLL(None).malloc_trim(0)
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the high-water mark starts again
-        held = _status_kb("VmRSS")
-        run()
-        return max(0, _status_kb("VmHWM") - held) / 1024
-    except (OSError, AttributeError, StopIteration):
-        return None
-
-
-def _status_kb(field: str) -> int:
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 @contextmanager
@@ -322,13 +282,23 @@ def _time_limit(seconds: float | None) -> Iterator[None]:
         yield
         return
 
+    sentence = f"compiling it takes more than {seconds:g} s"
+    over = False
+
     def stop(number: int, frame: Any) -> None:
-        raise Skipped(f"compiling it takes more than {seconds:.0f} s")
+        nonlocal over
+        over = True
+        raise Skipped(sentence)
 
     previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    # Again and again: a compiler that tries many kernels goes on with the next where one raises.
+    signal.setitimer(signal.ITIMER_REAL, seconds, _ALARM_SECONDS)
     try:
         yield
+    except Exception as error:
+        if not over:
+            raise
+        raise Skipped(sentence) from error
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
@@ -336,4 +306,7 @@ def _time_limit(seconds: float | None) -> Iterator[None]:
 
 def _sentence(error: Exception) -> str:
     first = next(iter(str(error).strip().splitlines()), "")
-    return first if isinstance(error, Skipped) else f"failed: {type(error).__name__}: {first}"
+    if isinstance(error, Skipped):
+        return first
+    # Files of results are published: where things lie on a machine is nobody's business.
+    return f"failed: {type(error).__name__}: {_FOLDERS.sub('', first)}"

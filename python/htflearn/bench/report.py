@@ -20,18 +20,18 @@ from rich.console import Console
 from rich.table import Table
 
 import htfkernels as hk
+from htflearn.bench.device import Machine
 from htflearn.bench.implementations import OURS
-from htflearn.bench.measure import Machine
 from htflearn.errors import UserError
 from htflearn.metrics import plain
 
-__all__ = ["load", "print_change", "print_summary", "print_workload", "provenance", "save"]
+__all__ = ["Row", "load", "print_change", "print_summary", "print_workload", "provenance", "save"]
 
 Row = dict[str, Any]
 
 _VISIBLE = 0.05  # changes up to this are noise
 _WIDTH = 120
-_ENVIRONMENT = ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "HTF_BACKEND", "HTF_CPU")
+_ENVIRONMENT = ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "HTF_BACKEND", "HTF_CPU", "HTF_PRECISION")
 
 
 def provenance(machines: Mapping[str, Machine], scale: str) -> dict[str, Any]:
@@ -59,11 +59,18 @@ def provenance(machines: Mapping[str, Machine], scale: str) -> dict[str, Any]:
         "opt_einsum": _version("opt_einsum"),
         "cirkit": _version("libcirkit"),
         "tensap": _version("tensap"),
-        "commit": _commit(Path(hk.__file__).parent),
-        "command": shlex.join(["htf", *sys.argv[1:]]),
+        # Where a copy without its history runs, whoever made the copy can say what it is of.
+        "commit": _commit(Path(hk.__file__).parent) or os.environ.get("HTF_COMMIT"),
+        "command": shlex.join(["htf", *map(_named, sys.argv[1:])]),
         "environment": {k: os.environ[k] for k in _ENVIRONMENT if k in os.environ},
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _named(argument: str) -> str:
+    """An argument; of a file's absolute path the name alone."""
+    option, equals, value = argument.rpartition("=")
+    return f"{option}{equals}{Path(value).name}" if os.path.isabs(value) else argument
 
 
 def _processor() -> str:
@@ -247,7 +254,9 @@ def print_change(first: Path, second: Path) -> None:
         table.add_row(*names, *times, f"{ratio:.3f}", style=style)
     console = _console()
     console.print(table)
-    for field in ("processor", "capability", "threads", "dtype", "torch", "environment"):
+    for field in (
+        "processor", "capability", "gpu", "precision", "threads", "dtype", "torch", "environment"
+    ):  # fmt: skip
         old, new = a["provenance"].get(field), b["provenance"].get(field)
         if old != new:
             line = f"  not the same {field}: {old} and {new}"

@@ -119,6 +119,8 @@ def _summed(ranks: Any) -> Tensor:
 def _tensap(problem: Problem) -> Prepared:
     if find_spec("tensap") is None:
         raise Skipped("it is not installed: pip install tensap")
+    if problem.device != "cpu":
+        raise Skipped("it computes with NumPy, on a CPU")
     from htfkernels.convert import to_tensap
 
     model = problem.model
@@ -186,7 +188,7 @@ def _batch_major(problem: Problem) -> Prepared:
         return h[:, 0, 0]
 
     prepared = _dense(problem, tensor)
-    axes = torch.meshgrid([torch.arange(d) for d in dims], indexing="ij")
+    axes = torch.meshgrid([torch.arange(d, device=problem.device) for d in dims], indexing="ij")
     entries += [axis.flatten() for axis in axes]
     return prepared
 

@@ -53,6 +53,7 @@ class Workload:
         near_one: weights and vectors near 1 over the number of terms, so that messages stay near 1
             and little cancels: in a deep tree of normal numbers float32 has no right digits left.
         dtype: of the weights, whatever is asked for; None: what is asked for.
+        needs_gpu: too large for a CPU's memory and patience.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Workload:
     distinct: bool = False
     near_one: bool = False
     dtype: torch.dtype | None = None
+    needs_gpu: bool = False
 
     @property
     def passes(self) -> tuple[str, ...]:
@@ -81,8 +83,8 @@ class Workload:
         batch = {} if self.kind == "spectra" else {"B": self.batch}
         return {"N": self.layout.tree.order, **either, **batch}
 
-    def build(self, dtype: torch.dtype) -> Problem:
-        """The model and its data, the same numbers in every run."""
+    def build(self, dtype: torch.dtype, device: str = "cpu") -> Problem:
+        """The model and its data, the same numbers in every run and on every device."""
         layout, dtype = self.layout, self.dtype or dtype
         ranks = dict(zip(layout.tree.interior, layout.ranks, strict=True))
         model = hk.HTF(layout.tree, layout.mode_dims, ranks, init_std=self.init_std)
@@ -90,7 +92,7 @@ class Workload:
         model.reset_parameters(generator)
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(dtype)
+            return torch.randn(shape, generator=generator).to(device, dtype)
 
         if self.near_one:
             with torch.no_grad():
@@ -110,14 +112,17 @@ class Workload:
         elif self.kind == "tensor":
             shape = dims
         elif self.kind == "spectra":
-            return Problem(self, model.to(dtype), None, None, torch.ones((), dtype=dtype))
+            one = torch.ones((), dtype=dtype, device=device)
+            return Problem(self, model.to(device, dtype), None, None, one)
         elif self.distinct:
             flat = torch.randperm(prod(dims), generator=generator)[:batch]
             indices = torch.stack(torch.unravel_index(flat, dims), 1)
         else:
             columns = [torch.randint(d, (batch,), generator=generator) for d in dims]
             indices = torch.stack(columns, 1)
-        return Problem(self, model.to(dtype), vectors, indices, draw(*shape))
+        if indices is not None:
+            indices = indices.to(device)
+        return Problem(self, model.to(device, dtype), vectors, indices, draw(*shape))
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,11 @@ class Problem:
     vectors: Tensor | list[Tensor] | None
     indices: Tensor | None
     cotangent: Tensor
+
+    @property
+    def device(self) -> str:
+        """``"cpu"`` or ``"cuda"``."""
+        return self.cotangent.device.type
 
     @property
     def columns(self) -> list[Tensor]:
@@ -213,11 +223,11 @@ class Problem:
             return [prod(dims[n] for n in node.modes) for node in interior]
         if prod(dims) >= 2**63:
             return None
-        counts = []
+        counts, indices = [], self.indices.cpu()
         for node in interior:
-            key = torch.zeros(len(self.indices), dtype=torch.int64)
+            key = torch.zeros(len(indices), dtype=torch.int64)
             for n in node.modes:
-                key = key * dims[n] + self.indices[:, n]
+                key = key * dims[n] + indices[:, n]
             counts.append(len(key.unique()))
         return counts
 
@@ -229,8 +239,8 @@ def workloads(scale: str = "full") -> dict[str, Workload]:
         scale: ``"full"``, or ``"tiny"`` for trees of the same kinds that take milliseconds.
 
     Example:
-        >>> list(workloads("tiny"))[:2]
-        ['wide', 'medium']
+        >>> list(workloads("tiny"))[:3]
+        ['wide', 'huge', 'medium']
     """
     tiny = scale == "tiny"
     made = [make(tiny) for make in _MAKERS]
@@ -238,12 +248,18 @@ def workloads(scale: str = "full") -> dict[str, Workload]:
 
 
 def _balanced(
-    name: str, summary: str, full: tuple[int, int, int, int], small: tuple[int, int, int, int]
+    name: str,
+    summary: str,
+    full: tuple[int, int, int, int],
+    small: tuple[int, int, int, int],
+    needs_gpu: bool = False,
 ) -> Callable[[bool], Workload]:
     def make(tiny: bool) -> Workload:
         order, dim, rank, batch = small if tiny else full
         layout = hk.Layout.make(hk.ModeTree.balanced(order), dim, rank)
-        return Workload(name, summary, "vectors", layout, batch, near_one=order > 256)
+        large = needs_gpu and not tiny
+        near_one = order > 256
+        return Workload(name, summary, "vectors", layout, batch, near_one=near_one, needs_gpu=large)
 
     return make
 
@@ -297,6 +313,13 @@ def _spectra(
 
 _MAKERS: list[Callable[[bool], Workload]] = [
     _balanced("wide", "vectors, large matrices", (256, 64, 128, 512), (8, 8, 16, 32)),
+    _balanced(
+        "huge",
+        "vectors, many modes, large matrices, for a GPU",
+        (1024, 64, 256, 4096),
+        (32, 4, 8, 16),
+        needs_gpu=True,
+    ),
     _balanced("medium", "vectors, medium matrices", (64, 16, 64, 1024), (16, 4, 8, 32)),
     _balanced("deep", "vectors, many modes, small matrices", (1024, 8, 32, 256), (32, 2, 4, 16)),
     _balanced("small", "vectors, few small matrices", (16, 8, 16, 1024), (8, 4, 4, 32)),

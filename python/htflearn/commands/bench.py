@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
@@ -9,9 +10,20 @@ from typing import Annotated
 import torch
 import typer
 
-from htflearn.bench import report
+from htflearn.bench import Implementation, report
+from htflearn.bench.accuracy import TOLERANCE
+from htflearn.bench.device import (
+    DEVICES,
+    PRECISIONS,
+    Machine,
+    copy_rate,
+    described,
+    gemm_rate,
+    precision,
+)
+from htflearn.bench.gpu_implementations import GPU_IMPLEMENTATIONS
 from htflearn.bench.implementations import IMPLEMENTATIONS, OURS
-from htflearn.bench.measure import COPIED, GEMMS, TOLERANCE, Machine, copy_rate, gemm_rate, measure
+from htflearn.bench.measure import measure
 from htflearn.bench.spectra_implementations import SPECTRA
 from htflearn.bench.workloads import PASSES, SCALES, Workload, workloads
 from htflearn.errors import UserError, writable_directory
@@ -19,7 +31,6 @@ from htflearn.errors import UserError, writable_directory
 __all__ = ["bench"]
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCE}
-_TINY_GEMMS, _TINY_COPIED = ((128, 128, 128),), 2**20
 _WRONG = 1
 
 
@@ -37,8 +48,23 @@ def bench(
     repeats: Annotated[int, typer.Option(help="Timed runs of each.")] = 20,
     threads: Annotated[int | None, typer.Option(help="Threads of PyTorch.")] = None,
     dtype: Annotated[
-        str, typer.Option(help="float32, float64 or bfloat16; spectra are always in float64.")
+        str,
+        typer.Option(help="float32, float64, bfloat16 or float16; spectra are always in float64."),
     ] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, or cuda: the first GPU.")] = "cpu",
+    rounding: Annotated[
+        str,
+        typer.Option(
+            "--precision",
+            help="Of float32 products on a GPU, ours and PyTorch's: ieee, tf32, tf32x3.",
+        ),
+    ] = "ieee",
+    budget: Annotated[
+        float | None, typer.Option(help="Seconds after which no workload is begun.")
+    ] = None,
+    compile_limit: Annotated[
+        float | None, typer.Option(help="Seconds that compiling may take, for one pass of one.")
+    ] = None,
     scale: Annotated[str, typer.Option(help="full, or tiny: a few seconds.")] = "full",
     out: Annotated[Path | None, typer.Option(help="JSON file of the rows.")] = None,
     compare: Annotated[
@@ -52,26 +78,44 @@ def bench(
 
     Every implementation is held against float64 first, and one that is wrong is not timed. The
     others run in turn. Rates count the multiply-adds that the workload needs, and are shown as a
-    fraction of the best rate of torch.mm in the same run. Exit code 1: htfkernels itself was wrong.
+    fraction of the best rate of torch.mm in the same run. Exit code 1: htfkernels itself was wrong,
+    or failed on a GPU.
     """
     if compare is not None:
         report.print_change(*compare)
         return
-    for what, value, known in (("scale", scale, SCALES), ("dtype", dtype, _DTYPES)):
+    for what, value, known in (
+        ("scale", scale, SCALES),
+        ("dtype", dtype, _DTYPES),
+        ("device", device, DEVICES),
+        ("precision", rounding, PRECISIONS),
+    ):
         if value not in known:
             raise UserError(f"--{what} must be one of {', '.join(known)}, got {value!r}")
-    available = workloads(scale)
+    available = {n: w for n, w in workloads(scale).items() if device != "cpu" or not w.needs_gpu}
+    ways = IMPLEMENTATIONS if device == "cpu" else _on_gpu()
     if names:
         _print_names({name: w.summary for name, w in available.items()}, "workloads")
-        _print_names({n: i.summary for n, i in IMPLEMENTATIONS.items()}, "implementations")
+        _print_names({n: i.summary for n, i in ways.items()}, "implementations")
         _print_names({n: i.summary for n, i in SPECTRA.items()}, "implementations of spectra")
         _print_names(PASSES, "passes")
         return
-    for option, number in (("repeats", repeats), ("threads", threads)):
-        if number is not None and number < 1:
+    numbers = {
+        "repeats": repeats, "threads": threads, "budget": budget, "compile-limit": compile_limit
+    }  # fmt: skip
+    for option, number in numbers.items():
+        if number is not None and not number > 0:
             raise UserError(f"--{option} must be positive, got {number}")
+    if device == "cpu":
+        _refuse_gpus(workload, implementation, scale)
+    elif not torch.cuda.is_available():
+        raise UserError("--device cuda needs a CUDA device, and PyTorch finds none")
+    if rounding != "ieee" and (device, dtype) != ("cuda", "float32"):
+        raise UserError(
+            f"--precision {rounding} is of float32 on a GPU, got --dtype {dtype} on {device}"
+        )
     chosen = _chosen("workload", workload, available)
-    ways = _chosen("implementation", implementation, dict.fromkeys([*IMPLEMENTATIONS, *SPECTRA]))
+    asked = _chosen("implementation", implementation, dict.fromkeys([*ways, *SPECTRA]))
     which = _passes(passes)
     if out is not None:
         if out.is_dir():
@@ -79,38 +123,93 @@ def bench(
         writable_directory(out.parent)
     if threads is not None:
         torch.set_num_threads(threads)
-    tiny = scale == "tiny"
-    copied = copy_rate(_TINY_COPIED if tiny else COPIED)
-    machines = {
-        name: Machine(gemm_rate(_DTYPES[name], _TINY_GEMMS if tiny else GEMMS), copied)
-        for name in dict.fromkeys(_dtype(available[name], dtype) for name in chosen)
-    }
-    made = report.provenance(machines, scale)
-    rates = ", ".join(f"GEMM {m.gemm:.0f} GFLOP/s in {name}" for name, m in machines.items())
-    typer.echo(
-        f"{made['processor']}, {made['capability']}, threads: {made['threads']}, "
-        f"torch {made['torch']}, {rates}, copy {copied:.0f} GB/s"
-    )
-    rows = []
-    for name in chosen:
-        all_ways = SPECTRA if available[name].kind == "spectra" else IMPLEMENTATIONS
-        measured = measure(
-            available[name].build(_DTYPES[dtype]),
-            {n: all_ways[n] for n in ways if n in all_ways},
-            which,
-            repeats,
-            machines[_dtype(available[name], dtype)],
-            lambda s: typer.echo(s, err=True),
-        )
-        if measured:
-            report.print_workload(measured, available[name].summary)
-        rows += measured
+    end = None if budget is None else time.monotonic() + budget
+    rows: list[report.Row] = []
+    too_large = False
+    with precision(rounding):
+        machines = _machines(available, chosen, dtype, device, scale == "tiny")
+        made = report.provenance(machines, scale)
+        if device != "cpu":
+            made |= described(rounding)
+        _print_machine(made, machines)
+        for name in chosen:
+            if end is not None and time.monotonic() > end:
+                typer.echo(f"{name}: not begun, {budget:g} s are over", err=True)
+                continue
+            all_ways = SPECTRA if available[name].kind == "spectra" else ways
+            try:
+                measured = measure(
+                    available[name].build(_DTYPES[dtype], device),
+                    {n: all_ways[n] for n in asked if n in all_ways},
+                    which,
+                    repeats,
+                    machines[_dtype(available[name], dtype)],
+                    lambda s: typer.echo(s, err=True),
+                    rounding,
+                    compile_limit,
+                )
+            except torch.OutOfMemoryError:
+                typer.echo(f"{name}: left out, it does not fit into the GPU's memory", err=True)
+                too_large = True
+                continue
+            if measured:
+                report.print_workload(measured, available[name].summary)
+            rows += measured
+            if out is not None:
+                report.save(out, made, rows)  # at each step: whatever ends a long run, this is kept
     report.print_summary(rows)
     if out is not None:
         report.save(out, made, rows)
         typer.echo(f"written: {out}")
-    if any(r["implementation"].startswith(OURS) and r["off"] and not r["median_ms"] for r in rows):
+    if too_large or any(_ours_is_wrong(row, device) for row in rows):
         raise typer.Exit(_WRONG)
+
+
+def _on_gpu() -> dict[str, Implementation]:
+    """Those that run everywhere and those of a GPU, ours first."""
+    ours = {n: i for n, i in GPU_IMPLEMENTATIONS.items() if n.startswith(OURS)}
+    return {OURS: IMPLEMENTATIONS[OURS], **ours, **IMPLEMENTATIONS, **GPU_IMPLEMENTATIONS}
+
+
+def _refuse_gpus(workload: list[str] | None, implementation: list[str] | None, scale: str) -> None:
+    """Raises UserError where something was asked for that runs on a GPU only."""
+    for name in workload or []:
+        found = workloads(scale).get(name)
+        if found is not None and found.needs_gpu:
+            raise UserError(
+                f"--workload: {name!r} needs the memory and speed of a GPU: --device cuda or "
+                "--scale tiny"
+            )
+    for name in implementation or []:
+        if name in GPU_IMPLEMENTATIONS:
+            raise UserError(f"--implementation: {name!r} needs --device cuda, got --device cpu")
+
+
+def _machines(
+    available: dict[str, Workload], chosen: list[str], dtype: str, device: str, tiny: bool
+) -> dict[str, Machine]:
+    """What the machine does best, for each dtype of the workloads."""
+    copied = copy_rate(device, tiny)
+    return {
+        name: Machine(gemm_rate(_DTYPES[name], device, tiny), copied)
+        for name in dict.fromkeys(_dtype(available[name], dtype) for name in chosen)
+    }
+
+
+def _print_machine(made: report.Row, machines: dict[str, Machine]) -> None:
+    rates = ", ".join(f"GEMM {m.gemm:.0f} GFLOP/s in {name}" for name, m in machines.items())
+    where = f"{made['processor']}, {made['capability']}, threads: {made['threads']}"
+    if "gpu" in made:
+        where = f"{made['gpu']}, driver {made['driver']}, {made['precision']}"
+    copied = made["copy_gb_per_s"]
+    typer.echo(f"{where}, torch {made['torch']}, {rates}, copy {copied:.0f} GB/s")
+
+
+def _ours_is_wrong(row: report.Row, device: str) -> bool:
+    if not row["implementation"].startswith(OURS) or row["median_ms"]:
+        return False
+    # On a GPU what raises has failed a test that no CPU can make.
+    return bool(row["off"]) or (device != "cpu" and row["error"].startswith("failed"))
 
 
 def _chosen(option: str, given: list[str] | None, known: Collection[str]) -> list[str]:

@@ -1,0 +1,159 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in less than eight minutes, without a network:
+#
+#   bash bench/gpu_gate.sh [--dry] [DIRECTORY]
+#
+# Builds the package, runs the GPU's tests and a memory checker, measures, and leaves JSON, a Markdown
+# table and a log in DIRECTORY (bench/results; of a dry run a temporary one). Exit code 1: a step
+# failed; the later ones ran.
+#
+# --dry, or HTF_GATE_DEVICE=cpu HTF_GATE_SCALE=tiny: the same steps on a CPU with tiny workloads,
+# to check this script. HTF_GATE_PYTHON: the Python to use. HTF_COMMIT: what this is a copy of, where
+# the copy has no history.
+set -uo pipefail
+
+python=${HTF_GATE_PYTHON:-python3}
+device=${HTF_GATE_DEVICE:-cuda}
+scale=${HTF_GATE_SCALE:-full}
+out=
+for argument; do
+  case $argument in
+    --dry) device=cpu scale=tiny ;;
+    -*) echo "gpu_gate: there is no option $argument, only --dry" >&2; exit 2 ;;
+    *) out=$argument ;;
+  esac
+done
+
+# Seconds of each step at most. A benchmark stops to begin workloads some time before its limit, and
+# keeps what it has at each: the important ones come first.
+declare -A limit=(
+  [install]=50 [tests]=75 [memory]=35 [float32]=140 [bfloat16]=100 [autotune]=60 [report]=15
+)
+declare -A budget=([float32]=110 [bfloat16]=75 [autotune]=40)
+declare -A compiling=([float32]=15 [bfloat16]=12 [autotune]=25)
+total=0
+for step in "${!limit[@]}"; do total=$((total + limit[$step])); done
+((total < 480)) || { echo "gpu_gate: the steps may take $total s, more than 480" >&2; exit 2; }
+
+if [[ -z $out ]]; then
+  if [[ $device == cuda ]]; then out=$(dirname "${BASH_SOURCE[0]}")/results; else out=$(mktemp -d); fi
+fi
+mkdir -p "$out" || exit 2
+out=$(cd "$out" && pwd)
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+export HTF_COMMIT=${HTF_COMMIT:-$(git rev-parse HEAD 2>/dev/null || echo unknown)}
+name=gpu-gate-$(date -u +%Y%m%dT%H%M%SZ)-${HTF_COMMIT:0:8}
+[[ $device == cuda ]] || name=dry-$name
+log=$out/$name-log.txt
+verdicts=() failed=0
+
+skipped() { # STEP SENTENCE
+  verdicts+=("$1: skipped, $2")
+  printf '\n== %s: skipped, %s\n' "$1" "$2"
+}
+
+run() { # STEP COMMAND...: within its limit; shows the end of what it printed
+  local step=$1 start=$SECONDS code=0 part
+  shift
+  printf '\n== %s (at most %s s, begun after %s s)\n' "$step" "${limit[$step]}" "$start"
+  part=$(mktemp)
+  # Interrupted first: pytest still says then what had failed.
+  timeout -s INT -k 5 "${limit[$step]}" "$@" >"$part" 2>&1 || code=$?
+  { printf '== %s\n' "$step"; cat "$part"; } >>"$log"
+  tail -n 10 "$part"
+  if [[ $step == memory ]] && grep -q "Device not supported" "$part"; then
+    code=0
+    skipped memory "compute-sanitizer does not support this device"
+  elif ((code == 0)); then
+    verdicts+=("$step: ok, $((SECONDS - start)) s")
+  elif ((code == 124 || code == 137)); then
+    failed=1
+    verdicts+=("$step: FAILED, it took more than ${limit[$step]} s")
+  else
+    failed=1
+    verdicts+=("$step: FAILED with exit code $code, $((SECONDS - start)) s")
+  fi
+  rm -f "$part"
+  return "$code"
+}
+
+bench() { # STEP ARGUMENTS...
+  local step=$1
+  shift
+  run "$step" "$python" -m htflearn.cli bench --device "$device" --scale "$scale" \
+    --pass forward --pass backward --budget "${budget[$step]}" \
+    --compile-limit "${compiling[$step]}" --repeats "$repeats" --out "$out/$name-$step.json" "$@"
+}
+
+if [[ $device == cuda ]] && ! "$python" -c "import torch; assert torch.cuda.is_available()"; then
+  echo "gpu_gate: PyTorch of $python finds no CUDA device; --dry checks the script without one" >&2
+  exit 2
+fi
+
+if [[ $device == cuda ]]; then
+  export MAX_JOBS=${MAX_JOBS:-$(nproc)}
+  run install "$python" -m pip install -q --no-build-isolation --no-deps -e .
+  parallel=()
+  "$python" -c "import xdist" 2>/dev/null && parallel=(-n 10)
+  # Values and gradients: every new shape of a kernel is compiled, and time is short.
+  chosen="triton-cuda and not (second or gradgrad or shapes or alone or no_graph)"
+  run tests "$python" -m pytest -q "${parallel[@]}" --maxfail 40 -p no:cacheprovider -m gpu \
+    -k "($chosen) or on_a_gpu" tests/test_values.py tests/test_gradients.py tests/test_planned.py \
+    tests/test_evaluate.py tests/test_evaluate_at.py tests/test_full_tensor.py \
+    tests/test_algebra.py tests/learn/test_bench_gpu.py
+  PATH=$PATH:/usr/local/cuda/bin
+  if command -v compute-sanitizer >/dev/null; then
+    # Every tensor in memory of its own: past the end of one there is nothing.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 run memory compute-sanitizer --tool memcheck \
+      --error-exitcode 9 "$python" bench/sanitize.py
+  else
+    skipped memory "compute-sanitizer is not on the PATH"
+  fi
+  repeats=20 precision=(--precision tf32)
+else
+  export PYTHONPATH=$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}
+  skipped install "a dry run leaves the environment as it is"
+  run tests "$python" -m pytest -q -p no:cacheprovider tests/test_evaluate.py -k "cpp or batch"
+  run memory "$python" bench/sanitize.py --device cpu --only primes batch1
+  repeats=1 precision=()
+fi
+
+peers=(
+  -i htfkernels -i "folded bmm" -i "batch-major" -i "distinct, PyTorch" -i "einsum tensor" -i cirkit
+)
+if [[ $device == cuda ]]; then
+  peers+=(
+    -i "htfkernels, CUDA graph" -i "folded bmm, CUDA graph" -i "folded bmm, compiled" -i cuTensorNet
+  )
+fi
+# In the order in which the benchmark takes them.
+sizes=(
+  -w wide -w huge -w medium -w deep -w small -w ragged -w paper -w completion -w dense
+)
+bench float32 --dtype float32 "${precision[@]}" "${sizes[@]}" "${peers[@]}"
+bench bfloat16 --dtype bfloat16 "${sizes[@]}" "${peers[@]}"
+if [[ $device == cuda ]]; then
+  # Apart, since trying GEMM kernels takes longer than all the rest.
+  bench autotune --dtype float32 "${precision[@]}" -w wide -w huge -w medium \
+    -i htfkernels -i "htfkernels, CUDA graph" -i "folded bmm, max-autotune"
+else
+  skipped autotune "it is for a GPU"
+fi
+
+files=()
+for step in float32 bfloat16 autotune; do
+  [[ -e $out/$name-$step.json ]] && files+=("$out/$name-$step.json")
+done
+table=$out/$name.md
+if ((${#files[@]})); then
+  run report "$python" bench/gpu_report.py "${files[@]}" --out "$table"
+else
+  failed=1
+  verdicts+=("report: FAILED, no benchmark left a file")
+fi
+
+printf '\n== summary (%s s of at most %s)\n' "$SECONDS" "$total"
+[[ -e $table ]] && cat "$table"
+printf '%s\n' "${verdicts[@]}" | tee -a "$log"
+echo "written: $name.md, $name-*.json, $name-log.txt"
+exit "$failed"
