@@ -7,6 +7,8 @@ reading the operands once more for each tile of columns, and the weight for each
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -15,7 +17,7 @@ from htfkernels.gpu.launch import Config, cdiv
 
 __all__ = [
     "STATIC_ARITY",
-    "WIDEST_BACKWARD",
+    "assumed",
     "backward",
     "forward",
     "fused_backward",
@@ -26,10 +28,10 @@ __all__ = [
     "ragged_forward",
     "ragged_weights",
     "splits",
+    "widest_backward",
 ]
 
 STATIC_ARITY = 4  # up to so many operands are held in registers at once
-WIDEST_BACKWARD = 256  # a tile of dW has all its columns: 64 x 256 sums are 64 registers of 8 warps
 
 _SMALLEST = 16  # of a tensor-core instruction's tile, in each direction
 
@@ -61,13 +63,28 @@ _FORWARD = {
     "double": Config(64, 64, 16, warps=4, stages=2),
 }
 
-# Of the sum [k, n], all of N, and the step m through the batch:
+# Of the sum [k, n], all of N, and the step m through the batch: by kind, and for N up to n.
 _BACKWARD = {
-    "half": Config(64, 256, 64, warps=8, stages=2),
-    "single": Config(32, 256, 64, warps=8, stages=2),
-    "split": Config(32, 256, 32, warps=8, stages=1),
-    "plain": Config(16, 256, 32, warps=8, stages=1),
-    "double": Config(16, 256, 16, warps=8, stages=1),
+    # Tiles of 64 and more for the warpgroup instructions of Hopper, which take their right side
+    # from shared memory; before it, rows of W are held in registers, and fewer fit.
+    ("half", 9): [Config(64, 256, 64, warps=8, stages=2)],
+    ("half", 8): [Config(32, 256, 64, warps=8, stages=1)],
+    ("single", 9): [
+        Config(32, 128, 64, warps=8, stages=2),
+        Config(32, 256, 32, warps=8, stages=1),
+    ],
+    ("single", 8): [Config(32, 256, 32, warps=8, stages=1)],
+    ("split", 8): [Config(32, 64, 32, warps=4, stages=1)],
+    ("plain", 8): [Config(32, 64, 32, warps=4, stages=1)],
+    ("double", 8): [Config(16, 32, 32, warps=4, stages=1)],
+}
+
+# The same of the leaves' kernel, whose sums are [k, N] and, for each leaf, [D, k].
+_FUSED_BACKWARD = {
+    ("half", 9): [Config(64, 128, 64, warps=8, stages=2), Config(32, 256, 64, warps=8, stages=1)],
+    ("half", 8): [Config(32, 256, 32, warps=8, stages=1)],
+    ("single", 9): [Config(32, 256, 64, warps=8, stages=1)],
+    ("single", 8): [Config(32, 128, 32, warps=8, stages=2), Config(32, 256, 16, warps=8, stages=1)],
 }
 
 # Of any nodes in one launch: sizes are those of the widest, so tiles are small.
@@ -89,29 +106,20 @@ def fuses(dtype: torch.dtype, precision: str) -> bool:
 def forward(dtype: torch.dtype, precision: str, rows: int, depth: int, width: int) -> Config:
     """For ``[rows, depth] @ [depth, width]`` with the left side formed on load."""
     base = _FORWARD[_kind(dtype, precision)]
-    n = power_of_two(width, high=base.n)
-    return _fitted(base, rows, depth, n)
+    return _fitted(base, power_of_two(rows), power_of_two(width), power_of_two(depth))
 
 
-def backward(dtype: torch.dtype, precision: str, rows: int, depth: int, width: int) -> Config:
+def widest_backward(dtype: torch.dtype, precision: str) -> int:
+    """How many columns a node may have for :func:`backward`."""
+    return _BACKWARD[_kind(dtype, precision), 8][-1].n
+
+
+def backward(
+    device: torch.device, dtype: torch.dtype, precision: str, rows: int, depth: int, width: int
+) -> Config:
     """For the gradients of a node ``[depth, width]``."""
-    base = _BACKWARD[_kind(dtype, precision)]
-    n = power_of_two(width, high=WIDEST_BACKWARD)
-    k = power_of_two(depth, high=base.k)
-    m = power_of_two(rows, high=base.m)
-    return base._replace(m=m, n=n, k=k, warps=_warps(base, k, n))
-
-
-def _fitted(base: Config, rows: int, depth: int, n: int) -> Config:
-    m = power_of_two(rows, high=base.m)
-    k = power_of_two(depth, high=base.k)
-    return base._replace(m=m, n=n, k=k, warps=_warps(base, m, n))
-
-
-def _warps(base: Config, a: int, b: int) -> int:
-    """Half the warps for a tile of at most a quarter of the sums: more programs fit side by
-    side."""
-    return base.warps if a * b >= 8192 or base.warps <= 4 else 4
+    base = _chosen(_BACKWARD, device, _kind(dtype, precision), width)
+    return _fitted(base, power_of_two(rows), power_of_two(width), power_of_two(depth))
 
 
 def fused_forward(
@@ -120,33 +128,44 @@ def fused_forward(
     """For ``leaves`` leaves of dimension ``dim`` under a node ``[depth, width]``: like a forward of
     the node, with all vectors of a tile of rows on chip."""
     half = dtype != torch.float32
-    n = power_of_two(width, high=256)
-    held = leaves * power_of_two(dim)
-    m = 128 if half and held <= 256 else 64
-    k = 64 if half else 32
-    config = Config(power_of_two(rows, high=m), n, power_of_two(depth, high=k), 8, 2)
-    return config._replace(warps=8 if config.m * n >= 8192 else 4)
+    m = 128 if half and leaves * power_of_two(dim) <= 256 else 64
+    base = Config(m, 256, 64 if half else 32, warps=8, stages=2)
+    return _fitted(base, power_of_two(rows), power_of_two(width), power_of_two(depth))
 
 
 def fused_backward(
-    dtype: torch.dtype, precision: str, rows: int, leaves: int, dim: int, depth: int, width: int
-) -> Config:
+    device: torch.device, dtype: torch.dtype, precision: str, rows: int, leaves: int, dim: int,
+    depth: int, width: int,
+) -> Config:  # fmt: skip
     """As :func:`fused_forward`; the sums are ``[k, width]`` and ``leaves`` times ``[dim, k]``."""
-    half = dtype != torch.float32
-    n, d = power_of_two(width, high=256), power_of_two(dim)
-    k = power_of_two(depth, high=64 if leaves * d + n <= 384 else 32)
-    m = power_of_two(rows, high=64 if half else 32)
-    return Config(m, n, k, 8 if k * (n + leaves * d) >= 8192 else 4, 2)
+    base = _chosen(_FUSED_BACKWARD, device, _kind(dtype, precision), width)
+    if leaves * power_of_two(dim) > 128:  # the sums of the leaves take what k has to give
+        base = base._replace(k=max(_SMALLEST, base.k // 2))
+    return _fitted(base, power_of_two(rows), power_of_two(width), power_of_two(depth))
 
 
 def ragged_forward(dtype: torch.dtype, precision: str, rows: int, depth: int, width: int) -> Config:
     """For nodes of at most ``[depth, width]``."""
     base = _RAGGED[_kind(dtype, precision)]
-    m, n = power_of_two(rows, high=base.m), power_of_two(width, high=base.n)
-    return base._replace(m=m, n=n, k=power_of_two(depth, high=base.k))
+    return _fitted(base, power_of_two(rows), power_of_two(width), power_of_two(depth))
 
 
 ragged_backward = ragged_weights = ragged_forward
+
+
+def _chosen(
+    table: dict[tuple[str, int], list[Config]], device: torch.device, kind: str, width: int
+) -> Config:
+    """The row for so many columns, of this GPU or the last before it that has any."""
+    rows = table.get((kind, 9)) if _capability(device) >= 9 else None
+    return next(c for c in rows or table[kind, 8] if width <= c.n)
+
+
+def _fitted(base: Config, m: int, n: int, k: int) -> Config:
+    """No larger than the problem, and half the warps where a quarter of the sums is left."""
+    m, n, k = min(m, base.m), min(n, base.n), min(k, base.k)
+    small = base.warps > 4 and 4 * m * n * k <= base.m * base.n * base.k
+    return Config(m, n, k, 4 if small else base.warps, base.stages)
 
 
 def splits(device: torch.device, programs: int, rows: int, step: int) -> tuple[int, int]:
@@ -167,3 +186,27 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 132  # an H100's, so that what is compiled without one is what one would run
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_assumed = 9
+
+
+@contextmanager
+def assumed(major: int) -> Iterator[None]:
+    """In the block, tensors that are on no GPU get tiles for this compute capability: what is
+    compiled without a GPU. Otherwise it is 9, a Hopper's."""
+    global _assumed
+    before, _assumed = _assumed, major
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
+def _capability(device: torch.device) -> int:
+    return _capability_of(device) if device.type == "cuda" else _assumed
+
+
+@lru_cache(maxsize=16)
+def _capability_of(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]

@@ -32,7 +32,7 @@ from htfkernels.gpu.tiles import accumulator, cast, dot, input_precision
 __all__ = ["backward", "forward"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_m"])
 def _forward(
     x, leaf_weight, weight, result, table, rows, D, K, N, x_width, tiles_m,
     C: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -84,7 +84,7 @@ def _forward(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["places", "leaf_places", "tiles_k", "splits", "rows_per_split"])
 def _backward(
     x, leaf_weight, weight, grad, partial, leaf_partial, table, rows, D, K, N, x_width,
     places, leaf_places, tiles_k, splits, rows_per_split,
@@ -131,7 +131,7 @@ def _backward(
                 other=0.0,
             )
             vectors += (x_c,)
-            messages += (dot(x_c, leaves[c], tl.zeros((BM, BK), ACC), PRECISION),)
+            messages += (dot(x_c, leaves[c], tl.zeros((BM, BK), ACC), PRECISION, False),)
         g = tl.load(
             grad + (node.to(tl.int64) * rows + i[:, None]) * N + n[None, :],
             mask=(i < rows)[:, None] & (n < N)[None, :],
@@ -141,16 +141,18 @@ def _backward(
             p = messages[0]
             for c in tl.static_range(1, C):
                 p *= messages[c]
-            total = dot(tl.trans(cast(p, g.dtype)), g, total, PRECISION)
+            total = dot(tl.trans(cast(p, g.dtype)), g, total, PRECISION, False)
         if LEAVES:
-            dp = dot(g, w_t, tl.zeros((BM, BK), ACC), PRECISION)
+            dp = dot(g, w_t, tl.zeros((BM, BK), ACC), PRECISION, False)
             sums = ()
             for c in tl.static_range(C):
                 dm = dp
                 for other in tl.static_range(C):
                     if other != c:
                         dm *= messages[other]
-                sums += (dot(tl.trans(vectors[c]), cast(dm, g.dtype), leaf_totals[c], PRECISION),)
+                sums += (
+                    dot(tl.trans(vectors[c]), cast(dm, g.dtype), leaf_totals[c], PRECISION, False),
+                )
             leaf_totals = sums
     if WEIGHTS:
         place = split.to(tl.int64) * places + tl.load(entry + 1)
@@ -217,7 +219,9 @@ def backward(
     """
     node, leaf, rows, dtype = launched.first, launched.leaf, x.shape[0], x.dtype
     inputs, count, nodes = input_precision(dtype, precision), node.operands, len(launched.nodes)
-    config = configs.fused_backward(dtype, inputs, rows, count, leaf.rows, node.rows, node.cols)
+    config = configs.fused_backward(
+        x.device, dtype, inputs, rows, count, leaf.rows, node.rows, node.cols
+    )
     tiles_k = cdiv(node.rows, config.k)
     splits, per_split = configs.splits(x.device, nodes * tiles_k, rows, config.m)
     partial = leaf_partial = None

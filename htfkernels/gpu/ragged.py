@@ -51,7 +51,7 @@ def _product(source, operands, first, count, unit, at, inside, skip, ACC: tl.con
     return p
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_m", "tiles"])
 def _forward(
     x, buffer, weight, result, nodes, operands, parts, rows, x_width, tiles_m, tiles,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -102,7 +102,7 @@ def _forward(
         tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_m", "tiles"])
 def _backward(
     buffer, weight, grad, grad_buffer, grad_x, nodes, operands, parts, rows, x_width, tiles_m,
     tiles, FEW: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -145,7 +145,7 @@ def _backward(
                     mask=(k < K)[None, :] & (n < N)[:, None],
                     other=0.0,
                 )
-                dp = dot(g, w_t, dp, PRECISION)
+                dp = dot(g, w_t, dp, PRECISION, False)
             if leaf != 0:
                 at = row * x_width + k[None, :]
                 block = grad_x + tl.load(operands + first)
@@ -177,7 +177,7 @@ def _backward(
         tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count_jobs", "size", "rows_per_split"])
 def _weights(
     x, buffer, grad, grad_buffer, partial, nodes, operands, jobs, rows, x_width, count_jobs,
     size, rows_per_split, ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -217,7 +217,7 @@ def _weights(
             mask=(i < rows)[:, None] & (n < N)[None, :],
             other=0.0,
         )
-        total = dot(tl.trans(cast(p, g.dtype)), g, total, PRECISION)
+        total = dot(tl.trans(cast(p, g.dtype)), g, total, PRECISION, False)
     tl.store(
         partial + split.to(tl.int64) * size + start_w + k[:, None] * N + n[None, :],
         cast(total, partial.dtype.element_ty),
@@ -272,19 +272,23 @@ class _Jobs(NamedTuple):
     groups: tuple[tuple[int, int], ...]
 
 
-def pack_of(tables: Tables, backward: bool) -> Pack:
-    """Of the weights of all ragged launches; in a backward pass, more launches are."""
-    key = ("pack", backward)
+def pack_of(tables: Tables, widest: int | None = None) -> Pack:
+    """Of the weights of all ragged launches; in a backward pass, also of those too wide for it."""
+    key = ("pack", widest)
     if key not in tables.cache:
-        tables.cache[key] = _pack(tables, backward)
+        tables.cache[key] = _pack(tables, widest)
     return tables.cache[key]
 
 
-def _pack(tables: Tables, backward: bool) -> Pack:
+def _pack(tables: Tables, widest: int | None) -> Pack:
     nodes = []
     for launched in tables.launches:
-        wide = isinstance(launched, Uniform) and not launched.fits_backward
-        if isinstance(launched, Ragged) or (backward and wide):
+        wide = (
+            widest is not None
+            and isinstance(launched, Uniform)
+            and not launched.fits_backward(widest)
+        )
+        if isinstance(launched, Ragged) or wide:
             nodes += launched.nodes
     groups = tuple(sorted({n.group for n in nodes if n.group >= 0}))
     start: dict[int, int] = {}
@@ -320,7 +324,8 @@ def _slots(pack: Pack, nodes: Sequence[Node]) -> list[int]:
 
 def _work(tables: Tables, launched: Ragged, pack: Pack, wanted: Sequence[bool] | None) -> _Work:
     """The tables of a launch, of all nodes or of the wanted ones; made once."""
-    key = None if wanted is None else tuple(wanted[n.index] for n in launched.nodes)
+    chosen = None if wanted is None else tuple(wanted[n.index] for n in launched.nodes)
+    key = (pack.groups, chosen)
     if key not in launched.cache:
         nodes, parts = [], []
         for first, end in launched.parts:

@@ -22,7 +22,7 @@ __all__ = ["gradients", "reduce"]
 _CONFIG = Config(1, 1024, 1, warps=4, stages=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "step"])
 def _reduce(partial, result, count, step, n, BN: tl.constexpr):
     j = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     inside = j < n

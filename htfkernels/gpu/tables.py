@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from htfkernels.gpu.configs import STATIC_ARITY, WIDEST_BACKWARD
+from htfkernels.gpu.configs import STATIC_ARITY
 
 __all__ = ["Fused", "Launch", "Node", "Ragged", "Tables", "Uniform", "tables_of"]
 
@@ -37,7 +37,7 @@ FUSED_CHILDREN, FUSED_DIM, FUSED_WIDTH = 4, 128, 256
 such width, as leave room in registers."""
 
 _GROUPS_ALONE = 2  # a level of more groups takes one launch for all of them
-_WALKED_PER_LEVEL, _WALKED_SIZE = 3, 128 * 128  # of the top: nodes, and entries of a weight
+_WALKED_PER_LEVEL, _WALKED_SIZE = 3, 64 * 64  # of the top: nodes, and entries of a weight
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,10 @@ class Uniform:
         """Whether every operand starts at a multiple of 16 numbers."""
         return all(n % 16 == 0 for row in self.rows for n in row[2:])
 
-    @property
-    def fits_backward(self) -> bool:
+    def fits_backward(self, widest: int) -> bool:
         """Whether :func:`htfkernels.gpu.uniform.backward` takes them: all columns of a weight in
-        one tile, and the operands together in registers."""
-        return self.first.cols <= WIDEST_BACKWARD and self.first.operands <= STATIC_ARITY
+        one tile of that width, and the operands together in registers."""
+        return self.first.cols <= widest and self.first.operands <= STATIC_ARITY
 
     @cached_property
     def as_ragged(self) -> Ragged:

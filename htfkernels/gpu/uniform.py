@@ -36,7 +36,7 @@ from htfkernels.gpu.tiles import accumulator, cast, dot, input_precision
 __all__ = ["backward", "forward"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_m", "tiles_n"])
 def _forward(
     source, weight, result, table, rows, K, N, unit, stride, arity, tiles_m, tiles_n,
     ARITY: tl.constexpr, ALIGNED: tl.constexpr, VECTOR: tl.constexpr,
@@ -95,7 +95,7 @@ def _forward(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["places", "tiles_k", "splits", "rows_per_split"])
 def _backward(
     source, weight, grad, grad_source, partial, table, rows, K, N, unit, stride, arity,
     places, tiles_k, splits, rows_per_split,
@@ -136,9 +136,9 @@ def _backward(
                 operand = tl.multiple_of(operand, 16)
             if WEIGHTS:
                 p = tl.load(source + operand + at, mask=inside, other=0.0)
-                total = dot(tl.trans(p), g, total, PRECISION)
+                total = dot(tl.trans(p), g, total, PRECISION, False)
             if OPERANDS:
-                dp = dot(g, w_t, tl.zeros((BM, BK), ACC), PRECISION)
+                dp = dot(g, w_t, tl.zeros((BM, BK), ACC), PRECISION, False)
                 tl.store(
                     grad_source + operand + at, cast(dp, grad_source.dtype.element_ty), mask=inside
                 )
@@ -151,7 +151,7 @@ def _backward(
                 block = tl.load(source + operand + at, mask=inside, other=0.0)
                 blocks += (block.to(ACC),)
             if OPERANDS:
-                dp = dot(g, w_t, tl.zeros((BM, BK), ACC), PRECISION)
+                dp = dot(g, w_t, tl.zeros((BM, BK), ACC), PRECISION, False)
                 for c in tl.static_range(ARITY):
                     d = dp
                     for other in tl.static_range(ARITY):
@@ -169,7 +169,7 @@ def _backward(
                 p = blocks[0]
                 for c in tl.static_range(1, ARITY):
                     p *= blocks[c]
-                total = dot(tl.trans(cast(p, g.dtype)), g, total, PRECISION)
+                total = dot(tl.trans(cast(p, g.dtype)), g, total, PRECISION, False)
     if WEIGHTS:
         out = partial + (split.to(tl.int64) * places + tl.load(entry + 1)) * K * N
         tl.store(
@@ -234,7 +234,7 @@ def backward(
     """
     node, dtype = launched.first, weight.dtype
     inputs = input_precision(dtype, precision)
-    config = configs.backward(dtype, inputs, rows, node.rows, node.cols)
+    config = configs.backward(weight.device, dtype, inputs, rows, node.rows, node.cols)
     tiles_k, nodes = cdiv(node.rows, config.k), len(launched.nodes)
     splits, per_split = configs.splits(weight.device, nodes * tiles_k, rows, config.m)
     partial = None

@@ -67,7 +67,7 @@ def _messages(
     """All messages of a forward pass but the root's, which goes into ``result``."""
     rows = x.shape[0]
     buffer = empty(tables.width * rows, x)
-    pack = ragged.pack_of(tables, backward=False)
+    pack = ragged.pack_of(tables)
     packed = pack.weights(weights)
     for launched in tables.launches:
         if isinstance(launched, Ragged):
@@ -101,7 +101,8 @@ class _Backward:
         self.grad, self.needs, self.below, self.precision = grad, needs, below, precision
         self.grad_buffer = empty(buffer.shape, x)
         self.grad_x = empty(x.shape if needs[-1] else (0,), x)
-        self.pack = ragged.pack_of(tables, backward=True)
+        self.widest = configs.widest_backward(x.dtype, input_precision(x.dtype, precision))
+        self.pack = ragged.pack_of(tables, self.widest)
         self.packed = self.pack.weights(weights)
         self.partial: dict[int, list[Tensor]] = {}
         self.later: list[Node] = []
@@ -119,7 +120,7 @@ class _Backward:
                 self._fused(launched)
         elif not wanted and not deeper:
             return
-        elif launched.fits_backward:
+        elif launched.fits_backward(self.widest):
             self._uniform(launched, self.buffer, self.grad_buffer, deeper)
         else:
             self._ragged(launched.as_ragged, wanted, deeper)
