@@ -8,13 +8,15 @@ is not differentiable there: double backward is an eager affair (:mod:`htfkernel
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import htfkernels._C  # noqa: F401
+from htfkernels.precision import float32_precision
 
 __all__ = ["ops"]
 
@@ -57,8 +59,8 @@ def _(weights: list[Tensor], x: Tensor, program: Tensor, out_features: int) -> T
 
 
 def _kept(like: Tensor, elements: Any) -> Tensor:
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return like.new_empty(elements, dtype=dtype)
+    wide = like.device.type == "cpu" and like.dtype != torch.float64
+    return like.new_empty(elements, dtype=torch.float32 if wide else like.dtype)
 
 
 @torch.library.register_fake("htfkernels::evaluate_keeping")
@@ -322,3 +324,33 @@ for _name in (
     "small_svd",
 ):
     torch.library.register_autograd(f"htfkernels::{_name}", _no_gradient, setup_context=_ignore)
+
+
+# -- on CUDA tensors ------------------------------------------------------------------------------
+# What a compiled graph calls; eagerly, the Triton modules are called directly.
+
+_IN_TRITON = {
+    "evaluate": ("evaluate", "evaluate_keeping", "evaluate_backward"),
+    "evaluate_at": (
+        "evaluate_at",
+        "evaluate_at_keeping",
+        "evaluate_at_backward",
+        "evaluate_at_planned",
+        "evaluate_at_planned_keeping",
+        "evaluate_at_planned_backward",
+    ),
+    "full_tensor": ("full_tensor", "full_tensor_backward"),
+}
+
+
+def _in_triton(op: str, name: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        module = import_module(f"htfkernels.ops.{op}.triton")
+        return getattr(module, name)(*args, precision=float32_precision())
+
+    return run
+
+
+for _op, _names in _IN_TRITON.items():
+    for _name in _names:
+        torch.library.register_kernel(f"htfkernels::{_name}", "cuda", _in_triton(_op, _name))

@@ -29,13 +29,13 @@ def evaluate(
 
 def evaluate_keeping(
     weights: Sequence[Tensor], x: Tensor, program: Tensor, out_features: int, *, precision: str
-) -> tuple[Tensor, Tensor]:
+) -> list[Tensor]:
     """The result, and the messages."""
     weights, x = [w.contiguous() for w in weights], x.contiguous()
     tables = _tables(program, x, precision)
     result = empty((x.shape[0], out_features), x)
     buffer = _messages(tables, weights, x, result, precision)
-    return (result.squeeze(-1) if out_features == 1 else result), buffer
+    return [result.squeeze(-1) if out_features == 1 else result, buffer]
 
 
 def evaluate_backward(
