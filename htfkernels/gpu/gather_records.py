@@ -1,0 +1,187 @@
+"""What the kernels over gathered rows read from their tables, and how they find their tile.
+
+A launch runs many jobs, of different shapes. ``TABLE``, int64, holds records of :data:`FIELDS`
+numbers: a :class:`Job` for each node, then an :class:`Operand` for each of its operands. ``WORK``,
+int32, names the record of each program's job. Offsets count elements.
+
+``BUF`` holds the weights, one after the other as they are folded, then the frames of the nodes:
+``[rows, columns]`` each. Results go to one of three buffers (:data:`WEIGHTS`, :data:`FRAMES`,
+:data:`PARTS`): gradients of weights, of frames, or partial sums in the accumulators' dtype.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Job(NamedTuple):
+    """A node, or the gradient of one of its operands, or a sum of parts."""
+
+    first: int = 0  # its first program in the launch
+    rows: int = 0  # of the node; of a sum: the number of parts
+    k: int = 0  # width of the product p; of a sum: the number of elements
+    n: int = 0  # columns of the message; of an operand's gradient: rows of the operand
+    weight: int = -1  # of W in BUF; -1: ones
+    out: int = 0  # of the message, or of its gradient; of a sum: of the parts
+    operands: int = 0  # record of the first operand
+    count: int = 0  # of operands
+    dp: int = -1  # of the gradient of p; -1: not asked for
+    space: int = -1  # where the result goes
+    dest: int = 0
+    splits: int = 1  # parts that the rows are summed in
+    child: int = 0  # whose gradient this is
+    start: int = -1  # of the rows of each of the operand's rows
+    order: int = -1  # of the rows in that order; -1: they are in it
+
+
+class Operand(NamedTuple):
+    """A frame whose rows a node reads, and where its gradient goes."""
+
+    base: int = 0  # of the frame in BUF
+    ids: int = -1  # of the list of rows (in a matrix of indices the column); -1: row i
+    div: int = 1  # on a grid: row (i // div) % mod
+    mod: int = 1
+    space: int = -1
+    dest: int = 0
+
+
+FIELDS = tl.constexpr(16)
+
+# How a node turns its product into a message.
+DOT = tl.constexpr(0)  # p W on tensor cores
+SUM = tl.constexpr(1)  # one column: sum over k of p[:, k] W[k]
+PRODUCT = tl.constexpr(2)  # p itself
+
+NOWHERE = tl.constexpr(-1)
+WEIGHTS = tl.constexpr(0)
+FRAMES = tl.constexpr(1)
+PARTS = tl.constexpr(2)
+
+_FIRST = tl.constexpr(Job._fields.index("first"))
+ROWS = tl.constexpr(Job._fields.index("rows"))
+WIDTH = tl.constexpr(Job._fields.index("k"))
+COLUMNS = tl.constexpr(Job._fields.index("n"))
+WEIGHT = tl.constexpr(Job._fields.index("weight"))
+OUT = tl.constexpr(Job._fields.index("out"))
+OPERANDS = tl.constexpr(Job._fields.index("operands"))
+COUNT = tl.constexpr(Job._fields.index("count"))
+DP = tl.constexpr(Job._fields.index("dp"))
+SPACE = tl.constexpr(Job._fields.index("space"))
+DEST = tl.constexpr(Job._fields.index("dest"))
+SPLITS = tl.constexpr(Job._fields.index("splits"))
+CHILD = tl.constexpr(Job._fields.index("child"))
+START = tl.constexpr(Job._fields.index("start"))
+ORDER = tl.constexpr(Job._fields.index("order"))
+
+BASE = tl.constexpr(Operand._fields.index("base"))
+_IDS = tl.constexpr(Operand._fields.index("ids"))
+DIV = tl.constexpr(Operand._fields.index("div"))
+MOD = tl.constexpr(Operand._fields.index("mod"))
+CHILD_SPACE = tl.constexpr(Operand._fields.index("space"))
+CHILD_DEST = tl.constexpr(Operand._fields.index("dest"))
+
+
+@triton.jit
+def job_of(TABLE, WORK):
+    """This program's job, and which of the job's programs it is."""
+    pid = tl.program_id(0)
+    job = TABLE + tl.load(WORK + pid).to(tl.int64) * FIELDS
+    return job, pid - tl.load(job + _FIRST).to(tl.int32)
+
+
+@triton.jit
+def offset(field, ALIGNED: tl.constexpr):
+    """A field that is an offset. Said to be a multiple of 16 where it is, loads become wide."""
+    value = tl.load(field)
+    if ALIGNED:
+        value = tl.multiple_of(value, 16)
+    return value
+
+
+@triton.jit
+def extent(field, ALIGNED: tl.constexpr):
+    """A field that is a width, below 2^31."""
+    value = tl.load(field).to(tl.int32)
+    if ALIGNED:
+        value = tl.multiple_of(value, 16)
+    return value
+
+
+@triton.jit
+def only_if(condition, mask):
+    """A mask where a number's condition holds, else none. (The interpreter's ``&`` of the two gives
+    no mask.)"""
+    return tl.where(condition, mask, False)
+
+
+@triton.jit
+def operand_rows(operand, IDS, ids_row, ids_mode, i, live, GRID: tl.constexpr):
+    """``row_c(i)``: the rows of an operand that rows ``i`` of the node read."""
+    if GRID:
+        return (i // tl.load(operand + DIV)) % tl.load(operand + MOD)
+    else:
+        ids = tl.load(operand + _IDS)
+        listed = tl.load(IDS + ids * ids_mode + i * ids_row, mask=only_if(ids >= 0, live), other=0)
+        return tl.where(ids >= 0, listed.to(tl.int64), i)
+
+
+@triton.jit
+def _place(operand, IDS, ids_row, ids_mode, i, live, K, GRID: tl.constexpr, ALIGNED: tl.constexpr):
+    rows = operand_rows(operand, IDS, ids_row, ids_mode, i, live, GRID)
+    return offset(operand + BASE, ALIGNED) + rows * K
+
+
+@triton.jit
+def places_of(
+    operands, IDS, ids_row, ids_mode, i, live, K,
+    COUNT: tl.constexpr, GRID: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Offsets in BUF of the rows that rows ``i`` read, for each of ``COUNT`` operands."""
+    places = ()
+    for c in tl.static_range(COUNT):
+        operand = operands + c * FIELDS
+        places = places + (  # noqa: RUF005
+            _place(operand, IDS, ids_row, ids_mode, i, live, K, GRID, ALIGNED),
+        )
+    return places
+
+
+@triton.jit
+def product(BUF, places, k, mask, SKIP: tl.constexpr, COUNT: tl.constexpr, like):
+    """``p[i, k]`` for ``COUNT`` operands without the one called ``SKIP``, in the dtype and shape of
+    ``like``."""
+    p = tl.full(like.shape, 1.0, like.dtype)
+    for c in tl.static_range(COUNT):
+        if c != SKIP:
+            factor = tl.load(BUF + places[c][:, None] + k[None, :], mask=mask, other=0.0)
+            p *= factor.to(like.dtype)
+    return p
+
+
+@triton.jit
+def others(
+    BUF, operands, count, skip, IDS, ids_row, ids_mode, i, live, k, K, mask, like,
+    GRID: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """As :func:`product`, for any number of operands; ``skip`` may be known at run time alone."""
+    p = tl.full(like.shape, 1.0, like.dtype)
+    for c in range(count):
+        if c != skip:
+            place = _place(operands + c * FIELDS, IDS, ids_row, ids_mode, i, live, K, GRID, ALIGNED)
+            factor = tl.load(BUF + place[:, None] + k[None, :], mask=mask, other=0.0)
+            p *= factor.to(like.dtype)
+    return p
+
+
+@triton.jit
+def put(WEIGHTS_OUT, FRAMES_OUT, PARTS_OUT, space, at, value, mask):
+    """Stores a result in the buffer it goes to, in that one's dtype."""
+    if space == WEIGHTS:
+        tl.store(WEIGHTS_OUT + at, value, mask=mask)
+    elif space == FRAMES:
+        tl.store(FRAMES_OUT + at, value, mask=mask)
+    elif space == PARTS:
+        tl.store(PARTS_OUT + at, value, mask=mask)

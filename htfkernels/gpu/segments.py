@@ -1,0 +1,127 @@
+"""Gradients of gathered rows, and sums of parts: in a fixed order, without atomics.
+
+Records, buffers and spaces are those of :mod:`htfkernels.gpu.gather_records`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from htfkernels.gpu.gather_records import (
+    BASE,
+    CHILD,
+    COLUMNS,
+    COUNT,
+    DEST,
+    DIV,
+    DP,
+    FIELDS,
+    MOD,
+    OPERANDS,
+    ORDER,
+    OUT,
+    ROWS,
+    SPACE,
+    SPLITS,
+    START,
+    SUM,
+    WEIGHT,
+    WIDTH,
+    extent,
+    job_of,
+    offset,
+    only_if,
+    operand_rows,
+    others,
+    put,
+)
+
+__all__ = ["add_parts", "segment_gradient"]
+
+
+@triton.jit
+def segment_gradient(
+    TABLE, WORK, IDS, STARTS, ORDERS, BUF, GRADS, WEIGHTS_OUT, FRAMES_OUT, PARTS_OUT,
+    ids_row, ids_mode,
+    KIND: tl.constexpr, CHILDREN: tl.constexpr, GRID: tl.constexpr, ALIGN_K: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The gradient of one gathered operand ``A_c [n, K]`` of a node::
+
+        G[j, :] = sum over the rows i with row_c(i) == j, ascending, of
+                  dp[i, :] * product over the other operands of A_d[row_d(i), :]
+
+    The rows of ``j`` are number ``STARTS[j]`` to ``STARTS[j + 1] - 1`` in the order of ORDERS; with
+    GRID they are ``(q mod + j) div + t``. ``dp`` is read from GRADS; SUM: ``dp[i, :] = g[i] W``.
+    One program sums ``[BM, BK]`` at a time, over (row j, part of its rows, column tile). Parts
+    follow each other, ``splits`` of ``[n, K]``.
+    """
+    job, tile = job_of(TABLE, WORK)
+    K, segments = extent(job + WIDTH, ALIGN_K), tl.load(job + COLUMNS)
+    child, splits = tl.load(job + CHILD).to(tl.int32), tl.load(job + SPLITS)
+    operands, count = TABLE + tl.load(job + OPERANDS) * FIELDS, tl.load(job + COUNT).to(tl.int32)
+    across = tl.cdiv(K, BK)
+    k = (tile % across) * BK + tl.arange(0, BK)
+    part = (tile // across) % splits
+    j = (tile // across) // splits
+    order = tl.load(job + ORDER)
+    if GRID:
+        div = tl.load(operands + child * FIELDS + DIV)
+        mod = tl.load(operands + child * FIELDS + MOD)
+        begin = tl.zeros((), tl.int64)
+        end = tl.load(job + ROWS) // mod
+    else:
+        begin = tl.load(STARTS + tl.load(job + START) + j).to(tl.int64)
+        end = tl.load(STARTS + tl.load(job + START) + j + 1).to(tl.int64)
+    each = tl.cdiv(tl.cdiv(end - begin, splits), BM) * BM
+    low = begin + part * each
+    high = tl.minimum(low + each, end)
+    total = tl.zeros((BM, BK), ACC)
+    for e0 in range(low, high, BM):
+        e = e0 + tl.arange(0, BM).to(tl.int64)
+        live = e < high
+        mask = live[:, None] & (k < K)[None, :]
+        if GRID:
+            i = (e // div * mod + j) * div + e % div
+        else:
+            listed = tl.load(ORDERS + order + e, mask=only_if(order >= 0, live), other=0)
+            i = tl.where(order >= 0, listed.to(tl.int64), e)
+        if KIND == SUM:
+            term = tl.load(GRADS + tl.load(job + OUT) + i, mask=live, other=0.0).to(ACC)[:, None]
+        else:
+            at = offset(job + DP, ALIGN_K)
+            term = tl.load(GRADS + at + i[:, None] * K + k[None, :], mask=mask, other=0.0).to(ACC)
+        if CHILDREN > 0:
+            for other in tl.static_range(CHILDREN - 1):
+                operand = operands + (other + (other >= child).to(tl.int32)) * FIELDS
+                rows = operand_rows(operand, IDS, ids_row, ids_mode, i, live, GRID)
+                place = offset(operand + BASE, ALIGN_K) + rows * K
+                factor = tl.load(BUF + place[:, None] + k[None, :], mask=mask, other=0.0)
+                term = term * factor.to(ACC)
+        else:
+            term = term * others(
+                BUF, operands, count, child, IDS, ids_row, ids_mode, i, live, k, K, mask, total,
+                GRID, ALIGN_K,
+            )  # fmt: skip
+        total += term
+    sums = tl.sum(total, axis=0)
+    if KIND == SUM:
+        weight = tl.load(job + WEIGHT)
+        sums *= tl.load(BUF + weight + k, mask=only_if(weight >= 0, k < K), other=1.0).to(ACC)
+    at = offset(job + DEST, ALIGN_K) + (part * segments + j) * K + k
+    put(WEIGHTS_OUT, FRAMES_OUT, PARTS_OUT, tl.load(job + SPACE), at, sums, k < K)
+
+
+@triton.jit
+def add_parts(TABLE, WORK, PARTS, WEIGHTS_OUT, FRAMES_OUT, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """``dest[e] = sum over parts q, ascending, of PARTS[q, e]``: a block of elements a program."""
+    job, tile = job_of(TABLE, WORK)
+    size, count = tl.load(job + WIDTH), tl.load(job + ROWS).to(tl.int32)
+    e = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    source = PARTS + tl.load(job + OUT) + e
+    total = tl.zeros((BLOCK,), ACC)
+    for q in range(count):
+        total += tl.load(source + q * size, mask=e < size, other=0.0)
+    dest = tl.load(job + DEST) + e
+    put(WEIGHTS_OUT, FRAMES_OUT, PARTS, tl.load(job + SPACE), dest, total, e < size)
