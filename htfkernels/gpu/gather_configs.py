@@ -16,26 +16,30 @@ _WAVES = 2 * 132  # programs that fill the streaming multiprocessors of an H100 
 _MOST_PARTS = 64  # of one sum: they are added up one after the other
 
 
-def gemm_tile(dtype: torch.dtype, precision: str, down: int, across: int) -> Config:
-    """``m`` rows and ``n`` columns of the result in a tile, ``k`` terms at a time."""
+def gemm_tile(
+    dtype: torch.dtype, precision: str, down: int, across: int, easy: bool = True
+) -> Config:
+    """``m`` rows and ``n`` columns of the result in a tile, ``k`` terms at a time. ``easy``: rows
+    are whole vectors and at most two are multiplied; else addresses take many registers."""
+    warps = 4 if easy else 8
     if dtype == torch.float64:
         # DMMA; a wider tile's accumulators and products do not fit in registers.
-        m, n, k, warps, stages = 32, 32, 16, 4, 2
+        m, n, k, stages = 32, 32, 16, 2
     elif dtype == torch.float32 and precision == "ieee":
-        # FFMA: 32 accumulators a thread, and operands that are read again from registers.
-        m, n, k, warps, stages = 64, 64, 16, 8, 2
+        # FFMA: 16 accumulators a thread, and operands that are read again from registers.
+        m, n, k, stages, warps = 64, 64, 16, 2, 8
     elif dtype == torch.float32 and precision == "tf32x3":
         # Split operands take the registers twice.
-        m, n, k, warps, stages = 64, 64, 32, 4, 3
+        m, n, k, stages = 64, 64, 32, 3
     elif dtype == torch.float32:
         # One warp group's 64 rows; 32 terms are 128 bytes of a row.
-        m, n, k, warps, stages = 64, 128, 32, 4, 3
+        m, n, k, stages = 64, 128, 32, 3
     else:
         # As many bytes of a row: 64 terms.
-        m, n, k, warps, stages = 64, 128, 64, 4, 3
+        m, n, k, stages = 64, 128, 64, 3
     # No wider than the result: what is masked is computed all the same.
     m, n = min(m, _power(down)), min(n, _power(across))
-    return Config(m, n, k, warps if m * n >= 32 * 32 else 2, stages)
+    return Config(m, n, k, warps if m * n > 32 * 32 else 4, stages)
 
 
 def vector_tile(rows: int, width: int) -> Config:
@@ -45,12 +49,13 @@ def vector_tile(rows: int, width: int) -> Config:
     return Config(max(16, min(_power(rows), 2048 // k)), 16, k, 4, 2)
 
 
-def segment_tile(longest: int, width: int) -> Config:
-    """``m`` rows of ``k`` columns added up at a time, for rows that are used ``longest`` times on
-    average: what is masked is loaded by nobody, but it idles."""
+def segment_tile(average: int, width: int, grid: bool) -> tuple[Config, bool]:
+    """``m`` rows and ``k`` columns at a time; and whether the rows belong to many sums or to one,
+    for sums of ``average`` rows. Many at once idle where the others are shorter than the longest,
+    which on a grid they never are; rows of one at once where it has fewer than ``m``."""
     k = min(128, _power(width))
-    m = 4 if longest <= 4 else 16
-    return Config(m, 16, k, 1 if m * k <= 512 else 4, 3)
+    many = grid or average <= 8
+    return Config(16, 16, k, 4, 3), many
 
 
 def splits(rows: int, step: int, tiles: int) -> int:

@@ -144,7 +144,7 @@ class Gradients(Tables):
             vector = vector_tile(rows, width)
             config, step, down, across = vector, vector.m, vector.k, 16
         else:
-            tile = gemm_tile(self.dtype, self.precision, width, columns)
+            tile = gemm_tile(self.dtype, self.precision, width, min(columns, 64), self.easy(nodes))
             config = tile._replace(m=tile.k, k=tile.m)
             step, down, across = config.m, config.k, config.n
         tiles = {k: cdiv(made.nodes[k].width, down) * cdiv(made.nodes[k].columns, across)
@@ -187,7 +187,8 @@ class Gradients(Tables):
         rows, width, _ = self.largest(nodes)
         some = made.nodes[nodes[0]]
         if kind_of(some) == DOT:
-            tile = gemm_tile(self.dtype, self.precision, rows, width)
+            easy = self.easy(nodes) and width <= 64
+            tile = gemm_tile(self.dtype, self.precision, rows, width, easy)
             config = tile._replace(n=tile.k, k=tile.n)
         else:
             config = vector_tile(rows, width)
@@ -226,14 +227,16 @@ class Gradients(Tables):
         kind = kind_of(some)
         counts = [made.shape(o.source)[0] for _, _, o in found]
         average = max(made.nodes[k].rows // n for (k, _, _), n in zip(found, counts, strict=True))
-        config = segment_tile(average, max(made.nodes[k].width for k, _, _ in found))
+        widest = max(made.nodes[k].width for k, _, _ in found)
+        config, many = segment_tile(average, widest, made.grid)
+        step = 1 if many else config.m
         tiles = [
-            n * cdiv(made.nodes[k].width, config.k)
+            cdiv(n, config.m if many else 1) * cdiv(made.nodes[k].width, config.k)
             for (k, _, _), n in zip(found, counts, strict=True)
         ]
         jobs, programs = [], []
         for (k, c, operand), n, count in zip(found, counts, tiles, strict=True):
-            parts = splits(made.nodes[k].rows // n, config.m, sum(tiles))
+            parts = splits(made.nodes[k].rows // n, step, sum(tiles))
             rows = operand.rows
             job = self.node_job(
                 k,
@@ -249,7 +252,8 @@ class Gradients(Tables):
             jobs.append(job)
             programs.append(count * parts)
         chosen = self.constants(some, config)
-        constants = {name: chosen[name] for name in ("KIND", "CHILDREN", "GRID", "BM", "BK", "ACC")}
+        names = ("KIND", "CHILDREN", "GRID", "BM", "BK", "ACC")
+        constants = {"MANY": many, **{name: chosen[name] for name in names}}
         last = self.is_last(nodes[0]) and kind != DOT
         self.pending.append(
             Pending(

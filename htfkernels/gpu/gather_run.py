@@ -39,6 +39,11 @@ class Evaluation:
         self._backward: dict[tuple[bool, ...], Backward] = {}
 
     @cached_property
+    def filler(self) -> Tensor:
+        """What stands between the weights of two groups."""
+        return torch.zeros(16, dtype=self._how[0], device=self._how[2])
+
+    @cached_property
     def mode_dims(self) -> Tensor:
         """``[N]``, on the device."""
         leaves = sorted((s.mode, s.rows) for s in self.nodes.steps if s.mode >= 0)
@@ -114,7 +119,10 @@ def forward(
     """Writes the result; returns the buffer of weights and frames."""
     schedule = made.forward
     buffer = empty(schedule.buffer, weights[0])
-    torch.cat([w.reshape(-1) for w in weights], out=buffer[: schedule.weights])
+    pieces = []
+    for w in weights:  # each at a multiple of 16
+        pieces += [w.reshape(-1), made.filler[: -w.numel() % 16]]
+    torch.cat(pieces, out=buffer[: schedule.weights])
     for step in schedule.launches:
         ids = _lists(lists, step)
         messages = result if step.last else buffer

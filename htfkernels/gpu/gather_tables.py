@@ -73,7 +73,7 @@ class _Places:
             self.shapes.append((slots, steps[0].rows, steps[0].cols))
         self.group = [0]
         for slots, rows, cols in self.shapes:
-            self.group.append(self.group[-1] + slots * rows * cols)
+            self.group.append(self.group[-1] + rounded(slots * rows * cols))
         self.weights = self.group.pop()
         self.frame: list[int] = []  # among the frames
         end = 0
@@ -82,7 +82,7 @@ class _Places:
             end += rounded(node.rows * (node.columns or node.width))
         self.frames = end
         self.frame.append(0)  # the result's own
-        self.first = rounded(self.weights)
+        self.first = self.weights
 
     def of(self, source: int) -> int:
         """Offset in the buffer of an operand, or of a weight."""
@@ -193,6 +193,12 @@ class Tables:
             max(n.columns or n.width for n in chosen),
         )
 
+    def easy(self, nodes: Sequence[int]) -> bool:
+        """Whether all rows are whole vectors, and at most two of them are multiplied."""
+        chosen = [self.made.nodes[k] for k in nodes]
+        whole = all(n.width % _ALIGNMENT == 0 and n.columns % _ALIGNMENT == 0 for n in chosen)
+        return whole and len(chosen[0].operands) <= 2
+
     def finish(self, device: torch.device) -> list[Launch]:
         """The tables on the device, in two copies, and the launches."""
         numbers = {id(record): r for r, record in enumerate(self.records)}
@@ -256,7 +262,7 @@ def forward_schedule(
             some = made.nodes[nodes[0]]
             kind, last = kind_of(some), tables.is_last(nodes[0])
             if kind == DOT:
-                tile = gemm_tile(dtype, precision, rows, columns)
+                tile = gemm_tile(dtype, precision, rows, columns, tables.easy(nodes))
                 down, across, config = tile.m, tile.n, tile
             else:
                 config = vector_tile(rows, width)

@@ -45,7 +45,7 @@ def segment_gradient(
     TABLE, WORK, IDS, STARTS, ORDERS, BUF, GRADS, WEIGHTS_OUT, FRAMES_OUT, PARTS_OUT,
     ids_row, ids_mode,
     KIND: tl.constexpr, CHILDREN: tl.constexpr, GRID: tl.constexpr, ALIGN_K: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr,
+    MANY: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one gathered operand ``A_c [n, K]`` of a node::
 
@@ -54,33 +54,42 @@ def segment_gradient(
 
     The rows of ``j`` are number ``STARTS[j]`` to ``STARTS[j + 1] - 1`` in the order of ORDERS; with
     GRID they are ``(q mod + j) div + t``. ``dp`` is read from GRADS; SUM: ``dp[i, :] = g[i] W``.
-    One program sums ``[BM, BK]`` at a time, over (row j, part of its rows, column tile). Parts
+    Tiles are ``[BM, BK]``: with MANY of BM rows j, to each of which one row is added at a time,
+    else of BM rows of one j. The grid is over (rows j, part of their rows, column tile); parts
     follow each other, ``splits`` of ``[n, K]``.
     """
     job, tile = job_of(TABLE, WORK)
     K, segments = extent(job + WIDTH, ALIGN_K), tl.load(job + COLUMNS)
-    child, splits = tl.load(job + CHILD).to(tl.int32), tl.load(job + SPLITS)
+    child, splits = tl.load(job + CHILD).to(tl.int32), tl.load(job + SPLITS).to(tl.int32)
     operands, count = TABLE + tl.load(job + OPERANDS) * FIELDS, tl.load(job + COUNT).to(tl.int32)
     across = tl.cdiv(K, BK)
     k = (tile % across) * BK + tl.arange(0, BK)
     part = (tile // across) % splits
-    j = (tile // across) // splits
+    lane = tl.arange(0, BM).to(tl.int64)
+    if MANY:
+        j = (tile // across // splits).to(tl.int64) * BM + lane
+        ahead, step = lane * 0, 1
+    else:
+        j = (tile // across // splits).to(tl.int64) + lane * 0
+        ahead, step = lane, BM
+    valid = j < segments
     order = tl.load(job + ORDER)
     if GRID:
         div = tl.load(operands + child * FIELDS + DIV)
         mod = tl.load(operands + child * FIELDS + MOD)
-        begin = tl.zeros((), tl.int64)
-        end = tl.load(job + ROWS) // mod
+        begin = lane * 0
+        end = begin + tl.load(job + ROWS) // mod
     else:
-        begin = tl.load(STARTS + tl.load(job + START) + j).to(tl.int64)
-        end = tl.load(STARTS + tl.load(job + START) + j + 1).to(tl.int64)
-    each = tl.cdiv(tl.cdiv(end - begin, splits), BM) * BM
+        starts = STARTS + tl.load(job + START) + j
+        begin = tl.load(starts, mask=valid, other=0).to(tl.int64)
+        end = tl.load(starts + 1, mask=valid, other=0).to(tl.int64)
+    each = tl.cdiv(tl.cdiv(end - begin, splits), step) * step
     low = begin + part * each
     high = tl.minimum(low + each, end)
     total = tl.zeros((BM, BK), ACC)
-    for e0 in range(low, high, BM):
-        e = e0 + tl.arange(0, BM).to(tl.int64)
-        live = e < high
+    for done in range(0, tl.max(high - low, axis=0), step):
+        e = low + done + ahead
+        live = valid & (e < high)
         mask = live[:, None] & (k < K)[None, :]
         if GRID:
             i = (e // div * mod + j) * div + e % div
@@ -105,12 +114,19 @@ def segment_gradient(
                 GRID, ALIGN_K,
             )  # fmt: skip
         total += term
-    sums = tl.sum(total, axis=0)
     if KIND == SUM:
         weight = tl.load(job + WEIGHT)
-        sums *= tl.load(BUF + weight + k, mask=only_if(weight >= 0, k < K), other=1.0).to(ACC)
-    at = offset(job + DEST, ALIGN_K) + (part * segments + j) * K + k
-    put(WEIGHTS_OUT, FRAMES_OUT, PARTS_OUT, tl.load(job + SPACE), at, sums, k < K)
+        w = tl.load(BUF + weight + k, mask=only_if(weight >= 0, k < K), other=1.0)
+        total *= w.to(ACC)[None, :]
+    space, dest = tl.load(job + SPACE), offset(job + DEST, ALIGN_K)
+    if MANY:
+        at = dest + (part * segments + j)[:, None] * K + k[None, :]
+        mask = valid[:, None] & (k < K)[None, :]
+        put(WEIGHTS_OUT, FRAMES_OUT, PARTS_OUT, space, at, total, mask)
+    else:
+        one = tile // across // splits
+        at = dest + (part * segments + one) * K + k
+        put(WEIGHTS_OUT, FRAMES_OUT, PARTS_OUT, space, at, tl.sum(total, axis=0), k < K)
 
 
 @triton.jit
