@@ -22,26 +22,17 @@ import triton.language as tl
 from htfkernels.gpu.gather_records import (
     CHILD_DEST,
     CHILD_SPACE,
-    COLUMNS,
-    COUNT,
     DEST,
     DOT,
     DP,
     FIELDS,
     NOWHERE,
-    OPERANDS,
-    OUT,
     PRODUCT,
-    ROWS,
     SPACE,
     SPLITS,
     SUM,
     WEIGHT,
-    WIDTH,
-    extent,
-    job_of,
-    offset,
-    only_if,
+    node_of,
     others,
     places_of,
     product,
@@ -62,11 +53,7 @@ def forward(
 ):  # fmt: skip
     """A tile ``[BM, BN]`` of a message. DOT: over (row tile, column tile); SUM: over row tiles, all
     of K in each; PRODUCT: over (row tile, BK columns)."""
-    job, tile = job_of(TABLE, WORK)
-    rows, K = tl.load(job + ROWS), extent(job + WIDTH, ALIGN_K)
-    N = extent(job + COLUMNS, ALIGN_N)
-    out = offset(job + OUT, ALIGN_N)
-    operands, count = TABLE + tl.load(job + OPERANDS) * FIELDS, tl.load(job + COUNT).to(tl.int32)
+    job, tile, rows, K, N, out, operands, count = node_of(TABLE, WORK, ALIGN_K, ALIGN_N)
     if KIND == DOT:
         across = tl.cdiv(N, BN)
     elif KIND == PRODUCT:
@@ -91,7 +78,9 @@ def forward(
             )  # fmt: skip
         tl.store(MESSAGES + out + i[:, None] * K + k[None, :], p, mask=mask)
     else:
-        weight = offset(job + WEIGHT, ALIGN_N or (KIND == SUM and ALIGN_K))
+        weight = tl.load(job + WEIGHT)
+        if ALIGN_N or (KIND == SUM and ALIGN_K):
+            weight = tl.multiple_of(weight, 16)
         n = column * BN + tl.arange(0, BN)
         if KIND == DOT:
             total = tl.zeros((BM, BN), ACC)
@@ -109,7 +98,7 @@ def forward(
                 )  # fmt: skip
             if KIND == SUM:
                 # Without a weight the load has no lane and gives ones.
-                w = tl.load(BUF + weight + k, mask=only_if(weight >= 0, k < K), other=1.0)
+                w = tl.load(BUF + weight + k, mask=tl.where(weight >= 0, k < K, False), other=1.0)
                 total += p * w.to(ACC)[None, :]
             elif TRANSPOSED:
                 w = tl.load(
@@ -149,11 +138,7 @@ def product_gradient(
     stored among the frames' gradients where operands are gathered, for
     :func:`htfkernels.gpu.segments.segment_gradient`. SUM: ``dp = g W``, PRODUCT: ``dp = g``.
     """
-    job, tile = job_of(TABLE, WORK)
-    rows, K = tl.load(job + ROWS), extent(job + WIDTH, ALIGN_K)
-    N = extent(job + COLUMNS, ALIGN_N)
-    out, dp_at = offset(job + OUT, ALIGN_N), offset(job + DP, False)
-    operands, count = TABLE + tl.load(job + OPERANDS) * FIELDS, tl.load(job + COUNT).to(tl.int32)
+    job, tile, rows, K, N, out, operands, count = node_of(TABLE, WORK, ALIGN_K, ALIGN_N)
     across = tl.cdiv(K, BK)
     i = (tile // across).to(tl.int64) * BM + tl.arange(0, BM)
     k = (tile % across) * BK + tl.arange(0, BK)
@@ -163,10 +148,12 @@ def product_gradient(
         dp = tl.load(GRADS + out + i[:, None] * K + k[None, :], mask=mask, other=0.0).to(ACC)
     elif KIND == SUM:
         weight = tl.load(job + WEIGHT)
-        w = tl.load(BUF + weight + k, mask=only_if(weight >= 0, k < K), other=1.0).to(ACC)
+        w = tl.load(BUF + weight + k, mask=tl.where(weight >= 0, k < K, False), other=1.0).to(ACC)
         dp = tl.load(GRADS + out + i, mask=live, other=0.0).to(ACC)[:, None] * w[None, :]
     else:
-        weight = offset(job + WEIGHT, ALIGN_N)
+        weight = tl.load(job + WEIGHT)
+        if ALIGN_N:
+            weight = tl.multiple_of(weight, 16)
         dp = tl.zeros((BM, BK), ACC)
         for n0 in range(0, N, BN):
             n = n0 + tl.arange(0, BN)
@@ -189,10 +176,11 @@ def product_gradient(
                 )
                 w = tl.trans(w)
             dp = dot(g, w, dp, PRECISION)
+        dp_at = tl.load(job + DP)
+        if ALIGN_K:
+            dp_at = tl.multiple_of(dp_at, 16)
         if dp_at >= 0:
-            tl.store(
-                FRAMES_OUT + offset(job + DP, ALIGN_K) + i[:, None] * K + k[None, :], dp, mask=mask
-            )
+            tl.store(FRAMES_OUT + dp_at + i[:, None] * K + k[None, :], dp, mask=mask)
 
     at = i[:, None] * K + k[None, :]
     if CHILDREN > 0:
@@ -200,14 +188,18 @@ def product_gradient(
         for c in tl.static_range(CHILDREN):
             space = tl.load(operands + c * FIELDS + CHILD_SPACE)
             if space != NOWHERE:
-                dest = offset(operands + c * FIELDS + CHILD_DEST, ALIGN_K)
+                dest = tl.load(operands + c * FIELDS + CHILD_DEST)
+                if ALIGN_K:
+                    dest = tl.multiple_of(dest, 16)
                 gradient = dp * product(BUF, places, k, mask, c, CHILDREN, dp)
                 put(WEIGHTS_OUT, FRAMES_OUT, PARTS_OUT, space, dest + at, gradient, mask)
     else:
         for c in range(count):
             space = tl.load(operands + c * FIELDS + CHILD_SPACE)
             if space != NOWHERE:
-                dest = offset(operands + c * FIELDS + CHILD_DEST, ALIGN_K)
+                dest = tl.load(operands + c * FIELDS + CHILD_DEST)
+                if ALIGN_K:
+                    dest = tl.multiple_of(dest, 16)
                 gradient = dp * others(
                     BUF, operands, count, c, IDS, ids_row, ids_mode, i, live, k, K, mask, dp,
                     GRID, ALIGN_K,
@@ -226,12 +218,11 @@ def weight_gradient(
     """``dW = p^T g``, a tile ``[BK, BN]`` over (part of the rows, K tile, N tile), summed over the
     part's rows in steps of BM. Parts follow each other, ``splits`` of ``[K, N]`` (TRANSPOSED:
     ``[N, K]``)."""
-    job, tile = job_of(TABLE, WORK)
-    rows, K = tl.load(job + ROWS), extent(job + WIDTH, ALIGN_K)
-    N = extent(job + COLUMNS, ALIGN_N)
-    out, dest = offset(job + OUT, ALIGN_N), offset(job + DEST, ALIGN_N)
+    job, tile, rows, K, N, out, operands, count = node_of(TABLE, WORK, ALIGN_K, ALIGN_N)
+    dest = tl.load(job + DEST)
+    if ALIGN_N:
+        dest = tl.multiple_of(dest, 16)
     space, splits = tl.load(job + SPACE), tl.load(job + SPLITS)
-    operands, count = TABLE + tl.load(job + OPERANDS) * FIELDS, tl.load(job + COUNT).to(tl.int32)
     across, down = tl.cdiv(N, BN), tl.cdiv(K, BK)
     n = (tile % across) * BN + tl.arange(0, BN)
     k = (tile // across % down) * BK + tl.arange(0, BK)

@@ -144,7 +144,7 @@ class Gradients(Tables):
             vector = vector_tile(rows, width)
             config, step, down, across = vector, vector.m, vector.k, 16
         else:
-            tile = gemm_tile(self.dtype, self.precision, width, min(columns, 64), self.easy(nodes))
+            tile = gemm_tile(self.dtype, self.precision, width, min(columns, 64), False)
             config = tile._replace(m=tile.k, k=tile.m)
             step, down, across = config.m, config.k, config.n
         tiles = {k: cdiv(made.nodes[k].width, down) * cdiv(made.nodes[k].columns, across)

@@ -76,7 +76,7 @@ CHILD = tl.constexpr(Job._fields.index("child"))
 START = tl.constexpr(Job._fields.index("start"))
 ORDER = tl.constexpr(Job._fields.index("order"))
 
-BASE = tl.constexpr(Operand._fields.index("base"))
+_BASE = tl.constexpr(Operand._fields.index("base"))
 _IDS = tl.constexpr(Operand._fields.index("ids"))
 DIV = tl.constexpr(Operand._fields.index("div"))
 MOD = tl.constexpr(Operand._fields.index("mod"))
@@ -93,45 +93,38 @@ def job_of(TABLE, WORK):
 
 
 @triton.jit
-def offset(field, ALIGNED: tl.constexpr):
-    """A field that is an offset. Said to be a multiple of 16 where it is, loads become wide."""
-    value = tl.load(field)
+def node_of(TABLE, WORK, ALIGN_K: tl.constexpr, ALIGN_N: tl.constexpr):
+    """``(job, tile, rows, K, N, out, operands, count)`` of this program's node. Widths and offsets
+    that are known to be multiples of 16 are said to be: accesses become wide."""
+    job, tile = job_of(TABLE, WORK)
+    K, N = tl.load(job + WIDTH).to(tl.int32), tl.load(job + COLUMNS).to(tl.int32)
+    out = tl.load(job + OUT)
+    if ALIGN_K:
+        K = tl.multiple_of(K, 16)
+    if ALIGN_N:
+        N = tl.multiple_of(N, 16)
+        out = tl.multiple_of(out, 16)
+    operands = TABLE + tl.load(job + OPERANDS) * FIELDS
+    return job, tile, tl.load(job + ROWS), K, N, out, operands, tl.load(job + COUNT).to(tl.int32)
+
+
+@triton.jit
+def place_of(
+    operand, IDS, ids_row, ids_mode, i, live, K, GRID: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """Offsets in BUF of the rows ``row_c(i)`` of an operand."""
+    base = tl.load(operand + _BASE)
     if ALIGNED:
-        value = tl.multiple_of(value, 16)
-    return value
-
-
-@triton.jit
-def extent(field, ALIGNED: tl.constexpr):
-    """A field that is a width, below 2^31."""
-    value = tl.load(field).to(tl.int32)
-    if ALIGNED:
-        value = tl.multiple_of(value, 16)
-    return value
-
-
-@triton.jit
-def only_if(condition, mask):
-    """A mask where a number's condition holds, else none. (The interpreter's ``&`` of the two gives
-    no mask.)"""
-    return tl.where(condition, mask, False)
-
-
-@triton.jit
-def operand_rows(operand, IDS, ids_row, ids_mode, i, live, GRID: tl.constexpr):
-    """``row_c(i)``: the rows of an operand that rows ``i`` of the node read."""
+        base = tl.multiple_of(base, 16)
     if GRID:
-        return (i // tl.load(operand + DIV)) % tl.load(operand + MOD)
+        rows = (i // tl.load(operand + DIV)) % tl.load(operand + MOD)
     else:
         ids = tl.load(operand + _IDS)
-        listed = tl.load(IDS + ids * ids_mode + i * ids_row, mask=only_if(ids >= 0, live), other=0)
-        return tl.where(ids >= 0, listed.to(tl.int64), i)
-
-
-@triton.jit
-def _place(operand, IDS, ids_row, ids_mode, i, live, K, GRID: tl.constexpr, ALIGNED: tl.constexpr):
-    rows = operand_rows(operand, IDS, ids_row, ids_mode, i, live, GRID)
-    return offset(operand + BASE, ALIGNED) + rows * K
+        # A mask where a number's condition holds. (The interpreter's & of the two gives no mask.)
+        listed = tl.where(ids >= 0, live, False)
+        ids = tl.load(IDS + ids * ids_mode + i * ids_row, mask=listed, other=0).to(tl.int64)
+        rows = tl.where(listed, ids, i)
+    return base + rows * K
 
 
 @triton.jit
@@ -139,13 +132,12 @@ def places_of(
     operands, IDS, ids_row, ids_mode, i, live, K,
     COUNT: tl.constexpr, GRID: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Offsets in BUF of the rows that rows ``i`` read, for each of ``COUNT`` operands."""
+    """:func:`place_of` for each of ``COUNT`` operands."""
     places = ()
     for c in tl.static_range(COUNT):
         operand = operands + c * FIELDS
-        places = places + (  # noqa: RUF005
-            _place(operand, IDS, ids_row, ids_mode, i, live, K, GRID, ALIGNED),
-        )
+        place = place_of(operand, IDS, ids_row, ids_mode, i, live, K, GRID, ALIGNED)
+        places = places + (place,)  # noqa: RUF005
     return places
 
 
@@ -170,7 +162,8 @@ def others(
     p = tl.full(like.shape, 1.0, like.dtype)
     for c in range(count):
         if c != skip:
-            place = _place(operands + c * FIELDS, IDS, ids_row, ids_mode, i, live, K, GRID, ALIGNED)
+            operand = operands + c * FIELDS
+            place = place_of(operand, IDS, ids_row, ids_mode, i, live, K, GRID, ALIGNED)
             factor = tl.load(BUF + place[:, None] + k[None, :], mask=mask, other=0.0)
             p *= factor.to(like.dtype)
     return p

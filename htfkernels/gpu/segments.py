@@ -9,16 +9,12 @@ import triton
 import triton.language as tl
 
 from htfkernels.gpu.gather_records import (
-    BASE,
     CHILD,
-    COLUMNS,
-    COUNT,
     DEST,
     DIV,
     DP,
     FIELDS,
     MOD,
-    OPERANDS,
     ORDER,
     OUT,
     ROWS,
@@ -28,12 +24,10 @@ from htfkernels.gpu.gather_records import (
     SUM,
     WEIGHT,
     WIDTH,
-    extent,
     job_of,
-    offset,
-    only_if,
-    operand_rows,
+    node_of,
     others,
+    place_of,
     put,
 )
 
@@ -58,10 +52,8 @@ def segment_gradient(
     else of BM rows of one j. The grid is over (rows j, part of their rows, column tile); parts
     follow each other, ``splits`` of ``[n, K]``.
     """
-    job, tile = job_of(TABLE, WORK)
-    K, segments = extent(job + WIDTH, ALIGN_K), tl.load(job + COLUMNS)
+    job, tile, rows, K, segments, out, operands, count = node_of(TABLE, WORK, ALIGN_K, False)
     child, splits = tl.load(job + CHILD).to(tl.int32), tl.load(job + SPLITS).to(tl.int32)
-    operands, count = TABLE + tl.load(job + OPERANDS) * FIELDS, tl.load(job + COUNT).to(tl.int32)
     across = tl.cdiv(K, BK)
     k = (tile % across) * BK + tl.arange(0, BK)
     part = (tile // across) % splits
@@ -78,7 +70,7 @@ def segment_gradient(
         div = tl.load(operands + child * FIELDS + DIV)
         mod = tl.load(operands + child * FIELDS + MOD)
         begin = lane * 0
-        end = begin + tl.load(job + ROWS) // mod
+        end = begin + rows // mod
     else:
         starts = STARTS + tl.load(job + START) + j
         begin = tl.load(starts, mask=valid, other=0).to(tl.int64)
@@ -94,18 +86,19 @@ def segment_gradient(
         if GRID:
             i = (e // div * mod + j) * div + e % div
         else:
-            listed = tl.load(ORDERS + order + e, mask=only_if(order >= 0, live), other=0)
+            listed = tl.load(ORDERS + order + e, mask=tl.where(order >= 0, live, False), other=0)
             i = tl.where(order >= 0, listed.to(tl.int64), e)
         if KIND == SUM:
-            term = tl.load(GRADS + tl.load(job + OUT) + i, mask=live, other=0.0).to(ACC)[:, None]
+            term = tl.load(GRADS + out + i, mask=live, other=0.0).to(ACC)[:, None]
         else:
-            at = offset(job + DP, ALIGN_K)
+            at = tl.load(job + DP)
+            if ALIGN_K:
+                at = tl.multiple_of(at, 16)
             term = tl.load(GRADS + at + i[:, None] * K + k[None, :], mask=mask, other=0.0).to(ACC)
         if CHILDREN > 0:
             for other in tl.static_range(CHILDREN - 1):
                 operand = operands + (other + (other >= child).to(tl.int32)) * FIELDS
-                rows = operand_rows(operand, IDS, ids_row, ids_mode, i, live, GRID)
-                place = offset(operand + BASE, ALIGN_K) + rows * K
+                place = place_of(operand, IDS, ids_row, ids_mode, i, live, K, GRID, ALIGN_K)
                 factor = tl.load(BUF + place[:, None] + k[None, :], mask=mask, other=0.0)
                 term = term * factor.to(ACC)
         else:
@@ -116,16 +109,18 @@ def segment_gradient(
         total += term
     if KIND == SUM:
         weight = tl.load(job + WEIGHT)
-        w = tl.load(BUF + weight + k, mask=only_if(weight >= 0, k < K), other=1.0)
+        w = tl.load(BUF + weight + k, mask=tl.where(weight >= 0, k < K, False), other=1.0)
         total *= w.to(ACC)[None, :]
-    space, dest = tl.load(job + SPACE), offset(job + DEST, ALIGN_K)
+    space, dest = tl.load(job + SPACE), tl.load(job + DEST)
+    if ALIGN_K:
+        dest = tl.multiple_of(dest, 16)
     if MANY:
-        at = dest + (part * segments + j)[:, None] * K + k[None, :]
+        at = dest + (part.to(tl.int64) * segments + j)[:, None] * K + k[None, :]
         mask = valid[:, None] & (k < K)[None, :]
         put(WEIGHTS_OUT, FRAMES_OUT, PARTS_OUT, space, at, total, mask)
     else:
         one = tile // across // splits
-        at = dest + (part * segments + one) * K + k
+        at = dest + (part.to(tl.int64) * segments + one) * K + k
         put(WEIGHTS_OUT, FRAMES_OUT, PARTS_OUT, space, at, tl.sum(total, axis=0), k < K)
 
 
