@@ -38,7 +38,7 @@ from htfkernels.gpu.gather_records import (
     product,
     put,
 )
-from htfkernels.gpu.tiles import dot
+from htfkernels.gpu.tiles import dot, narrow
 
 __all__ = ["forward", "product_gradient", "weight_gradient"]
 
@@ -76,6 +76,7 @@ def forward(
                 BUF, operands, count, -1, IDS, ids_row, ids_mode, i, live, k, K, mask, like,
                 GRID, ALIGN_K,
             )  # fmt: skip
+        p = narrow(p, MESSAGES.dtype.element_ty)
         tl.store(MESSAGES + out + i[:, None] * K + k[None, :], p, mask=mask)
     else:
         weight = tl.load(job + WEIGHT)
@@ -106,20 +107,21 @@ def forward(
                     mask=(n < N)[:, None] & (k < K)[None, :],
                     other=0.0,
                 )
-                total = dot(p.to(w.dtype), tl.trans(w), total, PRECISION)
+                total = dot(narrow(p, w.dtype), tl.trans(w), total, PRECISION)
             else:
                 w = tl.load(
                     BUF + weight + k.to(tl.int64)[:, None] * N + n[None, :],
                     mask=(k < K)[:, None] & (n < N)[None, :],
                     other=0.0,
                 )
-                total = dot(p.to(w.dtype), w, total, PRECISION)
+                total = dot(narrow(p, w.dtype), w, total, PRECISION)
         if KIND == SUM:
-            tl.store(MESSAGES + out + i, tl.sum(total, axis=1), mask=live)
+            sums = narrow(tl.sum(total, axis=1), MESSAGES.dtype.element_ty)
+            tl.store(MESSAGES + out + i, sums, mask=live)
         else:
             tl.store(
                 MESSAGES + out + i[:, None] * N + n[None, :],
-                total,
+                narrow(total, MESSAGES.dtype.element_ty),
                 mask=live[:, None] & (n < N)[None, :],
             )
 
@@ -180,7 +182,8 @@ def product_gradient(
         if ALIGN_K:
             dp_at = tl.multiple_of(dp_at, 16)
         if dp_at >= 0:
-            tl.store(FRAMES_OUT + dp_at + i[:, None] * K + k[None, :], dp, mask=mask)
+            stored = narrow(dp, FRAMES_OUT.dtype.element_ty)
+            tl.store(FRAMES_OUT + dp_at + i[:, None] * K + k[None, :], stored, mask=mask)
 
     at = i[:, None] * K + k[None, :]
     if CHILDREN > 0:
@@ -255,7 +258,7 @@ def weight_gradient(
                 mask=live[:, None] & (n < N)[None, :],
                 other=0.0,
             )
-            total = dot(tl.trans(p.to(g.dtype)), g, total, PRECISION)
+            total = dot(tl.trans(narrow(p, g.dtype)), g, total, PRECISION)
         else:
             g = tl.load(GRADS + out + i, mask=live, other=0.0)
             total += p * g.to(ACC)[:, None]

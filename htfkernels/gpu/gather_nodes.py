@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from htfkernels.index_build import FRAMED_ROOT, NO_OPERAND, CutRow, FramedRow, Step
-from htfkernels.layout import PROGRAM_FIELDS, PROGRAM_HEADER
+from htfkernels.layout import PROGRAM_HEADER
 
 __all__ = ["Node", "NodeList", "Rows", "grid_nodes", "planned_nodes", "sample_nodes"]
 
@@ -113,9 +113,12 @@ class NodeList:
         return self.add(rows, operands, -(s + 1) if step.group >= 0 else None, step.cols)
 
 
+def _rows(flat: Tensor, kind: Any) -> list[Any]:
+    return [kind(*row) for row in flat.view(-1, len(kind._fields)).tolist()]
+
+
 def _steps(program: Tensor) -> tuple[Step, ...]:
-    rows = program[len(PROGRAM_HEADER) :].view(-1, len(PROGRAM_FIELDS)).tolist()
-    return tuple(Step(*row) for row in rows)
+    return tuple(_rows(program[len(PROGRAM_HEADER) :], Step))
 
 
 def sample_nodes(program: Tensor, batch: int) -> NodeList:
@@ -138,11 +141,10 @@ def sample_nodes(program: Tensor, batch: int) -> NodeList:
 def planned_nodes(program: Tensor, table: Tensor) -> NodeList:
     """What an index plan frames, then what it walks per sample."""
     made = NodeList(_steps(program))
-    header = table[:_PLAN_HEADER].tolist()
-    batch, count, form, end = header[1], header[2], header[4], header[5]
+    _, batch, count, _, form, end, _, _ = table[:_PLAN_HEADER].tolist()
     split = _PLAN_HEADER + count * len(FramedRow._fields)
-    framed = [FramedRow(*r) for r in table[_PLAN_HEADER:split].view(count, -1).tolist()]
-    cuts = [CutRow(*r) for r in table[split:].view(header[3], -1).tolist()]
+    framed = _rows(table[_PLAN_HEADER:split], FramedRow)
+    cuts = _rows(table[split:], CutRow)
     for row in framed:
         if row.right == NO_OPERAND:
             operands = [Read(row.left, Rows())]
@@ -200,6 +202,8 @@ def grid_nodes(program: Tensor) -> NodeList:
 
 def _khatri_rao(made: NodeList, sources: list[int]) -> tuple[int, list[Read]]:
     counts = [made.shape(source)[0] for source in sources]
+    if math.prod(counts) >= 2**31 and len(counts) > 1:
+        raise ValueError("full_tensor: a product of frames has 2^31 rows or more")
     reads = []
     for c, source in enumerate(sources):
         below = math.prod(counts[c + 1 :])

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from htfkernels.gpu.tiles import narrow
+
 
 class Job(NamedTuple):
     """A node, or the gradient of one of its operands, or a sum of parts."""
@@ -42,8 +44,8 @@ class Operand(NamedTuple):
 
     base: int = 0  # of the frame in BUF
     ids: int = -1  # of the list of rows (in a matrix of indices the column); -1: row i
-    div: int = 1  # on a grid: row (i // div) % mod
-    mod: int = 1
+    div: int = 1  # on a grid: row (i // div) % mod, for i below 2^31
+    mod: int = 0  # 0: row i
     space: int = -1
     dest: int = 0
 
@@ -117,7 +119,9 @@ def place_of(
     if ALIGNED:
         base = tl.multiple_of(base, 16)
     if GRID:
-        rows = (i // tl.load(operand + DIV)) % tl.load(operand + MOD)
+        div, mod = tl.load(operand + DIV).to(tl.int32), tl.load(operand + MOD).to(tl.int32)
+        rows = ((i.to(tl.int32) // div) % tl.maximum(mod, 1)).to(tl.int64)
+        rows = tl.where(mod > 0, rows, i)
     else:
         ids = tl.load(operand + _IDS)
         # A mask where a number's condition holds. (The interpreter's & of the two gives no mask.)
@@ -173,8 +177,8 @@ def others(
 def put(WEIGHTS_OUT, FRAMES_OUT, PARTS_OUT, space, at, value, mask):
     """Stores a result in the buffer it goes to, in that one's dtype."""
     if space == WEIGHTS:
-        tl.store(WEIGHTS_OUT + at, value, mask=mask)
+        tl.store(WEIGHTS_OUT + at, narrow(value, WEIGHTS_OUT.dtype.element_ty), mask=mask)
     elif space == FRAMES:
-        tl.store(FRAMES_OUT + at, value, mask=mask)
+        tl.store(FRAMES_OUT + at, narrow(value, FRAMES_OUT.dtype.element_ty), mask=mask)
     elif space == PARTS:
         tl.store(PARTS_OUT + at, value, mask=mask)

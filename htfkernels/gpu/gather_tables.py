@@ -27,7 +27,9 @@ NOWHERE, WEIGHTS, FRAMES, PARTS = (
     int(getattr(gather_records, name).value) for name in ("NOWHERE", "WEIGHTS", "FRAMES", "PARTS")
 )
 _FIELDS = int(gather_records.FIELDS.value)
-_UNROLLED = 4  # operands that a kernel is compiled for; more are looped over
+# Operands that a kernel is compiled for; more are looped over, and so are more than two whose rows
+# are no whole vectors: each of their elements has an address in registers.
+_UNROLLED, _UNROLLED_ODD = 4, 2
 _ALIGNMENT = 16  # elements
 
 
@@ -99,6 +101,12 @@ def kind_of(node: Node) -> int:
     return SUM if node.columns == 1 else DOT
 
 
+def unrolled(node: Node) -> int:
+    """The number of operands that a kernel is compiled for, 0 for any."""
+    count = len(node.operands)
+    return count if count <= (_UNROLLED_ODD if node.width % _ALIGNMENT else _UNROLLED) else 0
+
+
 @dataclass
 class Pending:
     """A launch whose records are not complete yet."""
@@ -128,12 +136,11 @@ class Tables:
         self.records.append(padded)
         return padded
 
-    def node_job(self, k: int, dests: Sequence[tuple[int, int]] = (), **fields: int) -> list[int]:
-        """The record of a node, followed by those of its operands, whose gradients go to
-        ``dests``."""
+    def node_job(self, k: int, **fields: int) -> list[int]:
+        """The record of a node, followed by those of its operands."""
         node = self.made.nodes[k]
         weight = -1 if node.weight is None else self.places.of(node.weight)
-        base = {
+        common = {
             "rows": node.rows,
             "k": node.width,
             "n": node.columns or node.width,
@@ -141,19 +148,17 @@ class Tables:
             "operands": len(self.records) + 1,
             "count": len(node.operands),
         }
-        job = self.record(Job(**{**base, **fields}))
-        for c, (source, rows) in enumerate(node.operands):
-            space, dest = dests[c] if dests else (NOWHERE, 0)
-            mod = rows.mod or max(node.rows, 1)
-            self.record(Operand(self.places.of(source), rows.ids, rows.div, mod, space, dest))
+        job = self.record(Job(**{**common, **fields}))
+        for source, rows in node.operands:
+            base = self.places.of(source)
+            self.record(Operand(base, rows.ids, rows.div, rows.mod))
         return job
 
     def constants(self, node: Node, config: Config) -> dict[str, Any]:
         """What kernels are compiled for, but for alignment."""
-        count = len(node.operands)
         return {
             "KIND": kind_of(node),
-            "CHILDREN": count if count <= _UNROLLED else 0,
+            "CHILDREN": unrolled(node),
             "GRID": self.made.grid,
             "TRANSPOSED": node.transposed and node.columns > 1,
             "BM": config.m,
@@ -168,8 +173,7 @@ class Tables:
         classes: dict[tuple[Any, ...], list[int]] = {}
         for k in nodes:
             node = self.made.nodes[k]
-            count = len(node.operands)
-            key = (kind_of(node), count if count <= _UNROLLED else 0, node.transposed)
+            key = (kind_of(node), unrolled(node), node.transposed)
             classes.setdefault(key, []).append(k)
         return list(classes.values())
 

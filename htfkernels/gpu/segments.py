@@ -67,7 +67,7 @@ def segment_gradient(
     valid = j < segments
     order = tl.load(job + ORDER)
     if GRID:
-        div = tl.load(operands + child * FIELDS + DIV)
+        div = tl.load(operands + child * FIELDS + DIV).to(tl.int32)
         mod = tl.load(operands + child * FIELDS + MOD)
         begin = lane * 0
         end = begin + rows // mod
@@ -84,7 +84,7 @@ def segment_gradient(
         live = valid & (e < high)
         mask = live[:, None] & (k < K)[None, :]
         if GRID:
-            i = (e // div * mod + j) * div + e % div
+            i = ((e.to(tl.int32) // div) * mod + j) * div + e.to(tl.int32) % div
         else:
             listed = tl.load(ORDERS + order + e, mask=tl.where(order >= 0, live, False), other=0)
             i = tl.where(order >= 0, listed.to(tl.int64), e)

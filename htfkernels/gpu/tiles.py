@@ -10,7 +10,7 @@ import triton.language as tl
 
 from htfkernels.gpu.launch import INTERPRETED
 
-__all__ = ["accumulator", "dot", "input_precision"]
+__all__ = ["accumulator", "dot", "input_precision", "narrow"]
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -34,3 +34,14 @@ def dot(a, b, total, PRECISION: tl.constexpr):
         if a.dtype == tl.bfloat16:  # whose bits the interpreter would multiply as integers
             return tl.dot(a.to(tl.float32), b.to(tl.float32), total, out_dtype=total.dtype)
     return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """``x`` in a dtype, rounded to nearest."""
+    if _INTERPRETED:
+        if DTYPE == tl.bfloat16 and x.dtype == tl.float32:  # which the interpreter cuts off
+            bits = x.to(tl.uint32, bitcast=True)
+            bits = bits + 0x7FFF + ((bits >> 16) & 1)
+            x = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
