@@ -39,23 +39,25 @@ def gemm_tile(
         m, n, k, stages = 64, 128, 64, 3
     # No wider than the result: what is masked is computed all the same.
     m, n = min(m, _power(down)), min(n, _power(across))
-    return Config(m, n, k, warps if m * n > 32 * 32 else 4, stages)
+    return Config(m, n, k, warps if m == 64 else 4, stages)
 
 
 def vector_tile(rows: int, width: int) -> Config:
     """``m`` rows and ``k`` columns of what is multiplied without tensor cores: memory bounds it, so
     that a tile is some whole cache lines of some rows."""
     k = min(128, _power(width))
-    return Config(max(16, min(_power(rows), 2048 // k)), 16, k, 4, 2)
+    m = max(16, min(_power(rows), 2048 // k))
+    return Config(m, 16, k, 8 if m * k > 1024 else 4, 2)
 
 
-def segment_tile(average: int, width: int, grid: bool) -> tuple[Config, bool]:
-    """``m`` rows and ``k`` columns at a time; and whether the rows belong to many sums or to one,
-    for sums of ``average`` rows. Many at once idle where the others are shorter than the longest,
-    which on a grid they never are; rows of one at once where it has fewer than ``m``."""
+def segment_tile(average: int, width: int, grid: bool, easy: bool) -> tuple[Config, bool]:
+    """``m`` rows and ``k`` columns at a time, for sums of ``average`` rows each; and whether these
+    are rows of as many sums, or of one. Many sums at once idle where the others are shorter than
+    the longest, which never happens on a grid; one at once idles where it has fewer rows than
+    ``m``. ``easy``: as in :func:`gemm_tile`."""
     k = min(128, _power(width))
     many = grid or average <= 8
-    return Config(16, 16, k, 4, 3), many
+    return Config(16, 16, k, 4 if easy and k < 128 else 8, 3), many
 
 
 def splits(rows: int, step: int, tiles: int) -> int:
