@@ -220,12 +220,22 @@ def test_long_sums_are_summed_in_parts():
 
 
 def test_launches_grow_with_the_depth():
-    def launches(order):
-        nodes = sample_nodes(make(T.balanced(order), 3, 16).program, 10)
-        made = gather_run.Evaluation(nodes, torch.float32, "ieee", torch.device(DEVICE))
-        return len(made.forward.launches), len(made.backward([True] * 9)[0]) if order < 0 else 0
+    """Two levels more, four times the nodes: a launch or a few more for each level."""
 
-    assert [launches(order)[0] for order in (16, 64, 256)] == [4, 6, 8]
+    def launches(order):
+        layout = make(T.balanced(order), 3, 16)
+        nodes = sample_nodes(layout.program, 10)
+        made = gather_run.Evaluation(nodes, torch.float32, "ieee", torch.device(DEVICE))
+        needs = [True] * len(layout.groups)
+        return len(made.forward.launches), len(made.backward(needs).launches)
+
+    assert [launches(order) for order in (16, 64, 256)] == [(4, 9), (6, 13), (8, 17)]
+
+
+def test_too_many_rows_of_a_grid():
+    layout = make(T.from_nested(((0, 1, 2), 3)), [2048, 2048, 1024, 2], 1)
+    with pytest.raises(ValueError, match=r"a product of frames has 2\^31 rows or more"):
+        grid_nodes(layout.program)
 
 
 def test_kinds_of_nodes():

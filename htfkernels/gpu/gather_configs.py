@@ -50,14 +50,16 @@ def vector_tile(rows: int, width: int) -> Config:
     return Config(m, 16, k, 8 if m * k > 1024 else 4, 2)
 
 
-def segment_tile(average: int, width: int, grid: bool, easy: bool) -> tuple[Config, bool]:
+def segment_tile(average: int, width: int, grid: bool, looped: bool) -> tuple[Config, bool]:
     """``m`` rows and ``k`` columns at a time, for sums of ``average`` rows each; and whether these
     are rows of as many sums, or of one. Many sums at once idle where the others are shorter than
     the longest, which never happens on a grid; one at once idles where it has fewer rows than
-    ``m``. ``easy``: as in :func:`gemm_tile`."""
-    k = min(128, _power(width))
+    ``m``. ``looped``: over the operands, for which a smaller tile leaves registers."""
     many = grid or average <= 8
-    return Config(16, 16, k, 4 if easy and k < 128 else 8, 3), many
+    if looped:
+        return Config(8, 16, min(64, _power(width)), 4, 3), many
+    k = min(128, _power(width))
+    return Config(16, 16, k, 8 if k == 128 else 4, 3), many
 
 
 def splits(rows: int, step: int, tiles: int) -> int:

@@ -30,6 +30,7 @@ from htfkernels.gpu.gather_tables import (
     Tables,
     kind_of,
     rounded,
+    unrolled,
 )
 from htfkernels.gpu.launch import Config, cdiv
 from htfkernels.gpu.tiles import accumulator
@@ -228,7 +229,7 @@ class Gradients(Tables):
         counts = [made.shape(o.source)[0] for _, _, o in found]
         average = max(made.nodes[k].rows // n for (k, _, _), n in zip(found, counts, strict=True))
         widest = max(made.nodes[k].width for k, _, _ in found)
-        config, many = segment_tile(average, widest, made.grid, self.easy(nodes))
+        config, many = segment_tile(average, widest, made.grid, unrolled(some) == 0)
         step = 1 if many else config.m
         tiles = [
             cdiv(n, config.m if many else 1) * cdiv(made.nodes[k].width, config.k)
