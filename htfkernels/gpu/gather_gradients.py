@@ -51,6 +51,11 @@ class Backward:
     groups: list[int]
     shapes: list[tuple[int, int, int]]
 
+    @property
+    def gathers(self) -> bool:
+        """Whether gradients of gathered rows are among what is computed."""
+        return any(step.kernel is segments.segment_gradient for step in self.launches)
+
 
 class Gradients(Tables):
     """The backward pass for the groups that are needed."""

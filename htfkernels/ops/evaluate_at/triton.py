@@ -62,8 +62,11 @@ def evaluate_at_backward(
 ) -> list[Tensor]:
     """Gradients of the weights, ``[0]`` where not needed."""
     made = _per_sample(weights, indices, program, precision)
-    longest = 1 + max(step.rows for step in made.nodes.steps if step.mode >= 0)
-    lists = Lists(indices, *indices.stride(), *gather_run.orders(indices, longest))
+    lists = Lists(indices, *indices.stride())
+    if made.backward(needs).gathers:
+        longest = 1 + max(step.rows for step in made.nodes.steps if step.mode >= 0)
+        starts, orders = gather_run.orders(indices, longest)
+        lists = lists._replace(starts=starts, orders=orders)
     if kept.numel() == 0:
         kept = gather_run.forward(made, weights, empty(grad.shape, weights[0]), lists)
     return gather_run.backward(made, grad, kept, lists, needs)
@@ -114,8 +117,9 @@ def evaluate_at_planned_backward(
 ) -> list[Tensor]:
     """Gradients of the weights, ``[0]`` where not needed."""
     made = _planned(weights, program, table, precision)
-    longer = gather_run.regrouped(made.nodes, len(grad), lists)
-    given = Lists(longer, starts=longer, orders=longer)
+    if made.backward(needs).gathers:
+        lists = gather_run.regrouped(made.nodes, len(grad), lists)
+    given = Lists(lists, starts=lists, orders=lists)
     if kept.numel() == 0:
         kept = gather_run.forward(made, weights, empty(grad.shape, weights[0]), given)
     return gather_run.backward(made, grad, kept, given, needs)
