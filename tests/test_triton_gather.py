@@ -25,6 +25,8 @@ from htfkernels.gpu.segments import add_parts, segment_gradient
 from htfkernels.ops.evaluate_at import triton as at
 from htfkernels.ops.full_tensor import triton as full
 
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+
 T, make = hk.ModeTree, hk.Layout.make
 IRREGULAR = T.from_nested((((0,), 3), 1, (2, (4, 5, 6, 7, 8))))
 LAYOUTS = {

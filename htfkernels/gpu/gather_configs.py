@@ -19,8 +19,8 @@ _MOST_PARTS = 64  # of one sum: they are added up one after the other
 def gemm_tile(
     dtype: torch.dtype, precision: str, down: int, across: int, easy: bool = True
 ) -> Config:
-    """``m`` rows and ``n`` columns of the result in a tile, ``k`` terms at a time. ``easy``: rows
-    are whole vectors and at most two are multiplied; else addresses take many registers."""
+    """``m`` rows and ``n`` columns of the result in a tile, ``k`` terms at a time. ``easy``:
+    addresses take few registers."""
     warps = 4 if easy else 8
     if dtype == torch.float64:
         # DMMA; a wider tile's accumulators and products do not fit in registers.

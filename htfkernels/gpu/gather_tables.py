@@ -198,9 +198,14 @@ class Tables:
         )
 
     def easy(self, nodes: Sequence[int]) -> bool:
-        """Whether all rows are whole vectors, and at most two of them are multiplied."""
+        """Whether addresses take few registers: rows are whole vectors, and of at most two
+        operands, or of one after the other for a narrow message."""
         chosen = [self.made.nodes[k] for k in nodes]
-        whole = all(n.width % _ALIGNMENT == 0 and n.columns % _ALIGNMENT == 0 for n in chosen)
+        if any(node.width % _ALIGNMENT for node in chosen):
+            return False
+        if unrolled(chosen[0]) == 0:
+            return max(node.columns for node in chosen) <= _ALIGNMENT
+        whole = all(node.columns % _ALIGNMENT == 0 for node in chosen)
         return whole and len(chosen[0].operands) <= 2
 
     def finish(self, device: torch.device) -> list[Launch]:
