@@ -150,7 +150,8 @@ class Gradients(Tables):
             vector = vector_tile(rows, width)
             config, step, down, across = vector, vector.m, vector.k, 16
         else:
-            tile = gemm_tile(self.dtype, self.precision, width, min(columns, 64), False)
+            easy = unrolled(some) == 0 and self.easy(nodes)
+            tile = gemm_tile(self.dtype, self.precision, width, min(columns, 64), easy)
             config = tile._replace(m=tile.k, k=tile.m)
             step, down, across = config.m, config.k, config.n
         tiles = {k: cdiv(made.nodes[k].width, down) * cdiv(made.nodes[k].columns, across)
