@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "ops.*.triton": {"gpu.*", "layout"},
     "precision": set(),
     "gpu": set(),
-    "gpu.*": {"gpu.*"},
+    "gpu.*": {"gpu.*", "index_build", "layout"},
     "functional": {"dispatch", "index_plan", "layout", "ops.*", "plan", "tree"},
     "ranks": set(),
     "grams": {"layout", "ops.autograd"},

@@ -123,7 +123,7 @@ def test_assert_matches():
     with pytest.raises(ValueError):
         testing.assert_matches([expected], [expected, expected], torch.float32, "forward")
     with pytest.raises(KeyError):
-        testing.assert_matches(expected, expected, torch.float16, "forward")
+        testing.assert_matches(expected, expected, torch.complex64, "forward")
     infinite = torch.tensor([torch.inf, -torch.inf], dtype=torch.float64)
     testing.assert_matches(infinite, infinite, torch.float32, "forward", torch.ones(2))
     with pytest.raises(AssertionError):
