@@ -59,5 +59,5 @@ def cast(value, DTYPE: tl.constexpr):
         if DTYPE == tl.bfloat16:  # which the interpreter would truncate to
             bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
             bits += 0x7FFF + ((bits >> 16) & 1)
-            return bits.to(tl.float32, bitcast=True).to(DTYPE)
+            return (bits & 0xFFFF0000).to(tl.float32, bitcast=True).to(DTYPE)
     return value.to(DTYPE)
