@@ -31,6 +31,7 @@ def info_text() -> str:
     rows = [
         ("htfkernels", f"{hk.__version__} in {os.path.dirname(os.path.abspath(hk.__file__))}"),
         ("torch", torch.__version__),
+        ("triton", _version("triton")),
         ("numpy", numpy.__version__),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
         ("learn extra", ", ".join(f"{name} {_version(name)}" for name in _LEARN)),

@@ -60,8 +60,7 @@ def _target(backend: str, device: str) -> object:
 
 
 CPU = [_target("reference", "cpu"), _target("cpp", "cpu")]
-if dispatch.interpreted():
-    CPU.append(_target("triton", "cpu"))
+INTERPRETED = [_target("triton", "cpu")] if dispatch.interpreted() else []
 GPU = [_target("reference", "cuda"), _target("cuda", "cuda"), _target("triton", "cuda")]
 
 
@@ -72,7 +71,7 @@ def _enter(target: Target) -> Iterator[Target]:
         yield target
 
 
-@pytest.fixture(params=[*CPU, *GPU])
+@pytest.fixture(params=[*CPU, *INTERPRETED, *GPU])
 def target(request: pytest.FixtureRequest) -> Iterator[Target]:
     """Every backend on every device."""
     yield from _enter(request.param)
