@@ -87,11 +87,12 @@ _FUSED_BACKWARD = {
     ("single", 8): [Config(32, 128, 32, warps=8, stages=2), Config(32, 256, 16, warps=8, stages=1)],
 }
 
-# Of any nodes in one launch: sizes are those of the widest, so tiles are small.
+# Of any nodes in one launch: sizes are those of the widest, so tiles are small; eight warps, since
+# sizes and addresses that are read from tables take registers.
 _RAGGED = {
-    "half": Config(64, 64, 32, warps=4, stages=2),
-    "single": Config(64, 64, 32, warps=4, stages=2),
-    "split": Config(32, 64, 32, warps=4, stages=2),
+    "half": Config(64, 64, 32, warps=8, stages=2),
+    "single": Config(64, 64, 32, warps=8, stages=2),
+    "split": Config(32, 64, 32, warps=8, stages=2),
     "plain": Config(32, 64, 16, warps=4, stages=2),
     "double": Config(32, 32, 16, warps=4, stages=2),
 }

@@ -8,9 +8,10 @@ recorder there and compiles what would have run, on a machine without a GPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
+import torch
 import triton
 
 __all__ = ["INTERPRETED", "Config", "cdiv", "launch", "recorded"]
@@ -38,7 +39,7 @@ def launch(
     """Runs ``programs`` instances of a kernel on the current stream.
 
     Args:
-        kernel: a ``triton.jit`` function.
+        kernel: a ``triton.jit`` function, whose first argument is a tensor.
         programs: size of the one-dimensional grid; none are launched for 0.
         args: the run-time arguments, in order.
         constants: the compile-time arguments by name.
@@ -51,13 +52,16 @@ def launch(
     if _recorder is not None:
         _recorder(kernel, (programs,), args, constants, config)
         return
-    kernel[(programs,)](
-        *args,
-        **constants,
-        num_warps=config.warps,
-        num_stages=config.stages,
-        enable_fp_fusion=True,
-    )
+    device = args[0].device
+    other = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if other else nullcontext():  # Triton takes the current one
+        kernel[(programs,)](
+            *args,
+            **constants,
+            num_warps=config.warps,
+            num_stages=config.stages,
+            enable_fp_fusion=True,
+        )
 
 
 @contextmanager
