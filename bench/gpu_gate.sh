@@ -98,7 +98,8 @@ if [[ $device == cuda ]]; then
   # Values and gradients: every new shape of a kernel is compiled, and time is short.
   chosen="triton-cuda and not (second or gradgrad or shapes or alone or no_graph)"
   run tests "$python" -m pytest -q "${parallel[@]}" --maxfail 40 -p no:cacheprovider \
-    -m "not slow" -k "($chosen) or on_a_gpu or test_triton_" tests/test_triton_*.py tests/test_values.py tests/test_gradients.py tests/test_planned.py \
+    -m "not slow" -k "($chosen) or on_a_gpu or test_triton_" \
+    tests/test_triton_*.py tests/test_values.py tests/test_gradients.py tests/test_planned.py \
     tests/test_evaluate.py tests/test_evaluate_at.py tests/test_full_tensor.py \
     tests/test_algebra.py tests/learn/test_bench_gpu.py
   PATH=$PATH:/usr/local/cuda/bin

@@ -81,7 +81,7 @@ def test_on_a_gpu_every_step_runs_in_order(stubs: dict[str, str], tmp_path: Path
     noted = [line for line in noted if not line.startswith("-c ")]
     wanted = [
         "-m pip install -q --no-build-isolation --no-deps -e .",
-        "-m gpu -k (triton-cuda and not (second or",
+        "-m not slow -k (triton-cuda and not (second or",
         "--tool memcheck --error-exitcode 9",
         "--dtype float32 --precision tf32 -w wide -w huge -w medium -w deep",
         "--dtype bfloat16 -w wide -w huge",
