@@ -28,6 +28,7 @@ __all__ = [
     "ragged_backward",
     "ragged_forward",
     "ragged_weights",
+    "scaled_backward",
     "scaled_forward",
     "splits",
     "widest_backward",
@@ -164,6 +165,14 @@ def ragged_forward(dtype: torch.dtype, precision: str, rows: int, depth: int, wi
 
 
 ragged_backward = ragged_weights = ragged_forward
+
+
+def scaled_backward(
+    dtype: torch.dtype, precision: str, rows: int, depth: int, width: int
+) -> Config:
+    """As :func:`ragged_backward`, with half the rows: their scales and powers take registers."""
+    base = ragged_backward(dtype, precision, rows, depth, width)
+    return base._replace(m=max(_SMALLEST, base.m // 2))
 
 
 def scaled_forward(dtype: torch.dtype, precision: str, rows: int, depth: int, width: int) -> Config:

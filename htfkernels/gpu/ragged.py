@@ -412,7 +412,8 @@ def backward(
     """
     work, (rows, x_width) = work_of(tables, launched, pack, wanted), shape
     inputs = input_precision(weight.dtype, precision)
-    config = configs.ragged_backward(weight.dtype, inputs, rows, work.depth, work.width)
+    choose = configs.ragged_backward if shift is None else configs.scaled_backward
+    config = choose(weight.dtype, inputs, rows, work.depth, work.width)
     tiles_m = cdiv(rows, config.m)
     tiles = 1 if work.walked else cdiv(work.depth, config.k)
     args = (
