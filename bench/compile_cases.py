@@ -48,7 +48,7 @@ class Model(NamedTuple):
 
     Attributes:
         name: for messages.
-        ops: what is run on it: of "evaluate", "at", "planned" and "tensor".
+        ops: what is run on it: of "evaluate", "slog", "at", "planned" and "tensor".
         layout, batch: the sizes.
         numbers: what it is run in.
         each: whether gradients of the weights alone and of the vectors alone are asked for too.
@@ -79,6 +79,7 @@ def models() -> tuple[Model, ...]:
     """All models: first those of ``htf bench``, then shapes and layouts that are none of theirs."""
     vectors, indices, tensor = ("evaluate",), ("at", "planned"), ("tensor",)
     everything = (*vectors, *indices, *tensor)
+    logarithm = ("slog",)
     cp = Layout.make(ModeTree.flat(3), 16, 256, root="sum")
     mf = Layout.make(ModeTree.chain(3), 64, 64, root="sum")
     return (
@@ -100,12 +101,25 @@ def models() -> tuple[Model, ...]:
         Model("shared", vectors, _balanced(8, 16, 64, share_weights=True), 256, (IEEE,)),
         Model("cp", everything, cp, 1024, (TF32,)),
         Model("mf", everything, mf, 1024, (IEEE,)),
+        Model("wide", logarithm, _balanced(256, 64, 128), 512, ALL, each=True),
+        Model("small", logarithm, _balanced(16, 8, 16), 1024, MAIN),
+        Model("ragged", logarithm, _ragged(100), 300, (IEEE, TF32)),
+        Model("huge", logarithm, _balanced(8, 64, 256), 4096, (TF32, TF32X3, BF16)),
+        Model("widest", logarithm, _balanced(4, 64, 1024), 256, ALL),
+        Model("outputs", logarithm, _balanced(4, 8, 32, out_features=10), 256, (TF32, BF16)),
+        Model("mf", logarithm, mf, 1024, (IEEE,)),
     )
 
 
 def cases() -> Iterator[Case]:
     """``(name, run)`` for each call of a launcher."""
-    makers = {"evaluate": _evaluate, "at": _at, "planned": _planned, "tensor": _tensor}
+    makers = {
+        "evaluate": _evaluate,
+        "slog": _slog,
+        "at": _at,
+        "planned": _planned,
+        "tensor": _tensor,
+    }
     for model in models():
         for numbers in model.numbers:
             for op in model.ops:
@@ -200,6 +214,26 @@ def _evaluate(model: Model, numbers: Numbers) -> Iterator[Case]:
         _wanted(model, with_vectors=True),
         numbers.dtype,
     )
+
+
+def _slog(model: Model, numbers: Numbers) -> Iterator[Case]:
+    launcher = partial(_launcher, "slog", numbers=numbers)
+    layout, weights = model.layout, _weights(model, numbers)
+    x = _empty(model, numbers.dtype, model.batch, layout.offsets[-1])
+    program, grad = (
+        layout.program,
+        _empty(model, numbers.dtype, model.batch, layout.out_features, 2),
+    )
+    arguments = (weights, x, program, layout.out_features)
+    yield "forward", lambda: launcher("slog")(*arguments)
+    backward = launcher("slog_backward")
+    for name, needs in _wanted(model, with_vectors=True).items():
+        yield (
+            f"step ({name})",
+            lambda needs=needs: backward(
+                grad, weights, x, launcher("slog_keeping")(*arguments)[1:], program, needs
+            ),
+        )
 
 
 def _at(model: Model, numbers: Numbers) -> Iterator[Case]:

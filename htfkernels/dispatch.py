@@ -27,7 +27,8 @@ BACKENDS = ("reference", "cpp", "cuda", "triton")
 _PREFERENCE = ("cuda", "triton", "cpp", "reference")
 _CPP_OPS = {"evaluate", "evaluate_at", "full_tensor", "group_rmsprop", "spectra", "trace_ranks"}
 _CPP_DTYPES = {torch.float32, torch.float64, torch.bfloat16}
-_TRITON_OPS = {"evaluate", "evaluate_at", "full_tensor"}
+_TRITON_OPS = {"evaluate", "evaluate_at", "full_tensor", "slog"}
+_REFERENCE_STANDS_IN = {"slog"}  # for every backend that cannot run it
 _TRITON_DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 
 # Loaded here, not on first use: a compiled graph must find the operators with their fake kernels
@@ -143,11 +144,14 @@ def choose(spec: Spec, request: str) -> tuple[str, str]:
     """The backend to run, and why.
 
     Raises:
-        RuntimeError: a backend was asked for by name and cannot run the operation.
+        RuntimeError: a backend was asked for by name and cannot run the operation, and the
+            reference does not stand in for it, as it does in ``slog``.
     """
     if request != "auto":
         reason = why_not(request, spec)
         if reason is not None:
+            if spec.op in _REFERENCE_STANDS_IN:
+                return "reference", reason
             raise RuntimeError(f"{spec.op}: backend {request!r} was asked for, but {reason}")
         return request, "asked for"
     reasons: list[str] = []

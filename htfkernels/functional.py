@@ -168,7 +168,11 @@ def run_full_tensor(layout: Layout, weights: Sequence[Tensor]) -> Tensor:
 def run_slog(layout: Layout, weights: Sequence[Tensor], vectors: Vectors) -> tuple[Tensor, Tensor]:
     x = pack_vectors("slog", layout, vectors)
     check_same("slog", weights, x)
-    sign, logabs = _slog(layout, weights, x)
+    first = weights[0]
+    # A graph is made of the reference's operations.
+    traced = torch.compiler.is_compiling()
+    plan = None if traced else plan_for("slog", layout, first.dtype, first.device.type)
+    sign, logabs = _slog(plan, layout, weights, x)
     return _squeeze(layout, sign), _squeeze(layout, logabs)
 
 

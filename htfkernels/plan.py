@@ -21,7 +21,7 @@ class Plan:
     """How an operation runs on a layout: backend and why.
 
     Attributes:
-        op: ``"evaluate"``, ``"evaluate_at"`` or ``"full_tensor"``.
+        op: ``"evaluate"``, ``"evaluate_at"``, ``"full_tensor"`` or ``"slog"``.
         layout: tree and shapes.
         dtype, device: of the numbers (``device`` is a device type).
         backend: who runs it.
@@ -78,6 +78,6 @@ def make_plan(op: str, layout: Layout, dtype: torch.dtype, device: str, request:
     """The plan of a call; cached, so that a training step pays a dictionary look-up."""
     backend, why = dispatch.choose(dispatch.Spec(op, dtype, device), request)
     plan = Plan(op, layout, dtype, device, backend, why)
-    if request == "auto":
+    if backend != request:
         _log.info("%s", plan)
     return plan

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     },
     "ops.*.planned_reference": {"index_plan", "layout"},
     "ops.*.reference": {"exponents", "layout", "ops.*.reference"},
-    "ops.*.triton": {"gpu.*", "layout"},
+    "ops.*.triton": {"exponents", "gpu.*", "layout"},
     "precision": set(),
     "gpu": set(),
     "gpu.*": {"gpu.*", "index_build", "layout"},

@@ -340,13 +340,14 @@ def test_a_failing_case_does_not_touch_the_table(monkeypatch, tmp_path, capsys):
     assert "case idle: it launches nothing" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("op", ["evaluate", "evaluate_at", "full_tensor"])
+@pytest.mark.parametrize("op", ["evaluate", "slog", "evaluate_at", "full_tensor"])
 def test_every_case_launches_something(op):
     """On the models that the gate is run for."""
     if find_spec(f"htfkernels.ops.{op}.triton") is None:
         pytest.skip(f"{op} has no Triton kernels")
-    ours = {"evaluate": "evaluate ", "evaluate_at": ("at ", "planned "), "full_tensor": "tensor "}
-    cases = [case for case in gate.compile_cases.cases() if case[0].startswith(ours[op])]
+    named = {"evaluate_at": ("at ", "planned "), "full_tensor": "tensor "}
+    ours = named.get(op, f"{op} ")
+    cases = [case for case in gate.compile_cases.cases() if case[0].startswith(ours)]
     launches, failures = kernels.collect_all(cases)
     assert not failures
     assert {name for launch in launches for name in launch.cases} == {name for name, _ in cases}

@@ -16,6 +16,7 @@ import torch
 from htfkernels.gpu.launch import Config, cdiv
 
 __all__ = [
+    "SCALED_WIDTH",
     "STATIC_ARITY",
     "assumed",
     "backward",
@@ -27,11 +28,15 @@ __all__ = [
     "ragged_backward",
     "ragged_forward",
     "ragged_weights",
+    "scaled_backward",
+    "scaled_forward",
     "splits",
     "widest_backward",
 ]
 
 STATIC_ARITY = 4  # up to so many operands are held in registers at once
+
+SCALED_WIDTH = 1024  # columns of a message that one program scales
 
 _SMALLEST = 16  # of a tensor-core instruction's tile, in each direction
 
@@ -97,6 +102,15 @@ _RAGGED = {
     "double": Config(32, 32, 16, warps=4, stages=2),
 }
 
+# Of messages that are scaled: rows, entries of the sum, which has all columns, and the step k.
+_SCALED = {
+    "half": (64, 8192, 32),
+    "single": (64, 8192, 32),
+    "split": (64, 4096, 16),
+    "plain": (64, 4096, 16),
+    "double": (32, 2048, 16),
+}
+
 
 def fuses(dtype: torch.dtype, precision: str) -> bool:
     """Whether leaves are formed in their parents' kernels: where tensor cores make forming them
@@ -152,6 +166,23 @@ def ragged_forward(dtype: torch.dtype, precision: str, rows: int, depth: int, wi
 
 
 ragged_backward = ragged_weights = ragged_forward
+
+
+def scaled_backward(
+    dtype: torch.dtype, precision: str, rows: int, depth: int, width: int
+) -> Config:
+    """As :func:`ragged_backward`, with half the rows: their scales and powers take registers."""
+    base = ragged_backward(dtype, precision, rows, depth, width)
+    return base._replace(m=max(_SMALLEST, base.m // 2))
+
+
+def scaled_forward(dtype: torch.dtype, precision: str, rows: int, depth: int, width: int) -> Config:
+    """For nodes of at most ``[depth, width]``, all columns in one tile."""
+    most, entries, step = _SCALED[_kind(dtype, precision)]
+    n = power_of_two(width)
+    m = min(power_of_two(rows), max(_SMALLEST, min(most, entries // n)))
+    k = min(power_of_two(depth), step if n <= 256 else _SMALLEST)
+    return Config(m, n, k, warps=8 if m * n >= 8192 else 4, stages=1)
 
 
 def _chosen(

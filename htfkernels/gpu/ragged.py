@@ -7,9 +7,9 @@
 What a program does is read from tables (int64), so shapes differ from node to node; tiles that
 stick out are masked in registers. The weights of the nodes are packed one after the other.
 
-``nodes``, 8 numbers each: ``[leaf, K, N, start of W, column of the message, is it the result, first
-operand, operands]``. ``operands``: columns of children, or a leaf's first column of ``x``. Blocks
-of messages are ``[B, N]`` at ``column * B``.
+``nodes``, 9 numbers each: ``[leaf, K, N, start of W, column of the message, is it the result, first
+operand, operands, place in the program]``. ``operands``: columns of children, or a leaf's first
+column of ``x``. Blocks of messages are ``[B, N]`` at ``column * B``.
 ``parts``: ``[first node, end]`` for each part. A part's nodes are walked one after the other for
 one tile of rows, each reading what the same program wrote before; there is a barrier between them.
 A part of one node is split further: ``tiles`` programs share its columns.
@@ -17,6 +17,10 @@ A part of one node is split further: ``tiles`` programs share its columns.
 Forward and operands' backward: grid (part, tile of rows, share of the columns). Weights' backward:
 ``jobs``, ``[node, first row of dW, first column]`` for each tile of a dW; grid (split of the batch,
 job); partial sums ``[S, packed weights]``, summed in a fixed order.
+
+``SCALED``: the messages are those of :mod:`htfkernels.gpu.scaled`, ``m_v = 2^-s p_v W_v`` with an
+``s`` for each node and row, ``shift [nodes, B]``. Then ``dp_v = 2^-s g_v W_v^T`` and
+``dW_v = (2^-s p_v)^T g_v``.
 """
 
 from __future__ import annotations
@@ -33,15 +37,25 @@ from htfkernels.gpu import configs
 from htfkernels.gpu.launch import cdiv, launch
 from htfkernels.gpu.memory import sums
 from htfkernels.gpu.tables import Node, Ragged, Tables, Uniform
-from htfkernels.gpu.tiles import accumulator, cast, dot, input_precision
+from htfkernels.gpu.tiles import accumulator, cast, dot, input_precision, shifted
 
-__all__ = ["Pack", "backward", "forward", "pack_of", "weight_gradients"]
+__all__ = [
+    "Pack",
+    "Work",
+    "backward",
+    "constants_of",
+    "forward",
+    "pack_of",
+    "product",
+    "weight_gradients",
+    "work_of",
+]
 
 _FEW = 4  # operands whose others' products are formed one by one, in quadratic time
 
 
 @triton.jit
-def _product(source, operands, first, count, unit, at, inside, skip, ACC: tl.constexpr):
+def product(source, operands, first, count, unit, at, inside, skip, ACC: tl.constexpr):
     """Of the operands' tiles, but for the one numbered ``skip``."""
     p = tl.full(at.shape, 1.0, ACC)
     for c in range(0, count):
@@ -49,6 +63,15 @@ def _product(source, operands, first, count, unit, at, inside, skip, ACC: tl.con
             block = tl.load(operands + first + c) * unit
             p *= tl.load(source + block + at, mask=inside, other=0.0).to(ACC)
     return p
+
+
+@triton.jit
+def _unscaled(tile, shift, entry, i, rows, SCALED: tl.constexpr):
+    """``2^-s`` times the tile's rows, for the shifts ``s`` of a node."""
+    if SCALED:
+        s = tl.load(shift + tl.load(entry + 8) * rows + i, mask=i < rows, other=0)
+        tile = shifted(tile, -s)
+    return tile
 
 
 @triton.jit(do_not_specialize=["tiles_m", "tiles"])
@@ -64,7 +87,7 @@ def _forward(
     i = tile_m * BM + tl.arange(0, BM)
     row = i[:, None].to(tl.int64)
     for v in range(tl.load(parts + 2 * part), tl.load(parts + 2 * part + 1)):
-        entry = nodes + v * 8
+        entry = nodes + v * 9
         leaf = tl.load(entry)
         K = tl.load(entry + 1)
         N = tl.load(entry + 2)
@@ -83,7 +106,7 @@ def _forward(
                     p = tl.load(x + tl.load(operands + first) + at, mask=inside, other=0.0).to(ACC)
                 else:
                     at = row * K + k[None, :]
-                    p = _product(buffer, operands, first, count, rows, at, inside, -1, ACC)
+                    p = product(buffer, operands, first, count, rows, at, inside, -1, ACC)
                 w = tl.load(
                     w_base + k[:, None] * N + n[None, :],
                     mask=(k < K)[:, None] & (n < N)[None, :],
@@ -104,9 +127,9 @@ def _forward(
 
 @triton.jit(do_not_specialize=["tiles_m", "tiles"])
 def _backward(
-    buffer, weight, grad, grad_buffer, grad_x, nodes, operands, parts, rows, x_width, tiles_m,
-    tiles, FEW: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    buffer, weight, grad, grad_buffer, grad_x, shift, nodes, operands, parts, rows, x_width,
+    tiles_m, tiles, FEW: tl.constexpr, SCALED: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     share = pid % tiles
@@ -117,7 +140,7 @@ def _backward(
     begin = tl.load(parts + 2 * part)
     end = tl.load(parts + 2 * part + 1)
     for step in range(0, end - begin):
-        entry = nodes + (end - 1 - step) * 8
+        entry = nodes + (end - 1 - step) * 9
         leaf = tl.load(entry)
         K = tl.load(entry + 1)
         N = tl.load(entry + 2)
@@ -149,18 +172,19 @@ def _backward(
             if leaf != 0:
                 at = row * x_width + k[None, :]
                 block = grad_x + tl.load(operands + first)
+                dp = _unscaled(dp, shift, entry, i, rows, SCALED)
                 tl.store(block + at, cast(dp, grad_x.dtype.element_ty), mask=inside)
             else:
                 at = row * K + k[None, :]
                 if count <= FEW:
                     for c in range(0, count):
-                        others = _product(buffer, operands, first, count, rows, at, inside, c, ACC)
+                        others = product(buffer, operands, first, count, rows, at, inside, c, ACC)
                         block = grad_buffer + tl.load(operands + first + c) * rows
-                        d = dp * others
+                        d = _unscaled(dp * others, shift, entry, i, rows, SCALED)
                         tl.store(block + at, cast(d, grad_buffer.dtype.element_ty), mask=inside)
                 else:
                     # In linear time: first times the operands before each, then times those after.
-                    before = dp
+                    before = _unscaled(dp, shift, entry, i, rows, SCALED)
                     for c in range(0, count):
                         block = tl.load(operands + first + c) * rows
                         d = cast(before, grad_buffer.dtype.element_ty)
@@ -179,14 +203,14 @@ def _backward(
 
 @triton.jit(do_not_specialize=["count_jobs", "size", "rows_per_split"])
 def _weights(
-    x, buffer, grad, grad_buffer, partial, nodes, operands, jobs, rows, x_width, count_jobs,
-    size, rows_per_split, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    x, buffer, grad, grad_buffer, partial, shift, nodes, operands, jobs, rows, x_width, count_jobs,
+    size, rows_per_split, SCALED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     job = jobs + (pid % count_jobs).to(tl.int64) * 3
     split = pid // count_jobs
-    entry = nodes + tl.load(job) * 8
+    entry = nodes + tl.load(job) * 9
     leaf = tl.load(entry)
     K = tl.load(entry + 1)
     N = tl.load(entry + 2)
@@ -211,12 +235,13 @@ def _weights(
             p = tl.load(x + tl.load(operands + first) + at, mask=inside, other=0.0).to(ACC)
         else:
             at = row * K + k[None, :]
-            p = _product(buffer, operands, first, count, rows, at, inside, -1, ACC)
+            p = product(buffer, operands, first, count, rows, at, inside, -1, ACC)
         g = tl.load(
             g_base + row * N + n[None, :],
             mask=(i < rows)[:, None] & (n < N)[None, :],
             other=0.0,
         )
+        p = _unscaled(p, shift, entry, i, rows, SCALED)
         total = dot(tl.trans(cast(p, g.dtype)), g, total, PRECISION, False)
     tl.store(
         partial + split.to(tl.int64) * size + start_w + k[:, None] * N + n[None, :],
@@ -252,7 +277,10 @@ class Pack(NamedTuple):
         return torch.cat(parts)
 
 
-class _Work(NamedTuple):
+class Work(NamedTuple):
+    """The tables of a launch on the device, and what its grid and tiles are chosen by: number of
+    parts, whether one has several nodes, the largest K and N."""
+
     nodes: Tensor
     operands: Tensor
     parts: Tensor
@@ -311,7 +339,7 @@ def _records(
         records.append([
             int(node.is_leaf), node.rows, node.cols, start,
             0 if is_root else tables.column[node.index], int(is_root), len(operands),
-            node.operands,
+            node.operands, node.index,
         ])  # fmt: skip
         columns = [node.offset] if node.is_leaf else [tables.column[c] for c in node.children]
         operands += columns
@@ -322,7 +350,7 @@ def _slots(pack: Pack, nodes: Sequence[Node]) -> list[int]:
     return [pack.start[n.group] + n.slot * n.rows * n.cols * (n.group >= 0) for n in nodes]
 
 
-def _work(tables: Tables, launched: Ragged, pack: Pack, wanted: Sequence[bool] | None) -> _Work:
+def work_of(tables: Tables, launched: Ragged, pack: Pack, wanted: Sequence[bool] | None) -> Work:
     """The tables of a launch, of all nodes or of the wanted ones; made once."""
     chosen = None if wanted is None else tuple(wanted[n.index] for n in launched.nodes)
     key = (pack.groups, chosen)
@@ -334,7 +362,7 @@ def _work(tables: Tables, launched: Ragged, pack: Pack, wanted: Sequence[bool] |
                 parts.append([len(nodes), len(nodes) + len(of)])
                 nodes += of
         records, operands = _records(tables, nodes, _slots(pack, nodes))
-        launched.cache[key] = _Work(
+        launched.cache[key] = Work(
             tables.tensor(records), tables.tensor([operands]), tables.tensor(parts), len(parts),
             any(end - first > 1 for first, end in launched.parts),
             max((n.rows for n in nodes), default=0), max((n.cols for n in nodes), default=0),
@@ -356,7 +384,7 @@ def forward(
         result: ``[B, out_features]``.
         precision: of float32 products.
     """
-    work, rows = _work(tables, launched, pack, None), x.shape[0]
+    work, rows = work_of(tables, launched, pack, None), x.shape[0]
     inputs = input_precision(x.dtype, precision)
     config = configs.ragged_forward(x.dtype, inputs, rows, work.depth, work.width)
     tiles_m = cdiv(rows, config.m)
@@ -365,13 +393,13 @@ def forward(
         x, buffer, weight, result, work.nodes, work.operands, work.parts, rows, x.shape[1],
         tiles_m, tiles,
     )  # fmt: skip
-    launch(_forward, work.count * tiles_m * tiles, args, _constants(x, inputs, config), config)
+    launch(_forward, work.count * tiles_m * tiles, args, constants_of(x, inputs, config), config)
 
 
 def backward(
     tables: Tables, launched: Ragged, wanted: Sequence[bool], buffer: Tensor, pack: Pack,
     weight: Tensor, grad: Tensor, grad_buffer: Tensor, grad_x: Tensor, shape: Sequence[int],
-    precision: str,
+    precision: str, shift: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Gradients of the operands of the nodes that are wanted, into ``grad_buffer`` and ``grad_x``.
 
@@ -380,23 +408,26 @@ def backward(
         wanted: for each node of the tree.
         grad: of the result.
         shape: of ``x``, whose gradient may not be wanted.
+        shift: where the messages are scaled, their shifts.
     """
-    work, (rows, x_width) = _work(tables, launched, pack, wanted), shape
+    work, (rows, x_width) = work_of(tables, launched, pack, wanted), shape
     inputs = input_precision(weight.dtype, precision)
-    config = configs.ragged_backward(weight.dtype, inputs, rows, work.depth, work.width)
+    choose = configs.ragged_backward if shift is None else configs.scaled_backward
+    config = choose(weight.dtype, inputs, rows, work.depth, work.width)
     tiles_m = cdiv(rows, config.m)
     tiles = 1 if work.walked else cdiv(work.depth, config.k)
     args = (
-        buffer, weight, grad, grad_buffer, grad_x, work.nodes, work.operands, work.parts, rows,
-        x_width, tiles_m, tiles,
+        buffer, weight, grad, grad_buffer, grad_x, work.nodes if shift is None else shift,
+        work.nodes, work.operands, work.parts, rows, x_width, tiles_m, tiles,
     )  # fmt: skip
-    constants = {"FEW": _FEW, **_constants(weight, inputs, config)}
+    scaled = {"SCALED": shift is not None}
+    constants = {"FEW": _FEW, **scaled, **constants_of(weight, inputs, config)}
     launch(_backward, work.count * tiles_m * tiles, args, constants, config)
 
 
 def weight_gradients(
     tables: Tables, nodes: Sequence[Node], x: Tensor, buffer: Tensor, grad: Tensor,
-    grad_buffer: Tensor, precision: str,
+    grad_buffer: Tensor, precision: str, shift: Tensor | None = None,
 ) -> dict[int, Tensor]:  # fmt: skip
     """Partial gradients of the nodes' weights: for each of their groups ``[S, places, K, N]``, in
     the accumulator's dtype, 0 at the places of other nodes.
@@ -406,6 +437,7 @@ def weight_gradients(
         x, buffer: vectors and messages.
         grad, grad_buffer: gradients of the result and of the messages.
         precision: of float32 products.
+        shift: where the messages are scaled, their shifts.
     """
     rows = x.shape[0]
     inputs = input_precision(x.dtype, precision)
@@ -418,10 +450,11 @@ def weight_gradients(
     splits, per_split = configs.splits(x.device, work.count, rows, config.m)
     partial = sums((splits, work.size), x, work.covered)
     args = (
-        x, buffer, grad, grad_buffer, partial, work.nodes, work.operands, work.jobs, rows,
-        x.shape[1], work.count, work.size, per_split,
+        x, buffer, grad, grad_buffer, partial, work.nodes if shift is None else shift, work.nodes,
+        work.operands, work.jobs, rows, x.shape[1], work.count, work.size, per_split,
     )  # fmt: skip
-    launch(_weights, work.count * splits, args, _constants(x, inputs, config), config)
+    constants = {"SCALED": shift is not None, **constants_of(x, inputs, config)}
+    launch(_weights, work.count * splits, args, constants, config)
     found = {}
     for g, at in work.groups:
         of = tables.of_group[g]
@@ -453,7 +486,8 @@ def _jobs(tables: Tables, nodes: Sequence[Node], config: configs.Config) -> _Job
     )  # fmt: skip
 
 
-def _constants(like: Tensor, inputs: str, config: configs.Config) -> dict[str, object]:
+def constants_of(like: Tensor, inputs: str, config: configs.Config) -> dict[str, object]:
+    """The compile-time arguments that all kernels of tables have."""
     return {
         "ACC": accumulator(like.dtype),
         "PRECISION": inputs,

@@ -138,6 +138,12 @@ Launch = Uniform | Fused | Ragged
 class Tables:
     """Everything about a tree that its launches read, on one device.
 
+    Args:
+        program: :attr:`htfkernels.layout.Layout.program`.
+        device: where the launches run.
+        fuse: whether leaves may be formed in their parents' kernels.
+        levels: whether each level is one :class:`Ragged` launch, a part for each node.
+
     Attributes:
         nodes: in execution order.
         groups: number of weights.
@@ -149,7 +155,9 @@ class Tables:
         place: node index -> its place there. Without shared weights, its slot.
     """
 
-    def __init__(self, program: Tensor, device: torch.device, fuse: bool) -> None:
+    def __init__(
+        self, program: Tensor, device: torch.device, fuse: bool, levels: bool = False
+    ) -> None:
         self.device = device
         numbers = program.tolist()
         self.groups, self.x_width = numbers[2], numbers[5]
@@ -164,7 +172,7 @@ class Tables:
         self.column: dict[int, int] = {}
         self.width = 0
         self.launches: list[Launch] = []
-        walked = self._top()
+        walked = set() if levels else self._top()
         fused = self._fused(walked) if fuse else []
         inside = {c for nodes in fused for node in nodes for c in node.children}
         below = [n for n in self.nodes if n.index not in walked and n.index not in inside]
@@ -175,7 +183,8 @@ class Tables:
                 self._add_fused(nodes)
             done = {n.index for nodes in together for n in nodes}
             groups = _by_shape([n for n in here if n.index not in done])
-            if len(groups) > _GROUPS_ALONE or any(_is_sum(g[0]) for g in groups):
+            alone = len(groups) <= _GROUPS_ALONE and not any(_is_sum(g[0]) for g in groups)
+            if levels or not alone:
                 nodes = [n for g in groups for n in g]
                 self._add_ragged(nodes, [(i, i + 1) for i in range(len(nodes))])
             else:
@@ -308,16 +317,11 @@ def _by_shape(nodes: list[Node], more=lambda node: 0) -> list[list[Node]]:
 _tables: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def tables_of(program: Tensor, device: torch.device, fuse: bool) -> Tables:
-    """The tables of a program, made at the first call and kept as long as the program lives.
-
-    Args:
-        program: :attr:`htfkernels.layout.Layout.program`.
-        device: where the launches run.
-        fuse: whether leaves may be formed in their parents' kernels.
-    """
+def tables_of(program: Tensor, device: torch.device, fuse: bool, levels: bool = False) -> Tables:
+    """The tables of a program, made at the first call and kept as long as the program lives; the
+    arguments are those of :class:`Tables`."""
     made = _tables.setdefault(program, {})
-    key = (device, fuse)
+    key = (device, fuse, levels)
     if key not in made:
-        made[key] = Tables(program, device, fuse)
+        made[key] = Tables(program, device, fuse, levels)
     return made[key]

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from htfkernels.gpu.launch import INTERPRETED
 
-__all__ = ["accumulator", "cast", "dot", "input_precision"]
+__all__ = ["accumulator", "cast", "dot", "exponent", "input_precision", "shifted"]
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -61,3 +61,38 @@ def cast(value, DTYPE: tl.constexpr):
             bits += 0x7FFF + ((bits >> 16) & 1)
             return (bits & 0xFFFF0000).to(tl.float32, bitcast=True).to(DTYPE)
     return value.to(DTYPE)
+
+
+@triton.jit
+def exponent(size):
+    """``e`` with ``size`` in ``[2^(e-1), 2^e)``, as ``frexp``; 0 for 0. ``size`` is positive or 0,
+    of an accumulator's dtype; for infinities and NaN ``e`` is some number."""
+    if size.dtype == tl.float64:
+        biased = (size.to(tl.int64, bitcast=True) >> 52) & 0x7FF
+        raised = size * 18014398509481984.0  # a subnormal number times 2^54 is a normal one
+        below = ((raised.to(tl.int64, bitcast=True) >> 52) & 0x7FF) - 54
+        e = tl.where(biased == 0, below, biased).to(tl.int32) - 1022
+    else:
+        biased = (size.to(tl.int32, bitcast=True) >> 23) & 0xFF
+        raised = size * 16777216.0  # 2^24
+        below = ((raised.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 24
+        e = tl.where(biased == 0, below, biased) - 126
+    return tl.where(size == 0, 0, e)
+
+
+@triton.jit
+def _power(e, DTYPE: tl.constexpr):
+    if DTYPE == tl.float64:
+        power = ((e.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
+    else:
+        power = ((e + 127) << 23).to(tl.float32, bitcast=True)
+    return power
+
+
+@triton.jit
+def shifted(tile, e):
+    """``2^e`` times the rows of a tile in an accumulator's dtype, exactly. In three steps: ``e``
+    may be the sum of two numbers' exponents, far out of the range of one power of two."""
+    third = e // 3
+    step = _power(third, tile.dtype)[:, None]
+    return tile * step * step * _power(e - 2 * third, tile.dtype)[:, None]

@@ -43,19 +43,19 @@ class Kernel:
         """The result of the operation."""
         raise NotImplementedError
 
-    def forward_keeping(self, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The result, and what the backward pass need not compute again."""
-        return self.forward(*tensors), None
+    def forward_keeping(self, *tensors: Tensor) -> Sequence[Tensor]:
+        """The result, and behind it what the backward pass need not compute again."""
+        return [self.forward(*tensors)]
 
     def backward(
         self,
         grad: Tensor,
         tensors: Sequence[Tensor],
         needs: Sequence[bool],
-        kept: Tensor | None = None,
+        *kept: Tensor,
     ) -> list[Tensor]:
         """Gradients of the arguments; an empty tensor where one is not needed. ``kept`` is what
-        :meth:`forward_keeping` returned, or None."""
+        :meth:`forward_keeping` returned behind the result, or nothing."""
         raise NotImplementedError
 
     def reference(self, *tensors: Tensor) -> Tensor:
@@ -149,17 +149,18 @@ class _Forward(Function):
     @staticmethod
     def forward(ctx: Any, kernel: Kernel, *tensors: Tensor) -> Tensor:
         ctx.kernel = kernel
-        result, kept = kernel.forward_keeping(*tensors)
-        ctx.save_for_backward(*tensors, kept)
+        result, *kept = kernel.forward_keeping(*tensors)
+        ctx.save_for_backward(*tensors, *kept)
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[1:]
-        *tensors, kept = ctx.saved_tensors
+        saved, count = ctx.saved_tensors, len(needs)
+        tensors, kept = saved[:count], saved[count:]
         if torch.is_grad_enabled():
             return (None, *_optional(_Backward.apply(ctx.kernel, needs, grad, *tensors), needs))
-        grads = ctx.kernel.backward(grad, tensors, needs, kept)
+        grads = ctx.kernel.backward(grad, tensors, needs, *kept)
         return (None, *(grads if all(needs) else _optional(grads, needs)))
 
 

@@ -20,22 +20,21 @@ class _Evaluate(autograd.Kernel):
         layout = self.layout
         return self.run("evaluate", weights, x, layout.program, layout.out_features)
 
-    def forward_keeping(self, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward_keeping(self, *tensors: Tensor) -> Sequence[Tensor]:
         *weights, x = tensors
         layout = self.layout
-        result, kept = self.run("evaluate_keeping", weights, x, layout.program, layout.out_features)
-        return result, kept
+        return self.run("evaluate_keeping", weights, x, layout.program, layout.out_features)
 
     def backward(
         self,
         grad: Tensor,
         tensors: Sequence[Tensor],
         needs: Sequence[bool],
-        kept: Tensor | None = None,
+        *kept: Tensor,
     ) -> list[Tensor]:
         *weights, x = tensors
-        kept = grad.new_empty(0) if kept is None else kept
-        return self.run("evaluate_backward", grad, weights, x, kept, self.layout.program, needs)
+        messages = kept[0] if kept else grad.new_empty(0)
+        return self.run("evaluate_backward", grad, weights, x, messages, self.layout.program, needs)
 
     def reference(self, *tensors: Tensor) -> Tensor:
         result = reference.evaluate(self.layout, tensors[:-1], tensors[-1])

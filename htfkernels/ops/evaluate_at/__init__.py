@@ -22,25 +22,25 @@ class _EvaluateAt(autograd.Kernel):
         layout = self.layout
         return self.run("evaluate_at", weights, indices, layout.program, layout.out_features)
 
-    def forward_keeping(self, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward_keeping(self, *tensors: Tensor) -> Sequence[Tensor]:
         *weights, indices = tensors
         layout = self.layout
-        result, kept = self.run(
+        return self.run(
             "evaluate_at_keeping", weights, indices, layout.program, layout.out_features
         )
-        return result, kept
 
     def backward(
         self,
         grad: Tensor,
         tensors: Sequence[Tensor],
         needs: Sequence[bool],
-        kept: Tensor | None = None,
+        *kept: Tensor,
     ) -> list[Tensor]:
         *weights, indices = tensors
-        kept = grad.new_empty(0) if kept is None else kept
+        messages = kept[0] if kept else grad.new_empty(0)
+        program = self.layout.program
         grads = self.run(
-            "evaluate_at_backward", grad, weights, indices, kept, self.layout.program, needs[:-1]
+            "evaluate_at_backward", grad, weights, indices, messages, program, needs[:-1]
         )
         return [*grads, grad.new_empty(0)]
 
@@ -61,20 +61,20 @@ class _EvaluateAtPlanned(autograd.Kernel):
         sizes = (len(self.indices), self.layout.out_features)
         return self.run("evaluate_at_planned", tensors, *self._fixed(), *sizes)
 
-    def forward_keeping(self, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward_keeping(self, *tensors: Tensor) -> Sequence[Tensor]:
         sizes = (len(self.indices), self.layout.out_features)
-        result, kept = self.run("evaluate_at_planned_keeping", tensors, *self._fixed(), *sizes)
-        return result, kept
+        return self.run("evaluate_at_planned_keeping", tensors, *self._fixed(), *sizes)
 
     def backward(
         self,
         grad: Tensor,
         tensors: Sequence[Tensor],
         needs: Sequence[bool],
-        kept: Tensor | None = None,
+        *kept: Tensor,
     ) -> list[Tensor]:
-        kept = grad.new_empty(0) if kept is None else kept
-        return self.run("evaluate_at_planned_backward", grad, tensors, kept, *self._fixed(), needs)
+        messages = kept[0] if kept else grad.new_empty(0)
+        fixed = self._fixed()
+        return self.run("evaluate_at_planned_backward", grad, tensors, messages, *fixed, needs)
 
     def reference(self, *tensors: Tensor) -> Tensor:
         result = planned_reference.evaluate_at_planned(self.layout, tensors, self.indices)

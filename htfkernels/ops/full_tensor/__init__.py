@@ -25,7 +25,7 @@ class _FullTensor(autograd.Kernel):
         grad: Tensor,
         tensors: Sequence[Tensor],
         needs: Sequence[bool],
-        kept: Tensor | None = None,
+        *kept: Tensor,
     ) -> list[Tensor]:
         return self.run("full_tensor_backward", grad, tensors, self.layout.program, needs)
 
