@@ -36,7 +36,7 @@ from torch import Tensor
 from htfkernels.gpu import configs
 from htfkernels.gpu.launch import cdiv, launch
 from htfkernels.gpu.memory import sums
-from htfkernels.gpu.tables import Node, Ragged, Tables, Uniform
+from htfkernels.gpu.tables import Needed, Node, Ragged, Tables, Uniform
 from htfkernels.gpu.tiles import accumulator, cast, dot, input_precision, shifted
 
 __all__ = [
@@ -350,14 +350,14 @@ def _slots(pack: Pack, nodes: Sequence[Node]) -> list[int]:
     return [pack.start[n.group] + n.slot * n.rows * n.cols * (n.group >= 0) for n in nodes]
 
 
-def work_of(tables: Tables, launched: Ragged, pack: Pack, wanted: Sequence[bool] | None) -> Work:
-    """The tables of a launch, of all nodes or of the wanted ones; made once."""
-    chosen = None if wanted is None else tuple(wanted[n.index] for n in launched.nodes)
-    key = (pack.groups, chosen)
+def work_of(tables: Tables, launched: Ragged, pack: Pack, needed: Needed | None) -> Work:
+    """The tables of a launch, of all nodes or of those below which gradients are needed; made
+    once."""
+    key = (pack.groups, None if needed is None else needed.needs)
     if key not in launched.cache:
         nodes, parts = [], []
         for first, end in launched.parts:
-            of = [n for n in launched.nodes[first:end] if wanted is None or wanted[n.index]]
+            of = [n for n in launched.nodes[first:end] if needed is None or needed.below[n.index]]
             if of:
                 parts.append([len(nodes), len(nodes) + len(of)])
                 nodes += of
@@ -397,20 +397,20 @@ def forward(
 
 
 def backward(
-    tables: Tables, launched: Ragged, wanted: Sequence[bool], buffer: Tensor, pack: Pack,
+    tables: Tables, launched: Ragged, needed: Needed, buffer: Tensor, pack: Pack,
     weight: Tensor, grad: Tensor, grad_buffer: Tensor, grad_x: Tensor, shape: Sequence[int],
     precision: str, shift: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Gradients of the operands of the nodes that are wanted, into ``grad_buffer`` and ``grad_x``.
+    """Gradients of the operands that are needed, into ``grad_buffer`` and ``grad_x``.
 
     Args:
         tables, launched, buffer, pack, weight, precision: as in :func:`forward`.
-        wanted: for each node of the tree.
+        needed: what the backward pass is for.
         grad: of the result.
         shape: of ``x``, whose gradient may not be wanted.
         shift: where the messages are scaled, their shifts.
     """
-    work, (rows, x_width) = work_of(tables, launched, pack, wanted), shape
+    work, (rows, x_width) = work_of(tables, launched, pack, needed), shape
     inputs = input_precision(weight.dtype, precision)
     choose = configs.ragged_backward if shift is None else configs.scaled_backward
     config = choose(weight.dtype, inputs, rows, work.depth, work.width)

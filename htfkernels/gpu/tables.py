@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ class Uniform:
     def first(self) -> Node:
         return self.nodes[0]
 
-    @property
+    @cached_property
     def aligned(self) -> bool:
         """Whether every operand starts at a multiple of 16 numbers."""
         return all(n % 16 == 0 for row in self.rows for n in row[2:])
@@ -116,7 +117,7 @@ class Fused:
     def first(self) -> Node:
         return self.nodes[0]
 
-    @property
+    @cached_property
     def aligned(self) -> bool:
         """Whether every leaf's vectors start at a multiple of 16 numbers."""
         return all(n % 16 == 0 for row in self.rows for n in row[2::3])
@@ -133,6 +134,31 @@ class Ragged:
 
 
 Launch = Uniform | Fused | Ragged
+
+
+class Step(NamedTuple):
+    """A launch of the forward pass that a backward pass comes by: the nodes of whose weights, and
+    whether of anything below them, gradients are needed."""
+
+    launched: Launch
+    weights: tuple[Node, ...]
+    deeper: bool
+
+
+class Needed(NamedTuple):
+    """What a backward pass has to do.
+
+    Attributes:
+        needs: of which groups' weights, and at the end whether of the vectors, gradients are
+        needed. below: for each node, whether one is of anything strictly below it; for a leaf, of
+        its
+            vectors.
+        steps: the launches of the forward pass in reverse, those with nothing to do left out.
+    """
+
+    needs: tuple[bool, ...]
+    below: tuple[bool, ...]
+    steps: tuple[Step, ...]
 
 
 class Tables:
@@ -194,17 +220,27 @@ class Tables:
             nodes = [self.nodes[i] for i in sorted(walked)]
             self._add_ragged(nodes, [(0, len(nodes))])
 
-    def needed_below(self, needs: Sequence[bool]) -> list[bool]:
-        """For each node, whether a gradient is needed of anything strictly below it: for a leaf,
-        of its vectors."""
-        found = []
+    def needed(self, needs: Sequence[bool]) -> Needed:
+        """What a backward pass for these gradients (of each group's weights, then of the vectors)
+        has to do; found out once."""
+        key = ("needed", tuple(map(bool, needs)))
+        if key not in self.cache:
+            self.cache[key] = self._needed(key[1])
+        return self.cache[key]
+
+    def _needed(self, needs: tuple[bool, ...]) -> Needed:
+        below: list[bool] = []
         for node in self.nodes:
-            if node.is_leaf:
-                found.append(bool(needs[-1]))
-            else:
-                kids = node.children
-                found.append(any(found[c] or needs[self.nodes[c].group] for c in kids))
-        return found
+            kids = node.children
+            deeper = any(below[c] or needs[self.nodes[c].group] for c in kids)
+            below.append(needs[-1] if node.is_leaf else deeper)
+        steps = []
+        for launched in reversed(self.launches):
+            weights = tuple(n for n in launched.nodes if n.group >= 0 and needs[n.group])
+            deeper = any(below[n.index] for n in launched.nodes)
+            if weights or deeper:
+                steps.append(Step(launched, weights, deeper))
+        return Needed(needs, tuple(below), tuple(steps))
 
     def tensor(self, rows: list[list[int]]) -> Tensor:
         """A table of int64 on the device."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from htfkernels.gpu import configs, fused, ragged, uniform
 from htfkernels.gpu.memory import empty
 from htfkernels.gpu.reduce import gradients
-from htfkernels.gpu.tables import Fused, Node, Ragged, Tables, Uniform, tables_of
+from htfkernels.gpu.tables import Fused, Needed, Node, Ragged, Step, Tables, Uniform, tables_of
 from htfkernels.gpu.tiles import input_precision
 
 __all__ = ["evaluate", "evaluate_backward", "evaluate_keeping"]
@@ -49,11 +49,11 @@ def evaluate_backward(
     rows = x.shape[0]
     if kept.numel() == 0:
         kept = _messages(tables, weights, x, empty((rows, tables.root.cols), x), precision)
-    below = tables.needed_below(needs)
-    pass_ = _Backward(tables, weights, x, kept, grad, needs, below, precision)
-    for launched in reversed(tables.launches):
-        pass_.step(launched)
-    return pass_.finish()
+    needed = tables.needed(needs)
+    backward = _Backward(tables, weights, x, kept, grad, needed, precision)
+    for step in needed.steps:
+        backward.step(step)
+    return backward.finish()
 
 
 def _tables(program: Tensor, x: Tensor, precision: str) -> Tables:
@@ -95,35 +95,32 @@ class _Backward:
 
     def __init__(
         self, tables: Tables, weights: Sequence[Tensor], x: Tensor, buffer: Tensor, grad: Tensor,
-        needs: Sequence[int | bool], below: Sequence[bool], precision: str,
+        needed: Needed, precision: str,
     ) -> None:  # fmt: skip
         self.tables, self.weights, self.x, self.buffer = tables, weights, x, buffer
-        self.grad, self.needs, self.below, self.precision = grad, needs, below, precision
+        self.grad, self.needed, self.needs, self.precision = grad, needed, needed.needs, precision
         self.grad_buffer = empty(buffer.shape, x)
-        self.grad_x = empty(x.shape if needs[-1] else (0,), x)
+        self.grad_x = empty(x.shape if self.needs[-1] else (0,), x)
         self.widest = configs.widest_backward(x.dtype, input_precision(x.dtype, precision))
         self.pack = ragged.pack_of(tables, self.widest)
         self.packed = self.pack.weights(weights)
         self.partial: dict[int, list[Tensor]] = {}
         self.later: list[Node] = []
 
-    def step(self, launched: Fused | Ragged | Uniform) -> None:
+    def step(self, step: Step) -> None:
         """The gradients that a launch of the forward pass asks for."""
-        wanted = [n for n in launched.nodes if n.group >= 0 and self.needs[n.group]]
-        deeper = any(self.below[n.index] for n in launched.nodes)
+        launched = step.launched
         if isinstance(launched, Ragged):
-            self._ragged(launched, wanted, deeper)
+            self._ragged(launched, step)
         elif isinstance(launched, Fused):
             if self.needs[-1]:
                 self._unfused(launched)
-            elif wanted or deeper:
+            else:
                 self._fused(launched)
-        elif not wanted and not deeper:
-            return
         elif launched.fits_backward(self.widest):
-            self._uniform(launched, self.buffer, self.grad_buffer, deeper)
+            self._uniform(launched, self.buffer, self.grad_buffer, step.deeper)
         else:
-            self._ragged(launched.as_ragged, wanted, deeper)
+            self._ragged(launched.as_ragged, step)
 
     def finish(self) -> list[Tensor]:
         """All gradients, once every launch had its step."""
@@ -152,11 +149,11 @@ class _Backward:
             return self.grad
         return self.grad_buffer[column * self.x.shape[0] :]
 
-    def _ragged(self, launched: Ragged, wanted: list[Node], deeper: bool) -> None:
-        self.later += wanted
-        if deeper:
+    def _ragged(self, launched: Ragged, step: Step) -> None:
+        self.later += step.weights
+        if step.deeper:
             ragged.backward(
-                self.tables, launched, self.below, self.buffer, self.pack, self.packed, self.grad,
+                self.tables, launched, self.needed, self.buffer, self.pack, self.packed, self.grad,
                 self.grad_buffer, self.grad_x, self.x.shape, self.precision,
             )  # fmt: skip
 

@@ -71,18 +71,18 @@ def slog_backward(
     messages, shift, value = kept or _messages(tables, mantissas, x, precision)
     zero = value == 0  # has no gradient, and must not spoil those of the other rows
     root = torch.where(zero, 0.0, grad[..., 1] / torch.where(zero, 1.0, value)).to(x.dtype)
-    below = tables.needed_below(needs)
+    needed = tables.needed(needs)
     grad_messages = empty(messages.shape, x)
     grad_x = empty(x.shape if needs[-1] else (0,), x)
     pack = ragged.pack_of(tables)
     packed = pack.weights(mantissas)
-    for launched in reversed(tables.launches):
-        if any(below[n.index] for n in launched.nodes):
+    for step in needed.steps:
+        if step.deeper:
             ragged.backward(
-                tables, launched, below, messages, pack, packed, root, grad_messages, grad_x,
+                tables, step.launched, needed, messages, pack, packed, root, grad_messages, grad_x,
                 x.shape, precision, shift,
             )  # fmt: skip
-    wanted = [n for of in tables.of_group for n in of if needs[n.group]]
+    wanted = [n for step in needed.steps for n in step.weights]
     partial = {}
     if wanted:
         partial = ragged.weight_gradients(
