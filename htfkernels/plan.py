@@ -43,9 +43,10 @@ class Plan:
             f"order {layout.tree.order}, {len(layout.tree.parents)} nodes, "
             f"depth {layout.tree.depth}, "
             f"{layout.num_parameters:,} weights, {layout.flops(1):,} flops per vector batch row",
-            f"products held at a time by a tile's walk: {int(layout.program[3])}",
-            "level  nodes  R_in x R_out",
         ]
+        if self.backend == "cpp":
+            lines.append(f"products held at a time by a tile's walk: {int(layout.program[3])}")
+        lines.append("level  nodes  R_in x R_out")
         for g in layout.groups:
             shared = "  shared" if g.count < len(g.nodes) else ""
             lines.append(f"{g.level:5}  {len(g.nodes):5}  {g.rows} x {g.cols}{shared}")
