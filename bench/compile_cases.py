@@ -96,6 +96,9 @@ def models() -> tuple[Model, ...]:
         Model("repeated", ("planned",), _balanced(4, 4, 16), 2048, (TF32,)),
         Model("odd", everything, _balanced(4, 5, 17), 300, MAIN),
         Model("unaligned", vectors, _balanced(8, 16, 64), 256, (TF32,), aligned=False),
+        # As many leaves' vectors as a kernel that forms their messages has room for.
+        Model("grid", vectors, Layout.make(ModeTree.grid(16, 16), 64, 128), 512, (TF32, BF16)),
+        Model("longest", vectors, _balanced(8, 128, 128), 512, (TF32, BF16)),
         Model("one sample", (*vectors, "at"), _balanced(8, 16, 64), 1, (IEEE,)),
         Model("outputs", everything, _balanced(4, 8, 32, out_features=10), 256, (TF32,)),
         Model("shared", vectors, _balanced(8, 16, 64, share_weights=True), 256, (IEEE,)),
@@ -105,7 +108,7 @@ def models() -> tuple[Model, ...]:
         Model("small", logarithm, _balanced(16, 8, 16), 1024, MAIN),
         Model("ragged", logarithm, _ragged(100), 300, (IEEE, TF32)),
         Model("huge", logarithm, _balanced(8, 64, 256), 4096, (TF32, TF32X3, BF16)),
-        Model("widest", logarithm, _balanced(4, 64, 1024), 256, ALL),
+        Model("widest", logarithm, _balanced(4, 64, 512), 256, ALL),
         Model("outputs", logarithm, _balanced(4, 8, 32, out_features=10), 256, (TF32, BF16)),
         Model("mf", logarithm, mf, 1024, (IEEE,)),
     )

@@ -27,6 +27,7 @@ import triton
 from htfkernels.gpu import configs, fused, launch, uniform
 from htfkernels.gpu.launch import Config
 from htfkernels.gpu.tables import Fused, Tables
+from htfkernels.gpu.tiles import input_precision
 from htfkernels.layout import Layout
 from htfkernels.tree import ModeTree
 
@@ -55,7 +56,9 @@ def works(dtype: torch.dtype, precision: str, device: torch.device) -> Iterator[
     """The two large kernels, forward and backward, on nodes of several sizes."""
     for dim, rank, batch in SHAPES:
         layout = Layout.make(ModeTree.balanced(4 * NODES), dim, rank)
-        below, level = Tables(layout.program, device, True).launches[:2]
+        below, level = Tables(
+            layout.program, device, (dtype, input_precision(dtype, precision))
+        ).launches[:2]
         assert isinstance(below, Fused)
         leaf, first, second = (_random(dtype, device, *layout.groups[i].shape) for i in range(3))
         x = _random(dtype, device, batch, layout.offsets[-1])

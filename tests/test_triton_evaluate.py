@@ -120,7 +120,7 @@ def test_only_what_is_asked_for_is_launched():
 
 def test_the_tables_cover_every_node_once():
     for case in testing.cases():
-        for fuse in (False, True):
+        for fuse in (None, (torch.float32, "tf32")):
             tables = Tables(case.layout.program, torch.device("cpu"), fuse)
             seen = [n.index for launched in tables.launches for n in launched.nodes]
             for launched in tables.launches:
@@ -239,7 +239,7 @@ def test_the_messages_are_computed_again_where_none_are_kept():
 def test_offsets_beyond_32_bits():
     """An operand more than 2^31 numbers into its buffer. The memory between is never touched."""
     layout = Layout.make(ModeTree.balanced(2), 8, 16)
-    root = Tables(layout.program, torch.device(DEVICE), False).launches[-1]
+    root = Tables(layout.program, torch.device(DEVICE), None).launches[-1]
     rows, far = 16, 2**31 // 16 + 3
     source = torch.empty(far * rows + rows * 16, dtype=torch.float16, device=DEVICE)
     blocks = torch.randn(2, rows, 16, device=DEVICE).half()

@@ -36,7 +36,7 @@ __all__ = [
 
 STATIC_ARITY = 4  # up to so many operands are held in registers at once
 
-SCALED_WIDTH = 1024  # columns of a message that one program scales
+SCALED_WIDTH = 512  # columns of a message that one program scales
 
 _SMALLEST = 16  # of a tensor-core instruction's tile, in each direction
 
@@ -66,6 +66,13 @@ _FORWARD = {
     "plain": Config(64, 64, 16, warps=4, stages=2),
     # Double-precision tensor cores; a number is two registers.
     "double": Config(64, 64, 16, warps=4, stages=2),
+}
+
+# Where a block has 99 KiB of shared memory, the same in half the room.
+_FORWARD_SMALL = {
+    **_FORWARD,
+    "half": Config(64, 128, 64, warps=8, stages=2),
+    "single": Config(64, 128, 32, warps=8, stages=2),
 }
 
 # Of the sum [k, n], all of N, and the step m through the batch: by kind, and for N up to n.
@@ -112,21 +119,38 @@ _SCALED = {
 }
 
 
-def fuses(dtype: torch.dtype, precision: str) -> bool:
-    """Whether leaves are formed in their parents' kernels: where tensor cores make forming them
-    again in the backward pass cheaper than memory."""
-    return _kind(dtype, precision) in ("half", "single")
+def fuses(
+    device: torch.device, dtype: torch.dtype, precision: str, leaves: int, dim: int, width: int
+) -> bool:
+    """Whether so many leaves of dimension ``dim`` are formed in the kernel of their parent, whose
+    message has ``width`` columns.
+
+    They are where tensor cores make it cheaper, once more in the backward pass, than memory is, and
+    as far as there is room. Shared memory: 64 rows of 256 numbers in float32 are 64 KiB, which with
+    two stages of weights is what a block of compute capability 8.0 has. Registers, in the backward
+    pass: the leaves' messages and sums beside sums of all columns.
+    """
+    wide, small = width > 128, _is_small(device)
+    return (
+        _kind(dtype, precision) in ("half", "single")
+        and width <= (128 if small else 256)
+        and leaves <= (2 if wide else STATIC_ARITY)
+        and leaves * power_of_two(dim) <= (128 if wide or small else 256)
+    )
 
 
-def forward(dtype: torch.dtype, precision: str, rows: int, depth: int, width: int) -> Config:
+def forward(
+    device: torch.device, dtype: torch.dtype, precision: str, rows: int, depth: int, width: int
+) -> Config:
     """For ``[rows, depth] @ [depth, width]`` with the left side formed on load."""
-    base = _FORWARD[_kind(dtype, precision)]
+    base = (_FORWARD_SMALL if _is_small(device) else _FORWARD)[_kind(dtype, precision)]
     return _fitted(base, power_of_two(rows), power_of_two(width), power_of_two(depth))
 
 
-def widest_backward(dtype: torch.dtype, precision: str) -> int:
+def widest_backward(device: torch.device, dtype: torch.dtype, precision: str) -> int:
     """How many columns a node may have for :func:`backward`."""
-    return _BACKWARD[_kind(dtype, precision), 8][-1].n
+    widest = _BACKWARD[_kind(dtype, precision), 8][-1].n
+    return min(widest, 128) if _is_small(device) else widest
 
 
 def backward(
@@ -138,12 +162,13 @@ def backward(
 
 
 def fused_forward(
-    dtype: torch.dtype, precision: str, rows: int, leaves: int, dim: int, depth: int, width: int
-) -> Config:
+    device: torch.device, dtype: torch.dtype, precision: str, rows: int, leaves: int, dim: int,
+    depth: int, width: int,
+) -> Config:  # fmt: skip
     """For ``leaves`` leaves of dimension ``dim`` under a node ``[depth, width]``: like a forward of
     the node, with all vectors of a tile of rows on chip."""
     half = dtype != torch.float32
-    m = 128 if half and leaves * power_of_two(dim) <= 256 else 64
+    m = 128 if half and not _is_small(device) else 64
     base = Config(m, 256, 64 if half else 32, warps=8, stages=2)
     return _fitted(base, power_of_two(rows), power_of_two(width), power_of_two(depth))
 
@@ -189,7 +214,7 @@ def _chosen(
     table: dict[tuple[str, int], list[Config]], device: torch.device, kind: str, width: int
 ) -> Config:
     """The row for so many columns, of this GPU or the last before it that has any."""
-    rows = table.get((kind, 9)) if _capability(device) >= 9 else None
+    rows = table.get((kind, 9)) if _architecture(device) >= 90 and not _is_small(device) else None
     return next(c for c in rows or table[kind, 8] if width <= c.n)
 
 
@@ -220,25 +245,31 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-_assumed = 9
+_assumed = 90
 
 
 @contextmanager
-def assumed(major: int) -> Iterator[None]:
-    """In the block, tensors that are on no GPU get tiles for this compute capability: what is
-    compiled without a GPU. Otherwise it is 9, a Hopper's."""
+def assumed(architecture: int) -> Iterator[None]:
+    """In the block, tensors that are on no GPU get the tiles of this architecture (80, 86, 90):
+    what is compiled without a GPU. Otherwise it is 90, a Hopper's."""
     global _assumed
-    before, _assumed = _assumed, major
+    before, _assumed = _assumed, architecture
     try:
         yield
     finally:
         _assumed = before
 
 
-def _capability(device: torch.device) -> int:
-    return _capability_of(device) if device.type == "cuda" else _assumed
+def _architecture(device: torch.device) -> int:
+    return _architecture_of(device) if device.type == "cuda" else _assumed
+
+
+def _is_small(device: torch.device) -> bool:
+    """Whether a block has but 99 KiB of shared memory, as on GPUs that are not for data centers."""
+    return _architecture(device) in (86, 87, 89) or _architecture(device) >= 120
 
 
 @lru_cache(maxsize=16)
-def _capability_of(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0]
+def _architecture_of(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

@@ -186,7 +186,9 @@ def forward(
     """
     node, leaf, rows, dtype = launched.first, launched.leaf, x.shape[0], x.dtype
     inputs, count = input_precision(dtype, precision), node.operands
-    config = configs.fused_forward(dtype, inputs, rows, count, leaf.rows, node.rows, node.cols)
+    config = configs.fused_forward(
+        x.device, dtype, inputs, rows, count, leaf.rows, node.rows, node.cols
+    )
     tiles_m = cdiv(rows, config.m)
     args = (
         x, leaf_weight, weight, result, launched.table, rows, leaf.rows, node.rows, node.cols,

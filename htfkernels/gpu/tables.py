@@ -26,16 +26,12 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from htfkernels.gpu.configs import STATIC_ARITY
+from htfkernels.gpu.configs import STATIC_ARITY, fuses
 
 __all__ = ["Fused", "Launch", "Node", "Ragged", "Tables", "Uniform", "tables_of"]
 
 # Layout.program: a header of 8 numbers, then 11 for each node, children before their parents.
 _HEADER, _FIELDS = 8, 11
-
-FUSED_CHILDREN, FUSED_DIM, FUSED_WIDTH = 4, 128, 256
-"""Leaves that are formed inside their parent's kernel: as many, of such dimension, and parents of
-such width, as leave room in registers."""
 
 _GROUPS_ALONE = 2  # a level of more groups takes one launch for all of them
 _WALKED_PER_LEVEL, _WALKED_SIZE = 3, 64 * 64  # of the top: nodes, and entries of a weight
@@ -134,6 +130,7 @@ class Ragged:
 
 
 Launch = Uniform | Fused | Ragged
+Fuse = tuple[torch.dtype, str]
 
 
 class Step(NamedTuple):
@@ -167,7 +164,8 @@ class Tables:
     Args:
         program: :attr:`htfkernels.layout.Layout.program`.
         device: where the launches run.
-        fuse: whether leaves may be formed in their parents' kernels.
+        fuse: dtype and precision in which leaves may be formed in their parents' kernels, where
+            :func:`htfkernels.gpu.configs.fuses` says so; None: nowhere.
         levels: whether each level is one :class:`Ragged` launch, a part for each node.
 
     Attributes:
@@ -182,7 +180,7 @@ class Tables:
     """
 
     def __init__(
-        self, program: Tensor, device: torch.device, fuse: bool, levels: bool = False
+        self, program: Tensor, device: torch.device, fuse: Fuse | None, levels: bool = False
     ) -> None:
         self.device = device
         numbers = program.tolist()
@@ -199,7 +197,7 @@ class Tables:
         self.width = 0
         self.launches: list[Launch] = []
         walked = set() if levels else self._top()
-        fused = self._fused(walked) if fuse else []
+        fused = self._fused(walked, fuse) if fuse else []
         inside = {c for nodes in fused for node in nodes for c in node.children}
         below = [n for n in self.nodes if n.index not in walked and n.index not in inside]
         for level in range(self.root.level + 1):
@@ -260,17 +258,16 @@ class Tables:
                 best = {n.index for n in taken}
         return best
 
-    def _fused(self, walked: set[int]) -> list[list[Node]]:
+    def _fused(self, walked: set[int], fuse: Fuse) -> list[list[Node]]:
         def fits(node: Node) -> bool:
             kids = [self.nodes[c] for c in node.children]
             return (
                 node.index not in walked
                 and not node.is_leaf
                 and node.group >= 0
-                and len(kids) <= FUSED_CHILDREN
-                and node.cols <= FUSED_WIDTH
-                and all(k.is_leaf and k.rows <= FUSED_DIM for k in kids)
+                and all(k.is_leaf for k in kids)
                 and len({k.group for k in kids}) == 1
+                and fuses(self.device, *fuse, len(kids), kids[0].rows, node.cols)
             )
 
         return _by_shape(
@@ -353,7 +350,9 @@ def _by_shape(nodes: list[Node], more=lambda node: 0) -> list[list[Node]]:
 _tables: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def tables_of(program: Tensor, device: torch.device, fuse: bool, levels: bool = False) -> Tables:
+def tables_of(
+    program: Tensor, device: torch.device, fuse: Fuse | None, levels: bool = False
+) -> Tables:
     """The tables of a program, made at the first call and kept as long as the program lives; the
     arguments are those of :class:`Tables`."""
     made = _tables.setdefault(program, {})

@@ -195,7 +195,7 @@ def forward(
     """
     node, dtype = launched.first, weight.dtype
     inputs = input_precision(dtype, precision)
-    config = configs.forward(dtype, inputs, rows, node.rows, node.cols)
+    config = configs.forward(weight.device, dtype, inputs, rows, node.rows, node.cols)
     tiles_m, tiles_n = cdiv(rows, config.m), cdiv(node.cols, config.n)
     arity = node.operands
     args = (

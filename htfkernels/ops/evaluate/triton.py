@@ -57,8 +57,7 @@ def evaluate_backward(
 
 
 def _tables(program: Tensor, x: Tensor, precision: str) -> Tables:
-    fuse = configs.fuses(x.dtype, input_precision(x.dtype, precision))
-    return tables_of(program, x.device, fuse)
+    return tables_of(program, x.device, (x.dtype, input_precision(x.dtype, precision)))
 
 
 def _messages(
@@ -101,7 +100,8 @@ class _Backward:
         self.grad, self.needed, self.needs, self.precision = grad, needed, needed.needs, precision
         self.grad_buffer = empty(buffer.shape, x)
         self.grad_x = empty(x.shape if self.needs[-1] else (0,), x)
-        self.widest = configs.widest_backward(x.dtype, input_precision(x.dtype, precision))
+        inputs = input_precision(x.dtype, precision)
+        self.widest = configs.widest_backward(x.device, x.dtype, inputs)
         self.pack = ragged.pack_of(tables, self.widest)
         self.packed = self.pack.weights(weights)
         self.partial: dict[int, list[Tensor]] = {}

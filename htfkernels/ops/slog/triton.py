@@ -98,7 +98,7 @@ def slog_backward(
 
 
 def _tables(program: Tensor, x: Tensor) -> Tables:
-    return tables_of(program, x.device, fuse=False, levels=True)
+    return tables_of(program, x.device, fuse=None, levels=True)
 
 
 def _messages(
