@@ -207,11 +207,12 @@ def test_half_precision(name, dtype):
     "layout",
     [
         Layout.make(ModeTree.balanced(4), 5, 300),
+        Layout.make(ModeTree.balanced(4), 5, [300, 20]),
         Layout.make(ModeTree.balanced(4), 130, [16, 32]),
         Layout.make(ModeTree.balanced(9, 9), 3, 20, 2),
         Layout.make(ModeTree.from_nested(((0, 1, 2, 3, 4, 5), (6, 7))), 2, [7, 5]),
     ],
-    ids=["wide", "long vectors", "nine operands", "six and two"],
+    ids=["wide", "wide below", "long vectors", "nine operands", "six and two"],
 )
 def test_shapes_that_take_the_other_kernels(layout):
     case = testing.Case("", layout, 33)

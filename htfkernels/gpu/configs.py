@@ -120,20 +120,23 @@ _SCALED = {
 
 
 def fuses(
-    device: torch.device, dtype: torch.dtype, precision: str, leaves: int, dim: int, width: int
-) -> bool:
-    """Whether so many leaves of dimension ``dim`` are formed in the kernel of their parent, whose
-    message has ``width`` columns.
+    device: torch.device, dtype: torch.dtype, precision: str, leaves: int, dim: int, depth: int,
+    width: int,
+) -> bool:  # fmt: skip
+    """Whether so many leaves of dimension ``dim`` are formed in the kernel of their parent
+    ``[depth, width]``.
 
     They are where tensor cores make it cheaper, once more in the backward pass, than memory is, and
     as far as there is room. Shared memory: 64 rows of 256 numbers in float32 are 64 KiB, which with
     two stages of weights is what a block of compute capability 8.0 has. Registers, in the backward
-    pass: the leaves' messages and sums beside sums of all columns.
+    pass: the leaves' messages and sums beside sums of all columns. And :func:`backward` has to take
+    them too, for the gradients of vectors.
     """
+    if _kind(dtype, precision) not in ("half", "single"):
+        return False
     wide, small = width > 128, _is_small(device)
     return (
-        _kind(dtype, precision) in ("half", "single")
-        and width <= (128 if small else 256)
+        max(depth, width) <= widest_backward(device, dtype, precision)
         and leaves <= (2 if wide else STATIC_ARITY)
         and leaves * power_of_two(dim) <= (128 if wide or small else 256)
     )

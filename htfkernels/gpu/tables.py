@@ -267,7 +267,7 @@ class Tables:
                 and node.group >= 0
                 and all(k.is_leaf for k in kids)
                 and len({k.group for k in kids}) == 1
-                and fuses(self.device, *fuse, len(kids), kids[0].rows, node.cols)
+                and fuses(self.device, *fuse, len(kids), kids[0].rows, node.rows, node.cols)
             )
 
         return _by_shape(
