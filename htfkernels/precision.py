@@ -20,8 +20,9 @@ _requested: ContextVar[str | None] = ContextVar("htfkernels_precision", default=
 def use_precision(name: str) -> Iterator[None]:
     """Sets how float32 matrix products of the GPU backends are computed in the block.
 
-    A backward pass uses what was in force when its forward pass ran. Other dtypes, and the CPU, are
-    not concerned.
+    A backward pass uses what was in force when its forward pass ran; that of a compiled graph,
+    which runs in a thread of its own, what ``HTF_PRECISION`` or PyTorch's setting says. Other
+    dtypes, and the CPU, are not concerned.
 
     Args:
         name: ``"ieee"``: float32 multiply-adds, without tensor cores. ``"tf32"``: on tensor
