@@ -1,11 +1,74 @@
-"""The C++ modules `htfkernels._C` and `htfkernels._plan`; everything else about the package is in
-pyproject.toml."""
+"""The compiled modules; everything else about the package is in pyproject.toml.
+
+``htfkernels._C`` (CPU operators) and ``htfkernels._plan`` are always built. ``htfkernels._C_cuda``
+(CUDA operators) is built where nvcc is, also against a PyTorch without CUDA. From the environment:
+
+    CUDA_HOME             where the CUDA toolkit is
+    HTF_SKIP_CUDA_BUILD   1: without _C_cuda
+    TORCH_CUDA_ARCH_LIST  GPU architectures, as for PyTorch's own extensions; by default
+                          "8.0;9.0+PTX"
+    MAX_JOBS              how many files are compiled at a time
+    HTF_EMULATE_CUDA      1: htfkernels._C_emulated too, the CUDA operators on the CPU, for tests
+"""
 
 import os
+import shlex
+import shutil
+import sys
 from glob import glob
 
 import pybind11
 from setuptools import Extension, setup
+
+
+def is_set(name):
+    return os.environ.get(name, "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def cuda_home():
+    """The folder of the CUDA toolkit, or None."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = shutil.which("nvcc")
+    # The nvcc on the PATH may be a script or a link: the toolkit is where its headers are.
+    beside = os.path.dirname(os.path.dirname(os.path.realpath(found))) if found else None
+    for home in (named, beside, "/usr/local/cuda"):
+        if home and all(map(os.path.exists, (f"{home}/bin/nvcc", f"{home}/include/cuda.h"))):
+            return home
+    if named:
+        raise SystemExit(f"CUDA_HOME is {named}, and there is no bin/nvcc with include/cuda.h")
+    return None
+
+
+def architectures():
+    """``[("80", False), ("90", True)]``: GPU architectures, and whether as PTX too."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0+PTX"
+    found = []
+    for name in listed.replace(" ", ";").split(";"):
+        number, plus, ptx = name.partition("+")
+        if not name:
+            continue
+        if not number.rstrip("af").replace(".", "").isdigit() or (plus and ptx != "PTX"):
+            raise SystemExit(
+                f"TORCH_CUDA_ARCH_LIST: expected numbers such as 8.0;9.0+PTX, got {listed!r}"
+            )
+        if float(number.rstrip("af")) >= 8:
+            found.append((number.replace(".", ""), bool(ptx)))
+    if not found:
+        raise SystemExit(
+            f"TORCH_CUDA_ARCH_LIST: the CUDA kernels need 8.0 or later, got {listed!r}; "
+            "HTF_SKIP_CUDA_BUILD=1 builds without them"
+        )
+    return found
+
+
+def nvcc_flags(archs):
+    flags = []
+    for number, ptx in archs:
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if ptx:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
 
 plan = Extension(
     name="htfkernels._plan",
@@ -15,21 +78,29 @@ plan = Extension(
     extra_link_args=["-pthread"],
     language="c++",
 )
-extension = {
-    "name": "htfkernels._C",
-    "sources": sorted(set(glob("csrc/**/*.cpp", recursive=True)) - set(plan.sources)),
-    "depends": sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.inl", recursive=True)),
+emulated = sorted(glob("csrc/emulated/*.cpp"))
+common = {
+    "depends": sorted(
+        path for end in ("h", "inl", "cuh") for path in glob(f"csrc/**/*.{end}", recursive=True)
+    ),
     "include_dirs": [os.path.abspath("csrc")],  # ninja compiles in another folder
     "py_limited_api": True,
 }
+extension = {
+    "name": "htfkernels._C",
+    "sources": sorted(
+        set(glob("csrc/**/*.cpp", recursive=True)) - set(plan.sources) - set(emulated)
+    ),
+    **common,
+}
 
 try:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
+    from torch.utils import cpp_extension
 except ModuleNotFoundError:
     # Metadata and source archives need no PyTorch; _build_backend refuses to build a wheel without.
     ext_modules, cmdclass = [Extension(**extension), plan], {}
 else:
-    compile_args = [
+    cxx_args = [
         "-O3",
         "-g0",
         "-std=c++20",
@@ -38,12 +109,66 @@ else:
         "-fvisibility=hidden",
         "-Wall",
         "-Wextra",
+    ]
+    shared_args = [
         # Only what PyTorch 2.11 has, so that one binary loads under every release since.
         "-DTORCH_TARGET_VERSION=0x020b000000000000",
         # As system headers, PyTorch's own do not take part in the warnings.
-        *(f"-isystem{path}" for path in include_paths()),
+        *(part for path in cpp_extension.include_paths() for part in ("-isystem", path)),
     ]
-    ext_modules = [CppExtension(**extension, extra_compile_args=compile_args), plan]
-    cmdclass = {"build_ext": BuildExtension}
+    compile_args = cxx_args + shared_args
+    ext_modules = [cpp_extension.CppExtension(**extension, extra_compile_args=compile_args), plan]
+    home = None if is_set("HTF_SKIP_CUDA_BUILD") else cuda_home()
+    if home is not None:
+        archs = architectures()
+        named = ";".join(number + ("+PTX" if ptx else "") for number, ptx in archs)
+        cuda_args = [
+            "-O3",
+            "-std=c++20",
+            "-lineinfo",
+            "--expt-relaxed-constexpr",
+            "-Xcompiler",
+            "-fvisibility=hidden,-Wall",
+            f'-DHTF_ARCHITECTURES="{named}"',
+            *nvcc_flags(archs),
+            *shlex.split(os.environ.get("HTF_NVCC_FLAGS", "")),
+        ]
+        # PyTorch looks for the toolkit only where it was built with CUDA itself.
+        cpp_extension.CUDA_HOME = home
+        ext_modules.append(
+            cpp_extension.CppExtension(
+                name="htfkernels._C_cuda",
+                sources=sorted(glob("csrc/**/*.cu", recursive=True)),
+                **common,
+                extra_compile_args={"cxx": compile_args, "nvcc": cuda_args + shared_args},
+                # The runtime goes into the module: it loads where there is no CUDA.
+                extra_link_args=[
+                    f"-L{home}/lib64",
+                    f"-L{home}/lib",
+                    "-lcudart_static",
+                    "-ldl",
+                    "-lrt",
+                    "-pthread",
+                ],
+            )
+        )
+    elif not is_set("HTF_SKIP_CUDA_BUILD"):
+        print("htfkernels: there is no nvcc, so _C_cuda is not built", file=sys.stderr)
+    if is_set("HTF_EMULATE_CUDA"):
+        ext_modules.append(
+            cpp_extension.CppExtension(
+                name="htfkernels._C_emulated",
+                sources=emulated,
+                **{**common, "depends": common["depends"] + glob("csrc/**/*.cu", recursive=True)},
+                extra_compile_args=[
+                    *compile_args,
+                    "-DHTF_EMULATE",
+                    "-O1",
+                    "-Wno-unknown-pragmas",
+                    *shlex.split(os.environ.get("HTF_EMULATE_FLAGS", "")),
+                ],
+            )
+        )
+    cmdclass = {"build_ext": cpp_extension.BuildExtension}
 
 setup(ext_modules=ext_modules, cmdclass=cmdclass)

@@ -12,6 +12,10 @@ from importlib.util import find_spec
 
 import torch
 
+from htfkernels.cuda import limits
+from htfkernels.cuda import module as cuda_module
+from htfkernels.layout import Layout
+
 __all__ = [
     "BACKENDS",
     "Spec",
@@ -25,10 +29,22 @@ __all__ = [
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
 _PREFERENCE = ("cuda", "triton", "cpp", "reference")
-_CPP_OPS = {"evaluate", "evaluate_at", "full_tensor", "group_rmsprop", "spectra", "trace_ranks"}
+_CPP_OPS = {
+    "evaluate",
+    "evaluate_at",
+    "evaluate_at_planned",
+    "full_tensor",
+    "group_rmsprop",
+    "spectra",
+    "trace_ranks",
+}
 _CPP_DTYPES = {torch.float32, torch.float64, torch.bfloat16}
-_TRITON_OPS = {"evaluate", "evaluate_at", "full_tensor", "slog"}
+_TRITON_OPS = {"evaluate", "evaluate_at", "evaluate_at_planned", "full_tensor", "slog"}
 _REFERENCE_STANDS_IN = {"slog"}  # for every backend that cannot run it
+_ON_CPU = {
+    "cuda": "emulated CUDA kernels run only when asked for by name",
+    "triton": "Triton's interpreter runs only when asked for by name",
+}
 _TRITON_DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 
 # Loaded here, not on first use: a compiled graph must find the operators with their fake kernels
@@ -47,11 +63,13 @@ _requested: ContextVar[str | None] = ContextVar("htfkernels_backend", default=No
 
 @dataclass(frozen=True)
 class Spec:
-    """What is to be run: an operation, the dtype of its numbers, the type of its device."""
+    """What is to be run: an operation, the dtype of its numbers, the type of its device, and where
+    it is known the layout."""
 
     op: str
     dtype: torch.dtype
     device: str
+    layout: Layout | None = None
 
 
 @contextmanager
@@ -87,7 +105,7 @@ def requested() -> str:
 
 def backends() -> dict[str, str | None]:
     """Every backend, with None where it can run here and the reason where it cannot."""
-    device = {"cuda": "cuda", "triton": "cpu" if interpreted() else "cuda"}
+    device = {"cuda": cuda_module.device_type(), "triton": "cpu" if interpreted() else "cuda"}
     return {
         name: why_not(name, Spec("evaluate", torch.float32, device.get(name, "cpu")))
         for name in BACKENDS
@@ -107,7 +125,7 @@ def why_not(backend: str, spec: Spec) -> str | None:
             return f"cpp computes in float32, float64 and bfloat16, not in {spec.dtype}"
         return _EXTENSION_MISSING
     if backend == "cuda":
-        return "this version of htfkernels has no CUDA C++ kernels"
+        return limits.why_not(spec.op, spec.layout, spec.dtype) or cuda_module.why_not(spec.device)
     if spec.op not in _TRITON_OPS:
         return f"triton has no {spec.op}; it has {', '.join(sorted(_TRITON_OPS))}"
     if spec.dtype not in _TRITON_DTYPES:
@@ -157,8 +175,8 @@ def choose(spec: Spec, request: str) -> tuple[str, str]:
     reasons: list[str] = []
     for name in _PREFERENCE:
         reason = why_not(name, spec)
-        if reason is None and name == "triton" and spec.device == "cpu":
-            reason = "Triton's interpreter runs only when asked for by name"
+        if reason is None and spec.device == "cpu" and name in _ON_CPU:
+            reason = _ON_CPU[name]
         if reason is None:
             return name, "; ".join(reasons) or "the fastest for this device"
         reasons.append(reason)

@@ -146,7 +146,7 @@ def _run_planned(layout: Layout, weights: Sequence[Tensor], indices: IndexPlan) 
             "evaluate_at: the index plan is of another tree or other dimensions; make it with "
             "model.index_plan(indices)"
         )
-    plan, weights, first = _prepare("evaluate_at", layout, weights, None)
+    plan, weights, first = _prepare("evaluate_at_planned", layout, weights, None)
     if indices.lists.device != first.device:
         raise ValueError(
             f"evaluate_at: the index plan is on {indices.lists.device}, the weights on "

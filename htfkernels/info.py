@@ -11,6 +11,7 @@ import numpy
 import torch
 
 import htfkernels as hk
+from htfkernels.cuda import module as cuda_module
 from htfkernels.dispatch import requested
 
 __all__ = ["info_text"]
@@ -43,6 +44,7 @@ def info_text() -> str:
     for name, reason in hk.backends().items():
         rows.append((f"backend {name}", "runs here" if reason is None else f"no: {reason}"))
     rows.append(("compiled module", _build()))
+    rows.append(("compiled for CUDA", _cuda_build()))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
 
@@ -68,3 +70,10 @@ def _build() -> str:
         return f"cannot be loaded: {error}"
     described = ", ".join(f"{key} {value}" for key, value in module.build_info().items())
     return f"{os.path.basename(str(module.__file__))}: {described}"
+
+
+def _cuda_build() -> str:
+    found = cuda_module.build_info()
+    if isinstance(found, str):
+        return f"cannot be loaded: {found}"
+    return ", ".join(f"{key} {value}" for key, value in found.items())

@@ -21,7 +21,7 @@ class Plan:
     """How an operation runs on a layout: backend and why.
 
     Attributes:
-        op: ``"evaluate"``, ``"evaluate_at"``, ``"full_tensor"`` or ``"slog"``.
+        op: ``"evaluate"``, ``"evaluate_at"``, ``"evaluate_at_planned"``, ``"full_tensor"`` ...
         layout: tree and shapes.
         dtype, device: of the numbers (``device`` is a device type).
         backend: who runs it.
@@ -60,24 +60,24 @@ def plan_for(op: str, layout: Layout, dtype: torch.dtype, device: str) -> Plan:
         backend.
     """
     if torch.compiler.is_compiling():
-        return Plan(
-            op, layout, dtype, device, _traced_backend(op, dtype, device), "chosen when traced"
-        )
+        backend = _traced_backend(op, layout, dtype, device)
+        return Plan(op, layout, dtype, device, backend, "chosen when traced")
     return make_plan(op, layout, dtype, device, dispatch.requested())
 
 
 @torch.compiler.assume_constant_result
-def _traced_backend(op: str, dtype: torch.dtype, device: str) -> str:
-    backend = dispatch.choose(dispatch.Spec(op, dtype, device), dispatch.requested())[0]
-    if backend == "triton" and device == "cpu":
-        raise RuntimeError(f"{op}: Triton's interpreter does not run under torch.compile")
+def _traced_backend(op: str, layout: Layout, dtype: torch.dtype, device: str) -> str:
+    spec = dispatch.Spec(op, dtype, device, layout)
+    backend = dispatch.choose(spec, dispatch.requested())[0]
+    if backend in ("cuda", "triton") and device == "cpu":
+        raise RuntimeError(f"{op}: {backend} on the CPU does not run under torch.compile")
     return backend
 
 
 @lru_cache(maxsize=1024)
 def make_plan(op: str, layout: Layout, dtype: torch.dtype, device: str, request: str) -> Plan:
     """The plan of a call; cached, so that a training step pays a dictionary look-up."""
-    backend, why = dispatch.choose(dispatch.Spec(op, dtype, device), request)
+    backend, why = dispatch.choose(dispatch.Spec(op, dtype, device, layout), request)
     plan = Plan(op, layout, dtype, device, backend, why)
     if backend != request:
         _log.info("%s", plan)

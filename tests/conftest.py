@@ -11,6 +11,7 @@ import torch
 from hypothesis import settings
 
 from htfkernels import dispatch, testing
+from htfkernels.cuda import module as cuda_module
 
 settings.register_profile(
     "reproducible", derandomize=True, deadline=None, database=None, max_examples=30
@@ -61,6 +62,7 @@ def _target(backend: str, device: str) -> object:
 
 CPU = [_target("reference", "cpu"), _target("cpp", "cpu")]
 INTERPRETED = [_target("triton", "cpu")] if dispatch.interpreted() else []
+EMULATED = [_target("cuda", "cpu")] if cuda_module.emulated() else []
 GPU = [_target("reference", "cuda"), _target("cuda", "cuda"), _target("triton", "cuda")]
 
 
@@ -71,7 +73,7 @@ def _enter(target: Target) -> Iterator[Target]:
         yield target
 
 
-@pytest.fixture(params=[*CPU, *INTERPRETED, *GPU])
+@pytest.fixture(params=[*CPU, *INTERPRETED, *EMULATED, *GPU])
 def target(request: pytest.FixtureRequest) -> Iterator[Target]:
     """Every backend on every device."""
     yield from _enter(request.param)

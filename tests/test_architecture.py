@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "tree_checks": set(),
     "tree": {"tree_checks"},
     "layout": {"tree", "tree_checks"},
-    "dispatch": {"_C", "ops.library"},
+    "dispatch": {"_C", "cuda.*", "layout", "ops.library"},
     "plan": {"dispatch", "layout"},
     "memory": {"_C"},
     "index_build": {"_plan", "layout"},
@@ -41,7 +41,10 @@ MAY_IMPORT = {
     "ops.*.planned_reference": {"index_plan", "layout"},
     "ops.*.reference": {"exponents", "layout", "ops.*.reference"},
     "ops.*.triton": {"exponents", "gpu.*", "layout"},
+    "ops.*.cuda": {"cuda.*", "layout"},
     "precision": set(),
+    "cuda": set(),
+    "cuda.*": {"cuda.*", "index_build", "layout"},
     "gpu": set(),
     "gpu.*": {"gpu.*", "index_build", "layout"},
     "functional": {"dispatch", "index_plan", "layout", "ops.*", "plan", "tree"},
@@ -83,7 +86,7 @@ MAY_IMPORT = {
     "algebra": {"inner_products", "layout", "nn"},
     "convert": {"nn", "tree"},
     "testing": {"dispatch", "functional", "layout", "tree"},
-    "info": {"", "_C", "dispatch"},
+    "info": {"", "_C", "cuda.*", "dispatch"},
     "__main__": {"info"},
     "": {
         "algebra",
@@ -121,7 +124,7 @@ def rule(name):
     if name in MAY_IMPORT:
         return name
     parts = name.split(".")
-    if parts[0] in ("ops", "gpu"):
+    if parts[0] in ("ops", "gpu", "cuda"):
         parts[1] = "*"
     return ".".join(parts)
 

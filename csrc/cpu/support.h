@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
 
 #include <algorithm>
@@ -13,43 +12,15 @@
 #include <cstdint>
 #include <cstdlib>
 #include <new>
-#include <sstream>
-#include <stdexcept>
-#include <string>
 #include <utility>
 #include <vector>
 
+#include "check.h"
 #include "cpu/memory.h"
 
 namespace htf {
 
 using torch::headeronly::BFloat16;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// STD_TORCH_CHECK would put a source position in front of the sentence.
-template <class... Args>
-[[noreturn]] void fail(const Args&... args) {
-  std::ostringstream message;
-  (message << ... << args);
-  throw std::runtime_error(message.str());
-}
-
-template <class... Args>
-void check(bool condition, const Args&... args) {
-  if (!condition) fail(args...);
-}
-
-// "Float [3, 4]", put together only where a sentence is printed.
-struct Described {
-  const Tensor& tensor;
-};
-inline Described describe(const Tensor& t) { return {t}; }
-inline std::ostream& operator<<(std::ostream& text, const Described& d) {
-  text << toString(d.tensor.scalar_type()) << " [";
-  for (int64_t i = 0; i < d.tensor.dim(); ++i) text << (i > 0 ? ", " : "") << d.tensor.size(i);
-  return text << "]";
-}
 
 // A tensor whose elements lie one after the other; without a trip through PyTorch's dispatcher
 // where they do already.

@@ -1,0 +1,1 @@
+"""The Python side of the CUDA C++ kernels: what they are launched with."""

@@ -1,0 +1,28 @@
+"""What the CUDA C++ kernels compute, and what they leave to others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from htfkernels.layout import Layout
+
+__all__ = ["OPS", "why_not"]
+
+Limit = Callable[[Layout, torch.dtype], str | None]
+
+OPS: dict[str, tuple[frozenset[torch.dtype], Limit]] = {}
+"""For each operation its dtypes, and why a layout is not computed, or None."""
+
+
+def why_not(op: str, layout: Layout | None, dtype: torch.dtype) -> str | None:
+    """None where there are kernels for an operation, else one sentence that says why not. Without a
+    layout: whether there are any."""
+    if op not in OPS:
+        return f"cuda has no {op}; it has {', '.join(sorted(OPS)) or 'none'}"
+    dtypes, limit = OPS[op]
+    if dtype not in dtypes:
+        names = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
+        return f"cuda computes {op} in {names}, not in {dtype}"
+    return None if layout is None else limit(layout, dtype)
