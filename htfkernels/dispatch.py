@@ -63,13 +63,20 @@ _requested: ContextVar[str | None] = ContextVar("htfkernels_backend", default=No
 
 @dataclass(frozen=True)
 class Spec:
-    """What is to be run: an operation, the dtype of its numbers, the type of its device, and where
-    it is known the layout."""
+    """What is to be run.
+
+    Attributes:
+        op: an operation.
+        dtype, device: of its numbers; a device type.
+        layout: where it is known.
+        rows: of the batch, about; 0 where that is not known or does not matter.
+    """
 
     op: str
     dtype: torch.dtype
     device: str
     layout: Layout | None = None
+    rows: int = 0
 
 
 @contextmanager

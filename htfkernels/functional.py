@@ -299,7 +299,9 @@ def _prepare(
         weights = [w.to(dtype) for w in weights]
         first = weights[0]
         x = None if x is None else x.to(dtype)
-    return plan_for(op, layout, first.dtype, device), weights, first if x is None else x
+    rows = 0 if x is None or torch.compiler.is_compiling() else x.shape[0]
+    plan = plan_for(op, layout, first.dtype, device, rows)
+    return plan, weights, first if x is None else x
 
 
 def check_same(op: str, weights: Sequence[Tensor], x: Tensor | None) -> None:

@@ -53,8 +53,10 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan_for(op: str, layout: Layout, dtype: torch.dtype, device: str) -> Plan:
+def plan_for(op: str, layout: Layout, dtype: torch.dtype, device: str, rows: int = 0) -> Plan:
     """The plan of a call on the backend that is asked for at this moment.
+
+    On a GPU it may depend on the number of ``rows`` in the batch, up to the next power of two.
 
     Under ``torch.compile`` the choice is made once, at trace time: a compiled function keeps its
         backend.
@@ -62,7 +64,9 @@ def plan_for(op: str, layout: Layout, dtype: torch.dtype, device: str) -> Plan:
     if torch.compiler.is_compiling():
         backend = _traced_backend(op, layout, dtype, device)
         return Plan(op, layout, dtype, device, backend, "chosen when traced")
-    return make_plan(op, layout, dtype, device, dispatch.requested())
+    # On a CPU one backend is the fastest at every size.
+    about = 1 << (rows - 1).bit_length() if rows and device != "cpu" else 0
+    return make_plan(op, layout, dtype, device, dispatch.requested(), about)
 
 
 @torch.compiler.assume_constant_result
@@ -75,9 +79,11 @@ def _traced_backend(op: str, layout: Layout, dtype: torch.dtype, device: str) ->
 
 
 @lru_cache(maxsize=1024)
-def make_plan(op: str, layout: Layout, dtype: torch.dtype, device: str, request: str) -> Plan:
+def make_plan(
+    op: str, layout: Layout, dtype: torch.dtype, device: str, request: str, rows: int = 0
+) -> Plan:
     """The plan of a call; cached, so that a training step pays a dictionary look-up."""
-    backend, why = dispatch.choose(dispatch.Spec(op, dtype, device, layout), request)
+    backend, why = dispatch.choose(dispatch.Spec(op, dtype, device, layout, rows), request)
     plan = Plan(op, layout, dtype, device, backend, why)
     if backend != request:
         _log.info("%s", plan)
