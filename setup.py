@@ -157,6 +157,8 @@ else:
     elif not is_set("HTF_SKIP_CUDA_BUILD"):
         print("htfkernels: there is no nvcc, so _C_cuda is not built", file=sys.stderr)
     if is_set("HTF_EMULATE_CUDA"):
+        # A GPU ends a kernel that loads a vector from an address that is no multiple of its size.
+        checks = ["-fsanitize=alignment,shift", "-fno-sanitize-recover=all"]
         ext_modules.append(
             cpp_extension.CppExtension(
                 name="htfkernels._C_emulated",
@@ -167,8 +169,10 @@ else:
                     "-DHTF_EMULATE",
                     "-O1",
                     "-Wno-unknown-pragmas",
+                    *checks,
                     *shlex.split(os.environ.get("HTF_EMULATE_FLAGS", "")),
                 ],
+                extra_link_args=checks,
             )
         )
     cmdclass = {"build_ext": cpp_extension.BuildExtension}

@@ -198,6 +198,8 @@ void run(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<vo
         "emulated kernel: a block must have whole warps and at most 1024 "
         "threads, got " +
         std::to_string(threads));
+  if (grid.x > 0x7fffffffu || grid.y > 0xffffu || grid.z > 0xffffu || block.z > 64)
+    throw std::runtime_error("emulated kernel: a grid is larger than a GPU takes");
   while (m.stacks.size() < threads) m.stacks.emplace_back(new char[kStack]);
   if (m.fibers.size() < threads) m.fibers.resize(threads);
   m.slots.resize(threads * 2);
