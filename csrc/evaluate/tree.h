@@ -23,23 +23,27 @@ namespace htf::gpu::tree {
 // The numbers that both passes are given, in the order of `sizes`; the rest is the pass's own.
 struct Given {
   Math math;
-  int rows;  // of a tile of the batch
-  int width;
+  int rows;     // of a tile of the batch
+  int width;    // of messages
+  int vectors;  // of a chunk of vectors
   int tasks;
   int part;
   int slots;
   int outputs;
-  static constexpr std::size_t kCount = 7;
+  static constexpr std::size_t kCount = 8;
 };
 
 inline Given given(const char* op, const std::vector<int64_t>& sizes, std::size_t more) {
   check(sizes.size() == Given::kCount + more, op, ": expected ", Given::kCount + more,
         " sizes, got ", sizes.size());
   const auto at = [&](std::size_t i) { return static_cast<int>(sizes[i]); };
-  check(at(0) >= 0 && at(0) <= 3 && at(2) % 16 == 0 && at(2) >= 16 && at(2) <= kSide &&
-            at(3) >= 1 && at(4) % 32 == 0 && at(5) >= 1 && at(6) >= 1,
+  const auto width = [&](std::size_t i) {
+    return at(i) % 16 == 0 && at(i) >= 16 && at(i) <= kSide;
+  };
+  check(at(0) >= 0 && at(0) <= 3 && width(2) && width(3) && at(4) >= 1 && at(5) % 32 == 0 &&
+            at(6) >= 1 && at(7) >= 1,
         op, ": the sizes are not those of a plan");
-  return {static_cast<Math>(at(0)), at(1), at(2), at(3), at(4), at(5), at(6)};
+  return {static_cast<Math>(at(0)), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
 }
 
 // Calls f<math, dtype, rows>() for what kernels are compiled for.
@@ -102,7 +106,7 @@ Sizes sizes_of(const Given& g, const Tensor& x, bool forward) {
   s.tiles = static_cast<int>((s.batch + g.rows - 1) / g.rows);
   s.part = g.part;
   s.slots = g.slots;
-  set_widths<M, Stored>(s, g.width, forward);
+  set_widths<M, Stored>(s, g.width, g.vectors, forward);
   return s;
 }
 

@@ -68,7 +68,7 @@ std::vector<Tensor> tree_backward(const Tensor& grad, const std::vector<Tensor>&
     p.weights = pointers(weights);
     launch<backward_kernel<M, Stored, Rows>>(
         op, current, p.sizes.tasks * splits, kThreads,
-        shared_bytes<M, Stored, Rows>(p.sizes, kBackwardStages), p);
+        shared_bytes<M, Stored, Rows>(p.sizes, kStages<Stored, false>), p);
     if (numbers == 0 || gradients == 0) return;
     const dim3 grid(static_cast<unsigned>((largest + kThreads - 1) / kThreads),
                     static_cast<unsigned>(sums.numel() / 4));
@@ -87,8 +87,8 @@ int64_t tree_shared_bytes(const Tensor& like, bool forward, const std::vector<in
                       [&]<Math M, class Stored, int Rows>() -> int64_t {
                         Sizes s{};
                         s.part = g.part, s.slots = g.slots;
-                        set_widths<M, Stored>(s, g.width, forward);
-                        const int stages = forward ? kForwardStages : kBackwardStages;
+                        set_widths<M, Stored>(s, g.width, g.vectors, forward);
+                        const int stages = forward ? kStages<Stored, true> : kStages<Stored, false>;
                         return static_cast<int64_t>(shared_bytes<M, Stored, Rows>(s, stages));
                       });
 }

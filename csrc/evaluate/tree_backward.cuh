@@ -183,6 +183,7 @@ template <Math M, class Stored, int Rows>
 __global__ void __launch_bounds__(kThreads, backward_blocks<M, Rows>())
     backward_kernel(const __grid_constant__ Backward p) {
   using Value = ValueOf<Stored>;
+  constexpr int kBackwardStages = kStages<Stored, false>;
   const Sizes& sizes = p.sizes;
   const int task = blockIdx.x % sizes.tasks, split = blockIdx.x / sizes.tasks;
   const Block<M, Stored, Rows, kBackwardStages> block(sizes, p.table, task);

@@ -30,9 +30,9 @@ std::vector<Tensor> tree_forward(const std::vector<Tensor>& weights, const Tenso
     p.messages = messages.mutable_data_ptr();
     p.counters = static_cast<int*>(counters.mutable_data_ptr());
     p.weights = pointers(weights);
-    launch<forward_kernel<M, Stored, Rows>>(op, current, p.sizes.tasks * p.sizes.tiles, kThreads,
-                                            shared_bytes<M, Stored, Rows>(p.sizes, kForwardStages),
-                                            p);
+    launch<forward_kernel<M, Stored, Rows>>(
+        op, current, p.sizes.tasks * p.sizes.tiles, kThreads,
+        shared_bytes<M, Stored, Rows>(p.sizes, kStages<Stored, true>), p);
   });
   return {result, messages};
 }

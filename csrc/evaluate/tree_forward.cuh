@@ -6,9 +6,9 @@
 // A block is a task (a subtree of the cut) times a tile of Rows samples. It takes the tile from the
 // subtree's leaves to its root: products of messages are in slots of shared memory, which each
 // child's message is multiplied into as it comes out of the registers, so that a node costs one
-// matrix product and one barrier. Weights and vectors come in chunks of 64 rows through kStages
-// buffers: the chunks to come, of this node and the next ones, are under way while one is
-// multiplied.
+// matrix product and one barrier. Weights and vectors come in chunks of 64 rows through three
+// buffers (float64: two): the chunks to come, of this node and the next ones, are under way while
+// one is multiplied.
 //
 // The message at the cut goes to global memory, and the block arrives at the counter of (parent,
 // tile). The block that comes last multiplies the children's messages and goes on with the parent,
@@ -77,6 +77,7 @@ template <Math M, class Stored, int Rows>
 __global__ void __launch_bounds__(kThreads, M == Math::fma && Rows == 32 ? 1 : 2)
     forward_kernel(const __grid_constant__ Forward p) {
   using Value = ValueOf<Stored>;
+  constexpr int kForwardStages = kStages<Stored, true>;
   const Sizes& sizes = p.sizes;
   const int task = blockIdx.x % sizes.tasks, tile = blockIdx.x / sizes.tasks;
   const Block<M, Stored, Rows, kForwardStages> block(sizes, p.table, task);

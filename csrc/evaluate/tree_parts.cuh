@@ -22,7 +22,6 @@ namespace htf::gpu::tree {
 
 constexpr int kFields = 16;
 constexpr int kHead = 3;
-constexpr int kForwardStages = 3, kBackwardStages = 2;
 constexpr int kMostGroups = 400;  // pointers to weights are parameters of the kernels, 4 KB in all
 
 // What the fields of a step are.
@@ -60,6 +59,10 @@ struct Weights {
   const void* of[kMostGroups];
 };
 
+// Chunks under way: two of float64 are 68 KB, and a block may have no more than 99.
+template <class Stored, bool Forward>
+constexpr int kStages = Forward && sizeof(Stored) < 8 ? 3 : 2;
+
 template <class Stored>
 constexpr int extra() {
   return 16 / static_cast<int>(sizeof(Stored));
@@ -78,12 +81,12 @@ std::size_t shared_bytes(const Sizes& s, int stages) {
              (static_cast<std::size_t>(s.slots) * Rows * s.ld + scratch_of<M, Rows>() + kSide);
 }
 
-// Widths at most `width`, a multiple of 16. In a forward pass mma reads weights down the columns:
-// rows 8 banks apart.
+// Messages at most `width` wide and chunks of vectors at most `vectors`, multiples of 16. In a
+// forward pass mma reads weights down the columns: rows 8 banks apart.
 template <Math M, class Stored>
-void set_widths(Sizes& s, int width, bool forward) {
+void set_widths(Sizes& s, int width, int vectors, bool forward) {
   s.ld = width + extra<ValueOf<Stored>>();
-  s.ld_vectors = width + extra<Stored>();
+  s.ld_vectors = vectors + extra<Stored>();
   const bool down = forward && (M == Math::tf32 || M == Math::tf32x3);
   s.ld_weights = width + (down ? 2 : 1) * extra<Stored>();
 }

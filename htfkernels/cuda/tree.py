@@ -8,10 +8,11 @@ the model of time that the search minimises. Nothing here knows of a device but 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import NamedTuple
+from functools import cache, cached_property, lru_cache
+from itertools import accumulate
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -20,10 +21,12 @@ from htfkernels.layout import PROGRAM_FIELDS, PROGRAM_HEADER, Layout
 __all__ = [
     "DTYPES",
     "MATH",
+    "Cut",
     "Geometry",
     "Machine",
     "Node",
     "Tree",
+    "geometries",
     "geometry",
     "math_of",
     "seconds",
@@ -36,7 +39,6 @@ __all__ = [
 SIDE = 64
 GROUPS = 400
 FIELDS = 16
-STAGES = {False: 3, True: 2}  # forward, backward
 OWN_SLOTS = 3  # of the backward pass, that hold no message
 TILES = {  # rows of the batch that a block takes at a time
     (torch.float32, 0): (4, 16, 32),
@@ -82,6 +84,9 @@ def why_not(layout: Layout, dtype: torch.dtype) -> str | None:
     return None
 
 
+T = TypeVar("T")
+
+
 class Node(NamedTuple):
     """A node in execution order, as a program's row has it."""
 
@@ -99,6 +104,10 @@ class Node(NamedTuple):
         return self.offset >= 0
 
 
+def _padded(width: int) -> int:
+    return 16 * -(-width // 16)
+
+
 class Tree:
     """A program's nodes.
 
@@ -106,7 +115,7 @@ class Tree:
         nodes: in execution order, the root last.
         outputs: columns of the result.
         groups: how many folded weights there are.
-        width: the widest message, a multiple of 16.
+        widths: of the widest message, and of the widest chunk of vectors, multiples of 16.
     """
 
     def __init__(self, program: torch.Tensor) -> None:
@@ -130,7 +139,8 @@ class Tree:
         self.nodes = tuple(nodes)
         self.outputs: int = head["out_features"]
         self.groups: int = head["groups"]
-        self.width = 16 * -(-max(n.cols for n in nodes) // 16)
+        longest = max(n.rows for n in nodes if n.is_leaf)
+        self.widths = (_padded(max(n.cols for n in nodes)), _padded(min(SIDE, longest)))
 
     def subtree(self, root: int) -> range:
         """The nodes below a node and itself, in execution order."""
@@ -142,10 +152,6 @@ class Tree:
         while (node := self.nodes[node].parent) >= 0:
             found.append(node)
         return found
-
-    def above(self, cut: Sequence[int]) -> list[int]:
-        """The nodes above a cut, in execution order."""
-        return sorted({v for root in cut for v in self.path(root)})
 
     def products(self, root: int) -> tuple[dict[int, int], int]:
         """Which buffer holds the product of each interior node of a subtree, and how many there
@@ -165,7 +171,12 @@ class Tree:
         return buffer, count
 
     @cached_property
-    def cuts(self) -> tuple[tuple[int, ...], ...]:
+    def numbers(self) -> int:
+        """How many weights there are, shared ones once for each node."""
+        return sum(n.rows * n.cols for n in self.nodes if n.group >= 0)
+
+    @cached_property
+    def cuts(self) -> tuple[Cut, ...]:
         """The cuts that are looked at: from the root alone, always the subtree of the most work is
         cut into its children's."""
         work = [0.0] * len(self.nodes)
@@ -174,20 +185,58 @@ class Tree:
             if n.parent >= 0:
                 work[n.parent] += work[i]
         root = len(self.nodes) - 1
-        whole, heap = {root}, [(-work[root], root)]
-        cuts, wanted = [(root,)], 2.0
+        roots, heap = {root}, [(-work[root], root)]
+        cuts, wanted = [Cut(self, (root,))], 2.0
         while heap:
             _, heaviest = heapq.heappop(heap)
             if self.nodes[heaviest].is_leaf:
                 continue
-            whole.remove(heaviest)
-            whole.update(self.nodes[heaviest].children)
+            roots.remove(heaviest)
+            roots.update(self.nodes[heaviest].children)
             for c in self.nodes[heaviest].children:
                 heapq.heappush(heap, (-work[c], c))
-            if len(whole) >= wanted or all(self.nodes[i].is_leaf for i in whole):
-                cuts.append(tuple(sorted(whole)))
-                wanted = max(len(whole) + 1, len(whole) * 1.2)
+            if len(roots) >= wanted or all(self.nodes[i].is_leaf for i in roots):
+                cuts.append(Cut(self, tuple(sorted(roots))))
+                wanted = max(len(roots) + 1, len(roots) * 1.2)
         return tuple(cuts)
+
+
+class Cut:
+    """A cut of a tree into subtrees.
+
+    Attributes:
+        roots: the subtrees' roots, one task each, in execution order.
+        above: the nodes above them, in execution order.
+        sizes: for a forward and a backward pass: how many messages a block holds in shared memory,
+            and the numbers of the longest task's part of the table, a multiple of 32.
+    """
+
+    def __init__(self, tree: Tree, roots: tuple[int, ...]) -> None:
+        self.tree, self.roots = tree, roots
+        found: set[int] = set()
+        for v in roots:
+            while (v := tree.nodes[v].parent) >= 0 and v not in found:
+                found.add(v)
+        self.above = tuple(sorted(found))
+
+    @cached_property
+    def sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        tree = self.tree
+        path = [0] * len(tree.nodes)  # numbers of the steps above a node, and of their lists
+        for v in reversed(self.above):
+            own = FIELDS + len(tree.nodes[v].children)
+            for c in tree.nodes[v].children:
+                path[c] = path[v] + own
+        insides = [len(tree.subtree(root)) for root in self.roots]
+        longest = [0, 0]
+        for root, inside in zip(self.roots, insides, strict=True):
+            forward = path[root] + inside * FIELDS
+            # Backward, all but the root go up and down, each with its children's slots.
+            longest[0] = max(longest[0], forward)
+            longest[1] = max(longest[1], forward + (inside - 1) * (FIELDS + 2))
+        up, down = (-(-numbers // 32) * 32 for numbers in longest)
+        products = max(1, *(tree.products(root)[1] for root in self.roots))
+        return (products, up), (OWN_SLOTS + max(insides) - 1, down)
 
 
 @lru_cache(maxsize=64)
@@ -208,18 +257,17 @@ class Geometry:
     """How one pass is launched.
 
     Attributes:
-        cut: the roots of the subtrees, one task each, in execution order.
+        cut: into the blocks' tasks.
         rows: samples of a tile.
         tiles: how many there are in the batch.
         splits: parts of the batch that blocks go through by themselves; as many as tiles in a
             forward pass.
-        slots: messages in a block's shared memory.
-        part: numbers of the longest task's table, a multiple of 32.
+        slots, part: the cut's sizes.
         shared_bytes: of a block.
         seconds: what the model says.
     """
 
-    cut: tuple[int, ...]
+    cut: Cut
     rows: int
     tiles: int
     splits: int
@@ -230,16 +278,19 @@ class Geometry:
 
 
 def shared_bytes(
-    dtype: torch.dtype, math: int, rows: int, width: int, slots: int, part: int, backward: bool
-) -> int:
+    dtype: torch.dtype, math: int, rows: int, widths: tuple[int, int], slots: int, part: int,
+    backward: bool,
+) -> int:  # fmt: skip
     """What a block needs of shared memory: the layout that tree_parts.cuh describes."""
     stored = torch.empty(0, dtype=dtype).element_size()
     value = 8 if dtype == torch.float64 else 4
     spread = 2 if math in (1, 2) and not backward else 1
-    stage = stored * (SIDE * (width + spread * 16 // stored) + rows * (width + 16 // stored))
+    width, vectors = widths
+    stage = stored * (SIDE * (width + spread * 16 // stored) + rows * (vectors + 16 // stored))
+    stages = 2 if backward or stored == 8 else 3
     scratch = 1024 if math == 0 and rows < 16 else 0
     messages = slots * rows * (width + 16 // value)
-    return 4 * part + STAGES[backward] * stage + value * (messages + scratch + SIDE)
+    return 4 * part + stages * stage + value * (messages + scratch + SIDE)
 
 
 # The model of time, for an H100; seconds, bytes and operations a second.
@@ -247,154 +298,150 @@ _LAUNCH = 4e-6
 _CHUNK = 0.15e-6  # barrier, table and latencies of a product
 _BARRIER = 0.05e-6
 _ARRIVAL = 1.5e-6  # a message to global memory, the arrival, and the children's from there
+_OTHERS = 0.3e-6  # the siblings' messages of a step down the path
+_SUMS = 2e-6  # a launch that adds the splits' gradients
 _STREAM = 100e9  # bytes that one multiprocessor gets from L2
 _L2 = 5.5e12  # that all of them get together
 _RATES = {(torch.float64, 0): 12e12, 0: 30e12, 1: 90e12, 2: 40e12, 3: 110e12}
 
 
 class _Costs:
-    """Seconds of a tile's products in one block, where `busy` blocks share the device."""
+    """Seconds of a tile's products in one block. Sums over subtrees are differences of running
+    sums, since a subtree's nodes follow each other."""
 
     def __init__(
-        self, tree: Tree, dtype: torch.dtype, math: int, rows: int, machine: Machine, busy: int
+        self, tree: Tree, dtype: torch.dtype, math: int, rows: int, stream: float, again: bool
     ) -> None:
-        self.tree, self.rows = tree, rows
-        self.size = torch.empty(0, dtype=dtype).element_size()
-        self.stream = min(_STREAM, _L2 / max(1, min(busy, machine.processors)))
-        self.rate = _RATES.get((dtype, math), _RATES[math]) / 132
+        self.tree = tree
+        size = torch.empty(0, dtype=dtype).element_size()
+        rate = _RATES.get((dtype, math), _RATES[math]) / 132
+        parts = (8 if size == 8 else 4) / size * (2 if again else 1)
 
-    def product(self, node: Node, streamed: float = 1.0) -> float:
-        """One product with a node's weight, of which so many bytes move."""
-        chunks = max(1, -(-node.rows // SIDE)) if node.group >= 0 else 1
-        moved = streamed * self.size * node.rows * node.cols
-        if node.is_leaf:
-            moved += self.size * self.rows * node.rows
-        flops = 2.0 * self.rows * max(node.rows, 16) * max(node.cols, 16)
-        return chunks * _CHUNK + max(moved / self.stream, flops / self.rate)
+        @cache
+        def shape(leaf: bool, d: int, r: int, children: int) -> tuple[float, float, float]:
+            """A product with a weight [d, r]; its backward's two; and a step down the path."""
+            chunks = -(-d // SIDE)
+            vectors = size * rows * d if leaf else 0
+            flops = 2.0 * rows * max(d, 16) * max(r, 16) / rate
+            up = chunks * _CHUNK + max((size * d * r + vectors) / stream, flops)
+            down = up + chunks * _CHUNK + max(parts * size * d * r / stream, flops)
+            path = up + _OTHERS * (1 + children / 8)
+            return up, down + _BARRIER * (2 + children), path + 2 * _BARRIER
 
-    def forward(self, cut: Sequence[int]) -> tuple[float, float]:
+        nodes = tree.nodes
+        each = [shape(n.is_leaf, n.rows, n.cols, len(n.children)) for n in nodes]
+        self.up = [e[0] for e in each]
+        self.down = [e[1] for e in each]
+        self._ups = [0.0, *accumulate(self.up)]
+        self._downs = [0.0, *accumulate(self.down)]
+        self._arrivals, self._path = [0.0] * len(nodes), [0.0] * len(nodes)
+        for i in range(len(nodes) - 2, -1, -1):
+            v = nodes[i].parent
+            self._arrivals[i] = self._arrivals[v] + self.up[v] + _ARRIVAL
+            self._path[i] = self._path[v] + each[v][2]
+
+    def forward(self, cut: Cut) -> tuple[float, float]:
         """The longest way through the tree, and the sum of all blocks of a tile."""
-        own = [self.product(n) for n in self.tree.nodes]
-        task = [sum(own[i] for i in self.tree.subtree(root)) for root in cut]
-        ways = [
-            t + sum(own[v] + _ARRIVAL for v in self.tree.path(root))
-            for t, root in zip(task, cut, strict=True)
-        ]
-        above = sum(own[v] + _ARRIVAL for v in self.tree.above(cut))
-        return max(ways), sum(task) + above
+        nodes, ups = self.tree.nodes, self._ups
+        task = [ups[root + 1] - ups[nodes[root].first] for root in cut.roots]
+        ways = map(sum, zip(task, (self._arrivals[root] for root in cut.roots), strict=True))
+        return max(ways), sum(task) + sum(self.up[v] + _ARRIVAL for v in cut.above)
 
-    def backward(self, cut: Sequence[int], again: bool) -> tuple[float, float]:
-        """The longest task of a tile, and the sum of all; with gradients added to what is there."""
-        nodes = self.tree.nodes
-        up = [self.product(n) for n in nodes]
-        parts = 8 // self.size * (2.0 if again else 1.0)
-        down = [
-            self.product(n, parts) + self.product(n) + _BARRIER * (2 + len(n.children))
-            for n in nodes
-        ]
-        path = [
-            u + 2 * _BARRIER + 0.3e-6 * (1 + len(n.children) / 8)
-            for u, n in zip(up, nodes, strict=True)
-        ]
+    def backward(self, cut: Cut) -> tuple[float, float]:
+        """The longest task of a tile, and the sum of all."""
+        nodes, ups, downs = self.tree.nodes, self._ups, self._downs
         tasks = []
-        for root in cut:
-            inside = self.tree.subtree(root)
-            tasks.append(
-                sum(up[i] + down[i] for i in inside)
-                - up[root]
-                + sum(path[v] for v in self.tree.path(root))
-            )
-        owned = sum(down[v] for v in self.tree.above(cut))
-        return max(tasks) + (max(down) if owned else 0.0), sum(tasks) + owned
+        for root in cut.roots:
+            first = nodes[root].first
+            inside = ups[root] - ups[first] + downs[root + 1] - downs[first]
+            tasks.append(inside + self._path[root])
+        owned = [self.down[v] for v in cut.above]
+        return max(tasks) + max(owned, default=0.0), sum(tasks) + sum(owned)
 
 
-def _parts(tree: Tree, cut: Sequence[int], backward: bool) -> int:
-    """Numbers of the longest part of a table."""
-    longest = 0
-    for root in cut:
-        size, lists = len(tree.subtree(root)), 0
-        for v in tree.path(root):
-            size, lists = size + 1, lists + len(tree.nodes[v].children)
-        if backward:
-            inside = len(tree.subtree(root)) - 1
-            size, lists = size + inside, lists + 2 * inside
-        longest = max(longest, size * FIELDS + lists)
-    return -(-longest // 32) * 32
-
-
-def _slots(tree: Tree, cut: Sequence[int], backward: bool) -> int:
-    if backward:
-        return OWN_SLOTS + max(len(tree.subtree(root)) - 1 for root in cut)
-    return max(1, *(tree.products(root)[1] for root in cut))
-
-
-def _geometries(
+def _launches(
     tree: Tree, batch: int, dtype: torch.dtype, math: int, machine: Machine, backward: bool,
-    cuts: Sequence[tuple[int, ...]],
+    cuts: Sequence[Cut],
 ) -> Iterator[Geometry]:  # fmt: skip
+    @cache
+    def costs(rows: int, busy: int, again: bool) -> _Costs:
+        stream = min(_STREAM, _L2 / min(busy, machine.processors))
+        return _Costs(tree, dtype, math, rows, stream, again)
+
     for cut in cuts:
-        slots, part = _slots(tree, cut, backward), _parts(tree, cut, backward)
+        slots, part = cut.sizes[backward]
         for rows in TILES[dtype, math]:
-            needed = shared_bytes(dtype, math, rows, tree.width, slots, part, backward)
+            needed = shared_bytes(dtype, math, rows, tree.widths, slots, part, backward)
             if needed > machine.shared_bytes:
                 continue
             tiles = -(-batch // rows)
-            blocks = len(cut) * max(1, tiles)
-            costs = _Costs(tree, dtype, math, rows, machine, blocks)
-            if not backward:
-                way, work = costs.forward(cut)
-                time = _LAUNCH + max(way, work * tiles / machine.processors)
-                yield Geometry(cut, rows, tiles, tiles, slots, part, needed, time)
-                continue
             resident = machine.processors * (2 if 2 * needed <= machine.shared_bytes else 1)
-            splits = max(1, min(tiles, resident // len(cut)))
-            each = -(-tiles // splits)
-            splits = -(-tiles // each) if tiles else 1
-            way, work = costs.backward(cut, each > 1)
+            splits = max(1, min(tiles, resident // len(cut.roots))) if backward else tiles
+            each = -(-tiles // splits) if tiles else 1
+            splits = -(-tiles // each)
+            # Nearly the number of blocks: costs are the same for the next power of two.
+            cost = costs(rows, 1 << (len(cut.roots) * splits).bit_length(), backward and each > 1)
+            way, work = cost.backward(cut) if backward else cost.forward(cut)
             time = _LAUNCH + max(way * each, work * tiles / machine.processors)
-            if splits > 1:
-                weights = sum(n.rows * n.cols for n in tree.nodes)
-                time += 2e-6 + 4.0 * splits * weights / (_L2 / 2)
-            yield Geometry(cut, rows, tiles, splits, slots, part, needed, time)
+            if backward and splits > 1:
+                time += _SUMS + 4.0 * splits * tree.numbers / (_L2 / 2)
+            yield Geometry(cut, rows, tiles, max(1, splits), slots, part, needed, time)
 
 
-def geometry(
-    tree: Tree, batch: int, dtype: torch.dtype, math: int, machine: Machine, backward: bool,
-    cut: tuple[int, ...] | None = None,
-) -> Geometry:  # fmt: skip
-    """The fastest way to launch a pass, by the model.
+def _fastest(tree: Tree, machine: Machine, found: Iterable[T], key: Callable[[T], float]) -> T:
+    best = min(found, key=key, default=None)
+    if best is None:
+        raise RuntimeError(
+            f"cuda: no subtree of this tree of {len(tree.nodes)} nodes fits into "
+            f"{machine.shared_bytes} bytes of shared memory"
+        )
+    return best
+
+
+def geometry(tree: Tree, batch: int, dtype: torch.dtype, math: int, machine: Machine) -> Geometry:
+    """The fastest way to launch a forward pass that no backward pass follows, by the model.
 
     Args:
         tree: its nodes.
         batch: how many samples.
         dtype, math: of the numbers and the products.
         machine: what it runs on.
-        backward: which pass.
-        cut: the one to use: a forward pass leaves messages for the backward pass of the same cut.
 
     Raises:
         RuntimeError: no block fits into shared memory.
     """
-    cuts = tree.cuts if cut is None else (cut,)
-    found = list(_geometries(tree, batch, dtype, math, machine, backward, cuts))
-    if not found:
-        raise RuntimeError(
-            f"cuda: no subtree of this tree of {len(tree.nodes)} nodes fits into "
-            f"{machine.shared_bytes} bytes of shared memory"
-        )
-    return min(found, key=lambda g: g.seconds)
+    found = _launches(tree, batch, dtype, math, machine, False, tree.cuts)
+    return _fastest(tree, machine, found, lambda g: g.seconds)
+
+
+def geometries(
+    tree: Tree, batch: int, dtype: torch.dtype, math: int, machine: Machine
+) -> tuple[Geometry, Geometry]:
+    """The fastest way to launch a forward and a backward pass over one cut: the first leaves
+    messages for the second. Arguments and errors as in :func:`geometry`."""
+
+    cuts = tree.cuts
+
+    def best(backward: bool) -> dict[Cut, Geometry]:
+        made: dict[Cut, Geometry] = {}
+        for g in _launches(tree, batch, dtype, math, machine, backward, cuts):
+            if g.cut not in made or g.seconds < made[g.cut].seconds:
+                made[g.cut] = g
+        return made
+
+    up, down = best(False), best(True)
+    pairs = [(up[cut], down[cut]) for cut in up if cut in down]
+    return _fastest(tree, machine, pairs, lambda pair: pair[0].seconds + pair[1].seconds)
 
 
 @lru_cache(maxsize=1024)
 def _seconds(
     layout: Layout, batch: int, dtype: torch.dtype, math: int, processors: int, backward: bool
 ) -> float:
-    tree, machine = tree_of(layout), Machine(processors)
+    how = (tree_of(layout), batch, dtype, math, Machine(processors))
     if not backward:
-        return geometry(tree, batch, dtype, math, machine, False).seconds
-    down = geometry(tree, batch, dtype, math, machine, True)
-    up = geometry(tree, batch, dtype, math, machine, False, down.cut)
-    return up.seconds + down.seconds
+        return geometry(*how).seconds
+    return sum(g.seconds for g in geometries(*how))
 
 
 def seconds(

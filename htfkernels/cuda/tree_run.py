@@ -14,21 +14,16 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from htfkernels.cuda.module import call
-from htfkernels.cuda.tree import Geometry, Machine, Tree, geometry, math_of
-from htfkernels.cuda.tree_tables import (
-    Gradients,
-    arrivals,
-    backward_table,
-    forward_table,
-    messages,
-)
+from htfkernels.cuda.tree import Geometry, Machine, Tree, geometries, geometry, math_of
+from htfkernels.cuda.tree_tables import Gradients, backward_table, forward_table, messages
 
 __all__ = ["Evaluation", "backward", "evaluation", "forward"]
 
 _MOST = 64  # batch sizes, and kinds of gradients, for which plans of one tree are kept
 
 
-K, V = TypeVar("K"), TypeVar("V")
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 def _keep(kept: dict[K, V], key: K, value: V) -> None:
@@ -70,29 +65,35 @@ class Evaluation:
         self.tree = Tree(program)
         self._dtype, self._math, self._device = dtype, math, device
         self._machine = _machine(device)
+        self._pairs: dict[int, tuple[Geometry, Geometry]] = {}
         self._forward: dict[tuple[int, bool], _Forward] = {}
         self._backward: dict[tuple[int, tuple[bool, ...]], _Backward] = {}
         self._tables: dict[tuple[object, ...], Tensor] = {}
         self._counters: dict[int, Tensor] = {}
 
-    def _geometry(self, batch: int, down: bool, cut: tuple[int, ...] | None = None) -> Geometry:
-        how = (self._dtype, self._math, self._machine, down)
-        return geometry(self.tree, batch, *how, cut)
+    @property
+    def _how(self) -> tuple[torch.dtype, int, Machine]:
+        return self._dtype, self._math, self._machine
+
+    def _both(self, batch: int) -> tuple[Geometry, Geometry]:
+        made = self._pairs.get(batch)
+        if made is None:
+            made = geometries(self.tree, batch, *self._how)
+            _keep(self._pairs, batch, made)
+        return made
 
     def _sizes(self, g: Geometry) -> list[int]:
-        tree = self.tree
-        return [self._math, g.rows, tree.width, len(g.cut), g.part, g.slots, tree.outputs]
+        launched = (g.rows, *self.tree.widths, len(g.cut.roots), g.part, g.slots)
+        return [self._math, *launched, self.tree.outputs]
 
     def forward(self, batch: int, keeping: bool) -> _Forward:
         """The plan of a forward pass, with ``keeping`` of one that a backward pass follows."""
         made = self._forward.get((batch, keeping))
         if made is None:
-            cut = self._geometry(batch, True).cut if keeping else None
-            g = self._geometry(batch, False, cut)
-            table = self._table(("forward", g.cut), lambda: forward_table(self.tree, g.cut))
-            sizes = [*self._sizes(g), messages(self.tree, g.cut)[1]]
-            counters = max(1, arrivals(self.tree, g.cut) * g.tiles)
-            made = _Forward(g, table, sizes, counters)
+            g = self._both(batch)[0] if keeping else geometry(self.tree, batch, *self._how)
+            table = self._table(("forward", g.cut), lambda: forward_table(g.cut))
+            sizes = [*self._sizes(g), messages(g.cut)[1]]
+            made = _Forward(g, table, sizes, max(1, len(g.cut.above) * g.tiles))
             _keep(self._forward, (batch, keeping), made)
         return made
 
@@ -100,13 +101,11 @@ class Evaluation:
         """The plan of a backward pass for the gradients that are needed."""
         made = self._backward.get((batch, needs))
         if made is None:
-            g, found = self._geometry(batch, True), Gradients(self.tree, needs)
+            g, found = self._both(batch)[1], Gradients(self.tree, needs)
             one_write = g.tiles <= 1 or self._dtype != torch.bfloat16
             direct = g.splits == 1 and not found.shared and one_write
             key = ("backward", g.cut, needs, direct)
-            table = self._table(
-                key, lambda: backward_table(self.tree, g.cut, needs, found, direct)
-            )
+            table = self._table(key, lambda: backward_table(g.cut, needs, found, direct))
             sums = self._table(("sums", needs), lambda: found.sums)
             numbers = 0 if direct else found.numbers
             own = [g.splits, numbers, found.total, int(needs[-1]), found.largest]

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from htfkernels.cuda.tree import FIELDS, OWN_SLOTS, Node, Tree
+from htfkernels.cuda.tree import FIELDS, OWN_SLOTS, Cut, Node, Tree
 
-__all__ = ["Gradients", "arrivals", "backward_table", "forward_table", "messages"]
+__all__ = ["Gradients", "backward_table", "forward_table", "messages"]
 
 UP, PATH, DOWN = range(3)
 WEIGHT_GRADIENT, OPERAND_GRADIENT, LOAD_GRADIENT = 1, 2, 4
@@ -35,8 +35,8 @@ class _Step(NamedTuple):
     target: int = -1
     kind: int = 0
     message: int = -1
-    count: int = 0
-    list: int = 0
+    children: int = 0
+    list_at: int = 0
     arrival: int = 0
     flags: int = 0
     on_path: int = -1
@@ -60,9 +60,10 @@ class _Part:
         self.lists.append(listed)
 
     def numbers(self) -> list[int]:
-        at, numbers = len(self.steps) * FIELDS, []
+        at = len(self.steps) * FIELDS
+        numbers: list[int] = []
         for step, listed in zip(self.steps, self.lists, strict=True):
-            numbers += step._replace(list=at)
+            numbers += step._replace(list_at=at)
             at += len(listed)
         return numbers + [i for listed in self.lists for i in listed]
 
@@ -77,29 +78,25 @@ def _table(parts: Sequence[_Part]) -> Tensor:
     return torch.tensor(heads + numbers, dtype=torch.int32)
 
 
-def messages(tree: Tree, cut: Sequence[int]) -> tuple[dict[int, int], int]:
+def messages(cut: Cut) -> tuple[dict[int, int], int]:
     """The first column of each message that goes through global memory, those at the cut and above
     it but the root's, and how many columns there are."""
     first: dict[int, int] = {}
     columns = 0
-    for i in sorted({*cut, *tree.above(cut)}):
-        if tree.nodes[i].parent >= 0:
+    for i in sorted({*cut.roots, *cut.above}):
+        node = cut.tree.nodes[i]
+        if node.parent >= 0:
             first[i] = columns
-            columns += tree.nodes[i].cols
+            columns += node.cols
     return first, columns
 
 
-def arrivals(tree: Tree, cut: Sequence[int]) -> int:
-    """How many nodes have other blocks' messages as operands."""
-    return len(tree.above(cut))
-
-
-def forward_table(tree: Tree, cut: Sequence[int]) -> Tensor:
-    """The table of a forward pass over a cut."""
-    message, _ = messages(tree, cut)
-    counter = {v: i for i, v in enumerate(tree.above(cut))}
+def forward_table(cut: Cut) -> Tensor:
+    """The table of a forward pass."""
+    tree, (message, _) = cut.tree, messages(cut)
+    counter = {v: i for i, v in enumerate(cut.above)}
     parts = []
-    for root in cut:
+    for root in cut.roots:
         part, (buffer, _) = _Part(), tree.products(root)
         begun: set[int] = set()
         for i in tree.subtree(root):
@@ -118,7 +115,7 @@ def forward_table(tree: Tree, cut: Sequence[int]) -> Tensor:
             step = _step(
                 tree.nodes[v],
                 message=message.get(v, -1),
-                count=len(children),
+                children=len(children),
                 arrival=counter[v],
             )
             part.add(step, [message[c] for c in children])
@@ -192,21 +189,19 @@ def _wanted(tree: Tree, needs: Sequence[bool]) -> list[int]:
     return flags
 
 
-def backward_table(
-    tree: Tree, cut: Sequence[int], needs: Sequence[bool], gradients: Gradients, direct: bool
-) -> Tensor:
-    """The table of a backward pass over a cut.
+def backward_table(cut: Cut, needs: Sequence[bool], gradients: Gradients, direct: bool) -> Tensor:
+    """The table of a backward pass.
 
     Args:
-        tree, cut: as in the forward pass.
+        cut: that of the forward pass.
         needs: for each group, and then for the vectors, whether a gradient is wanted.
         gradients: where they are.
         direct: whether they are written there, and not to partials.
     """
-    message, _ = messages(tree, cut)
-    wanted = _wanted(tree, needs)
+    message, _ = messages(cut)
+    wanted = _wanted(cut.tree, needs)
     return _table([
-        _backward_part(tree, root, message, wanted, gradients, direct) for root in cut
+        _backward_part(cut.tree, root, message, wanted, gradients, direct) for root in cut.roots
     ])  # fmt: skip
 
 
@@ -223,7 +218,7 @@ def _backward_part(
     if wanted[root]:
         for i in inside[:-1]:
             node = tree.nodes[i]
-            step = _step(node, target=slot[i], kind=UP, count=len(node.children))
+            step = _step(node, target=slot[i], kind=UP, children=len(node.children))
             part.add(step, listed(i))
     steps: list[tuple[_Step, list[int]]] = []
     below = wanted[root]
@@ -234,7 +229,7 @@ def _backward_part(
         below = flags
         if flags:
             step = _step(
-                node, source=PATH_SLOT, kind=PATH, count=len(node.children), flags=flags,
+                node, source=PATH_SLOT, kind=PATH, children=len(node.children), flags=flags,
                 on_path=node.children.index(child), partial=gradients.first(v, direct),
             )  # fmt: skip
             steps.append((step, [message[c] for c in node.children]))
@@ -243,7 +238,7 @@ def _backward_part(
         if wanted[i]:
             step = _step(
                 tree.nodes[i], source=slot.get(i, PATH_SLOT), kind=DOWN,
-                count=len(tree.nodes[i].children), flags=wanted[i],
+                children=len(tree.nodes[i].children), flags=wanted[i],
                 partial=gradients.first(i, direct),
             )  # fmt: skip
             steps.append((step, listed(i)))
