@@ -11,14 +11,16 @@
 //
 // A pair is a cell, left_id * right_rows + right_id, of left_rows * right_rows.
 //
-// By table, for at most 64 n + 2^20 and 2^28 cells: a bit for each cell, in sectors of 32 bytes:
-// 224 bits, then the number of pairs in the sectors before, so that a look-up costs one access.
+// By table, for at most 64 n + 2^20 and 2 * 10^8 cells: a bit for each cell, in units of 16 bytes:
+// 96 bits, then the number of pairs in the units before, so that a look-up is one access.
 //   mark    sets a sample's bit; it reads first, so that samples of one pair do not queue for it
-//   count   adds up the bits of a tile of 4 KB; the block that comes last sums over the tiles
-//   number  again a tile in each block: the pairs before each sector, and the pairs themselves
-//   find    each sample's number: the pairs before its sector and below its bit
-// 20 bytes of memory traffic per sample and 4/7 per cell, at most 57 per sample (mark and find also
-// hit a random sector each, of 38 MB at most, which stay in an H100's L2 of 50).
+//   count   adds up the bits of a tile of 256 units; the block that comes last sums over the tiles
+//   number  again a tile in each block: the pairs before each unit, and the pairs themselves
+//   find    each sample's number: the pairs before its unit and below its bit
+// 20 bytes of memory traffic per sample and 2/3 per cell, at most 63 per sample. mark and find also
+// hit a random unit each, in 32 MB at most, which stay in an H100's L2 of 50 MB. Of few cells all
+// units would be in few slices of the L2, and samples queue there: a table of up to 32 KB is
+// therefore marked and read in shared memory, in as many blocks as fit the device at once.
 //
 // By sorting, else: cells are the keys (32 bits where they fit) and sample numbers the values of a
 // stable radix sort over as many bits as a cell has; equal keys lie together then.
@@ -30,7 +32,8 @@
 // of 32 bits, more than twice the table's. Keys of 64 bits: 80 bytes and 24 for each 8 bits.
 //
 // Launches: 4 and a memset of the table, or 3, a memset and CUB's (a histogram, a sum, one for each
-// 8 bits). Shared memory: 32 bytes, the sums of warps.
+// 8 bits). Shared memory: 32 bytes, the sums of warps, or a table. No two kernels run at once;
+// within one, blocks meet in count's and heads' last block and in the bits they set with atomicOr.
 #include <algorithm>
 #include <bit>
 
@@ -45,8 +48,10 @@ constexpr std::size_t kScan = kWarps * sizeof(int);  // shared memory
 constexpr int kEach = 4;                             // samples of a thread
 constexpr int kHeads = 8;                            // keys of a thread
 constexpr int kTile = kThreads * kHeads;
-constexpr unsigned kSectorCells = 224;
-constexpr int64_t kMostCells = int64_t{1} << 28;
+constexpr unsigned kUnit = 96;  // cells
+constexpr int64_t kMostCells = int64_t{kUnit} << 21;
+constexpr int kFew = 2048;     // units of a table in shared memory
+constexpr int kAtOnce = 8192;  // samples that are worth a block with such a table
 
 struct Samples {
   const int32_t* left;
@@ -128,80 +133,109 @@ __device__ __forceinline__ int64_t first_sample() {
   return static_cast<int64_t>(blockIdx.x) * (kThreads * kEach) + threadIdx.x;
 }
 
+__device__ __forceinline__ uint32_t word_of(uint32_t cell) {
+  return cell / kUnit * 4 + cell % kUnit / 32;
+}
+
+__device__ __forceinline__ uint32_t bit_of(uint32_t cell) { return 1u << cell % kUnit % 32; }
+
 __global__ void __launch_bounds__(kThreads) mark(Samples samples, uint32_t* table) {
   uint32_t cell[kEach], seen[kEach];
   read_cells(samples, first_sample(), cell);
-  const auto word = [&](uint32_t c) {
-    return table + (c / kSectorCells * 8 + c % kSectorCells / 32);
-  };
 #pragma unroll
-  for (int j = 0; j < kEach; ++j) seen[j] = cell[j] != ~0u ? __ldcg(word(cell[j])) : 0;
+  for (int j = 0; j < kEach; ++j) seen[j] = cell[j] != ~0u ? __ldcg(table + word_of(cell[j])) : ~0u;
 #pragma unroll
-  for (int j = 0; j < kEach; ++j) {
-    const uint32_t bit = 1u << (cell[j] % kSectorCells % 32);
-    if (cell[j] != ~0u && (seen[j] & bit) == 0) atomicOr(word(cell[j]), bit);
+  for (int j = 0; j < kEach; ++j)
+    if ((seen[j] & bit_of(cell[j])) == 0) atomicOr(table + word_of(cell[j]), bit_of(cell[j]));
+}
+
+__global__ void __launch_bounds__(kThreads) mark_few(Samples samples, uint32_t* table, int words) {
+  uint32_t* mine = shared_memory<uint32_t>();  // [words]
+  for (int w = threadIdx.x; w < words; w += kThreads) mine[w] = 0;
+  __syncthreads();
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * (kThreads * kEach);
+  for (int64_t first = first_sample(); first < samples.n; first += stride) {
+    uint32_t cell[kEach];
+    read_cells(samples, first, cell);
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      if (cell[j] == ~0u) continue;
+      uint32_t* word = mine + word_of(cell[j]);
+      if ((*word & bit_of(cell[j])) == 0) atomicOr(word, bit_of(cell[j]));
+    }
   }
+  __syncthreads();
+  for (int w = threadIdx.x; w < words; w += kThreads)
+    if ((mine[w] & ~__ldcg(table + w)) != 0) atomicOr(table + w, mine[w]);
 }
 
-// Half a sector; in the second half the last word is no bits.
-__device__ __forceinline__ uint4 read_half(const uint32_t* table, int64_t half, int64_t halves) {
-  uint4 bits = make_uint4(0, 0, 0, 0);
-  if (half < halves) bits = reinterpret_cast<const uint4*>(table)[half];
-  if (half % 2 != 0) bits.w = 0;
-  return bits;
+__device__ __forceinline__ uint4 read_unit(const uint4* table, int64_t unit, int64_t units) {
+  return unit < units ? table[unit] : make_uint4(0, 0, 0, 0);
 }
 
-__device__ __forceinline__ int pairs_of(const uint4& bits) {
-  return __popc(bits.x) + __popc(bits.y) + __popc(bits.z) + __popc(bits.w);
+__device__ __forceinline__ int pairs_of(const uint4& unit) {
+  return __popc(unit.x) + __popc(unit.y) + __popc(unit.z);
 }
 
-__global__ void __launch_bounds__(kThreads) count(const uint32_t* table, int64_t halves, Count c) {
-  const int64_t half = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  count_tile(pairs_of(read_half(table, half, halves)), c);
+__global__ void __launch_bounds__(kThreads) count(const uint4* table, int64_t units, Count c) {
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  count_tile(pairs_of(read_unit(table, at, units)), c);
 }
 
 __global__ void __launch_bounds__(kThreads)
-    number(uint32_t* table, int64_t halves, Count c, uint32_t right_rows, Found found) {
+    number(uint4* table, int64_t units, Count c, uint32_t right_rows, Found found) {
   if (c.too_many()) return;
-  const int64_t half = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const uint4 bits = read_half(table, half, halves);
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const uint4 unit = read_unit(table, at, units);
   int all;
-  int row = c.tiles[blockIdx.x] + sum_before(pairs_of(bits), all);
-  const int of_sector = __shfl_sync(~0u, row, threadIdx.x % kWarp & ~1u);
-  if (half < halves && half % 2 != 0) table[half * 4 + 3] = static_cast<uint32_t>(of_sector);
-  const uint32_t first = static_cast<uint32_t>(half / 2 * kSectorCells + half % 2 * 128);
-  const auto write = [&](uint32_t word, uint32_t cell) {
+  int row = c.tiles[blockIdx.x] + sum_before(pairs_of(unit), all);
+  if (at < units) table[at] = make_uint4(unit.x, unit.y, unit.z, static_cast<uint32_t>(row));
+  const auto write = [&](uint32_t word, uint32_t first) {
     for (; word != 0; word &= word - 1, ++row) {
-      const uint32_t at = cell + (__ffs(static_cast<int>(word)) - 1);
-      found.left[row] = static_cast<int32_t>(at / right_rows);
-      found.right[row] = static_cast<int32_t>(at % right_rows);
+      const uint32_t cell = first + (__ffs(static_cast<int>(word)) - 1);
+      found.left[row] = static_cast<int32_t>(cell / right_rows);
+      found.right[row] = static_cast<int32_t>(cell % right_rows);
     }
   };
-  write(bits.x, first);
-  write(bits.y, first + 32);
-  write(bits.z, first + 64);
-  write(bits.w, first + 96);
+  const uint32_t first = static_cast<uint32_t>(at) * kUnit;
+  write(unit.x, first);
+  write(unit.y, first + 32);
+  write(unit.z, first + 64);
+}
+
+__device__ __forceinline__ int32_t row_of(uint32_t cell, const uint4& unit) {
+  const uint32_t word = cell % kUnit / 32, below = bit_of(cell) - 1;
+  return static_cast<int32_t>(unit.w) + __popc(unit.x & (word > 0 ? ~0u : below)) +
+         __popc(unit.y & (word > 1    ? ~0u
+                          : word == 1 ? below
+                                      : 0)) +
+         __popc(unit.z & (word == 2 ? below : 0));
 }
 
 __global__ void __launch_bounds__(kThreads)
-    find(Samples samples, const uint32_t* table, Count c, int32_t* ids) {
+    find(Samples samples, const uint4* table, Count c, int32_t* ids) {
   if (c.too_many()) return;
   uint32_t cell[kEach];
   read_cells(samples, first_sample(), cell);
 #pragma unroll
-  for (int j = 0; j < kEach; ++j) {
-    if (cell[j] == ~0u) continue;
-    const uint32_t sector = cell[j] / kSectorCells, within = cell[j] % kSectorCells;
-    const uint4* halves = reinterpret_cast<const uint4*>(table) + int64_t{2} * sector;
-    const uint4 low = halves[0], high = halves[1];
-    const uint32_t words[7] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z};
-    int row = static_cast<int>(high.w);
+  for (int j = 0; j < kEach; ++j)
+    if (cell[j] != ~0u)
+      ids[first_sample() + j * kThreads] = row_of(cell[j], table[cell[j] / kUnit]);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    find_few(Samples samples, const uint4* table, int units, Count c, int32_t* ids) {
+  if (c.too_many()) return;
+  uint4* mine = shared_memory<uint4>();  // [units]
+  for (int u = threadIdx.x; u < units; u += kThreads) mine[u] = table[u];
+  __syncthreads();
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * (kThreads * kEach);
+  for (int64_t first = first_sample(); first < samples.n; first += stride) {
+    uint32_t cell[kEach];
+    read_cells(samples, first, cell);
 #pragma unroll
-    for (uint32_t w = 0; w < 7; ++w) {
-      const uint32_t below = within / 32 > w ? ~0u : within / 32 == w ? (1u << within % 32) - 1 : 0;
-      row += __popc(words[w] & below);
-    }
-    ids[first_sample() + j * kThreads] = row;
+    for (int j = 0; j < kEach; ++j)
+      if (cell[j] != ~0u) ids[first + j * kThreads] = row_of(cell[j], mine[cell[j] / kUnit]);
   }
 }
 
@@ -287,17 +321,31 @@ Count count_in(const Tensor& room, int* total, int64_t limit) {
 
 void by_table(const Current& current, const Tensor& like, const Samples& s, int64_t cells,
               int* total, int64_t limit, const Found& found) {
-  const int64_t sectors = (cells + kSectorCells - 1) / kSectorCells;
-  const Tensor made = device_zeros(current, like, {sectors * 8}, ScalarType::Int);
-  uint32_t* table = static_cast<uint32_t*>(made.mutable_data_ptr());
-  const unsigned tiles = blocks(2 * sectors, kThreads), each = blocks(s.n, kThreads * kEach);
+  const int64_t units = (cells + kUnit - 1) / kUnit;
+  const Tensor made = device_zeros(current, like, {units * 4}, ScalarType::Int);
+  uint32_t* words = static_cast<uint32_t*>(made.mutable_data_ptr());
+  uint4* table = reinterpret_cast<uint4*>(words);
+  const unsigned tiles = blocks(units, kThreads), all = blocks(s.n, kThreads * kEach);
   const Tensor room = count_room(current, like, tiles);
   const Count c = count_in(room, total, limit);
-  launch<mark>("mark", current, each, kThreads, 0, s, table);
-  launch<count>("count", current, tiles, kThreads, kScan, table, 2 * sectors, c);
-  launch<number>("number", current, tiles, kThreads, kScan, table, 2 * sectors, c,
+  const auto few = static_cast<int>(std::min<int64_t>(units, kFew + 1));
+  const std::size_t bytes = few * sizeof(uint4);
+  // Four blocks of 32 KB are in a multiprocessor at once.
+  const unsigned at_once =
+      std::min(blocks(s.n, kAtOnce), static_cast<unsigned>(4 * current.device().processors));
+  if (few <= kFew) {
+    launch<mark_few>("mark_few", current, at_once, kThreads, bytes, s, words, few * 4);
+  } else {
+    launch<mark>("mark", current, all, kThreads, 0, s, words);
+  }
+  launch<count>("count", current, tiles, kThreads, kScan, table, units, c);
+  launch<number>("number", current, tiles, kThreads, kScan, table, units, c,
                  static_cast<uint32_t>(s.right_rows), found);
-  launch<find>("find", current, each, kThreads, 0, s, table, c, found.ids);
+  if (few <= kFew) {
+    launch<find_few>("find_few", current, at_once, kThreads, bytes, s, table, few, c, found.ids);
+  } else {
+    launch<find>("find", current, all, kThreads, 0, s, table, c, found.ids);
+  }
 }
 
 template <class Key>
