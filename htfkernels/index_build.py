@@ -26,6 +26,8 @@ __all__ = [
     "CutRow",
     "FramedRow",
     "Loops",
+    "OnCpu",
+    "Pairs",
     "Request",
     "Step",
     "program_steps",
@@ -94,6 +96,18 @@ class Request(NamedTuple):
     right_rows: int
 
 
+class Pairs(NamedTuple):
+    """The distinct pairs of two operands' rows, sorted, and the lists of a framed row."""
+
+    ids: Any
+    """[B], each sample's pair."""
+    left_ids: Any
+    right_ids: Any
+    left_start: Any
+    right_start: Any
+    right_order: Any
+
+
 class Loops(Protocol):
     """The loops over samples, by a compiled module. Lists of ids are whatever it works on: int32,
     one-dimensional, sliced and measured by ``len``."""
@@ -107,16 +121,12 @@ class Loops(Protocol):
         """Each sample's index of a mode, asked for once. Whether all indices are in range is known
         after the first :meth:`distinct_pairs` or :meth:`joined`, which raise IndexError."""
 
-    def distinct_pairs(self, requests: Sequence[Request], limit: int) -> list[Any]:
-        """For each request ``(ids [B], left [n], right [n])``, the distinct pairs sorted, or None
-        where there are more than the limit."""
+    def distinct_pairs(self, requests: Sequence[Request], limit: int) -> list[Pairs | None]:
+        """The distinct pairs of each request, or None where there are more than the limit."""
 
     def group(self, ids: Any, buckets: int) -> tuple[Any, Any]:
         """``(start [buckets + 1], order [n])``: the positions of id k, ascending, are
         ``order[start[k]:start[k + 1]]``."""
-
-    def starts(self, ids: Any, buckets: int) -> Any:
-        """``start`` of :meth:`group`, for ids that ascend."""
 
     def joined(self, pieces: list[Any]) -> Tensor:
         """All the lists one after the other, on the indices' device. Takes the pieces away."""
@@ -159,15 +169,21 @@ class OnCpu:
             self.columns.update(zip(modes, found, strict=True))
         return self.columns.pop(mode)
 
-    def distinct_pairs(self, requests: Sequence[Request], limit: int) -> list[Any]:
-        return [self.native.distinct_pairs(*request, limit, self.threads) for request in requests]
+    def distinct_pairs(self, requests: Sequence[Request], limit: int) -> list[Pairs | None]:
+        return [self.combined(request, limit) for request in requests]
+
+    def combined(self, request: Request, limit: int) -> Pairs | None:
+        found = self.native.distinct_pairs(*request, limit, self.threads)
+        if found is None:
+            return None
+        ids, left_ids, right_ids = found
+        start, order = self.group(right_ids, request.right_rows)
+        left_start = self.native.starts(left_ids, request.left_rows, self.threads)
+        return Pairs(ids, left_ids, right_ids, left_start, start, order)
 
     def group(self, ids: Any, buckets: int) -> tuple[Any, Any]:
         start, order = self.native.group(ids, buckets, self.threads)
         return start, order
-
-    def starts(self, ids: Any, buckets: int) -> Any:
-        return self.native.starts(ids, buckets, self.threads)
 
     def joined(self, pieces: list[Any]) -> Tensor:
         end = sum(map(len, pieces))
@@ -222,7 +238,7 @@ class Builder:
         """``(table, lists, form, framed, cuts)``."""
         for steps in self.waves():
             running = [self.node(s) for s in steps]
-            answers: list[Any] = [None] * len(running)
+            answers: list[Pairs | None] = [None] * len(running)
             while running:
                 requests = [n.send(a) for n, a in zip(running, answers, strict=True)]
                 running = [n for n, r in zip(running, requests, strict=True) if r is not None]
@@ -249,7 +265,7 @@ class Builder:
         for height in range(max(heights) + 1):
             yield [s for s, h in enumerate(heights) if h == height]
 
-    def node(self, s: int) -> Generator[Request | None, Any, None]:
+    def node(self, s: int) -> Generator[Request | None, Pairs | None, None]:
         """Works on a node whose children are done: asks for operands to be combined, and is sent
         the answers; asks for None when it is done."""
         step = self.steps[s]
@@ -280,7 +296,7 @@ class Builder:
 
     def frame(
         self, s: int, operands: list[_Operand], whole: bool
-    ) -> Generator[Request, Any, _Operand | None]:
+    ) -> Generator[Request, Pairs | None, _Operand | None]:
         """Combines a node's operands, in place, as far as that saves rows; the node's own frame,
         where all of them came together."""
         if whole and len(operands) == 1:
@@ -298,21 +314,20 @@ class Builder:
             found = yield Request(self.ids_of(left), left.rows, self.ids_of(right), right.rows)
             if found is None:
                 return None
-            ids, left_ids, right_ids = found
-            start, order = self.loops.group(right_ids, right.rows)
             row = FramedRow(
                 s if last else -1,
                 left.code,
                 right.code,
-                len(left_ids),
-                self.add(s, left_ids),
-                self.add(s, right_ids),
-                self.add(s, self.loops.starts(left_ids, left.rows)),
-                self.add(s, start),
-                self.add(s, order),
+                len(found.left_ids),
+                self.add(s, found.left_ids),
+                self.add(s, found.right_ids),
+                self.add(s, found.left_start),
+                self.add(s, found.right_start),
+                self.add(s, found.right_order),
                 1 + max(left.level, right.level),
             )
-            made = _Operand(self.note(s, row), row.rows, row.level, left.key, ids)
+            made = _Operand(self.note(s, row), row.rows, row.level, left.key, found.ids)
+            del found
             if last:
                 return made
             operands[:] = sorted(

@@ -94,8 +94,9 @@ SECONDS_PER_ID = 6e-9
 SECONDS_PER_NODE = 7e-6
 MULTIPLY_ADDS_PER_SECOND = 50e9
 
-# Indices on a GPU: for fewer samples, a node's 15 launches or so cost more than the CPU's loops.
-WORTH_LAUNCHES = 8192
+# Indices on a GPU: for fewer samples, the launches (about 20 for all nodes of a height) cost more
+# than the CPU's loops and the copies do in a tree of a few nodes. Counted, not timed.
+WORTH_LAUNCHES = 4096
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -128,8 +129,8 @@ class IndexPlan:
         fewest rows first.
 
         The plan of indices on a GPU is built there, if the CUDA kernels can run and there are at
-        least 8,192 of them, or the backend ``"cuda"`` was asked for by name; else on the CPU. It
-        is the same plan.
+        least 4,096 tuples, or the backend ``"cuda"`` was asked for by name; else on the CPU. It is
+        the same plan.
 
         Args:
             layout: tree and shapes.

@@ -69,10 +69,10 @@ def order(request):
         from htfkernels import _C_emulated
 
         _C_emulated.set_backward(True)
-        yield
+        yield request.param
         _C_emulated.set_backward(False)
     else:
-        yield
+        yield request.param
 
 
 def flat_layout(**options):
@@ -102,44 +102,65 @@ def test_random_trees(order, seed, batch):
     assert_same(layout, uniform(layout, batch))
 
 
-# Cells in a table, keys of 32 bits, keys of 64 bits.
-@pytest.mark.parametrize("dim", [40, 50_000, 2**31 - 1])
-@pytest.mark.parametrize("batch", [2, 1024, 20_000])
-def test_every_way_of_combining(dim, batch, order):
-    layout = Layout.make(ModeTree.balanced(4), [dim, dim, 3, dim], 1)
-    some = uniform(layout, max(batch // 5, 1))
-    # Lists of a start for every index would take gigabytes.
-    if dim < 2**20:
-        assert assert_same(layout, some[torch.randint(len(some), (batch,))])[0] == FRAMED_ROOT
-        assert_same(layout, uniform(layout, batch))
-    loops = OnDevice(layout, some.to(ON))
-    columns = [c.cpu().numpy() for c in some.int().unbind(1)]
-    for a, b in [(0, 1), (2, 3), (3, 2)]:
-        left, right = layout.mode_dims[a], layout.mode_dims[b]
-        asked = Request(columns[a].copy(), left, columns[b].copy(), right)
-        expected = native.distinct_pairs(*asked, len(some))
-        there = [torch.from_numpy(x).to(ON) if hasattr(x, "shape") else x for x in asked]
-        (found,) = loops.distinct_pairs([Request(*there)], len(some))
-        for mine, exact in zip(found, expected, strict=True):
-            assert torch.equal(mine.cpu(), torch.from_numpy(exact))
-        if (rows := len(expected[1])) > 0:
-            assert loops.distinct_pairs([Request(*there)], rows - 1) == [None]
-            assert loops.distinct_pairs([Request(*there)], rows) != [None]
+def assert_pairs(requests):
+    """All requests at once, against each by itself on the CPU; with limits that are just kept, and
+    just exceeded by some."""
+    n = len(requests[0].left_ids)
+    exact = [native.distinct_pairs(r[0].numpy(), r[1], r[2].numpy(), r[3], n) for r in requests]
+    rows = [len(left) for _, left, _ in exact]
+    there = [[x.to(ON) if isinstance(x, torch.Tensor) else x for x in r] for r in requests]
+    for limit in sorted({max(rows), min(rows), max(max(rows) - 1, 0)}):
+        counts = torch.zeros(len(requests) + 3, dtype=torch.int32, device=ON)
+        left, left_rows, right, right_rows = map(list, zip(*there, strict=True))
+        made = module.call("plan_pairs", left, left_rows, right, right_rows, limit, counts, 2)
+        assert counts.tolist() == [0, 0, *rows, 0]
+        for i, (count, of_request) in enumerate(zip(rows, exact, strict=True)):
+            if count <= limit:
+                ids, left, right = made[3 * i : 3 * i + 3]
+                for mine, expected in zip(
+                    (ids, left[:count], right[:count]), of_request, strict=True
+                ):
+                    assert torch.equal(mine.cpu(), torch.from_numpy(expected))
+
+
+def drawn(n, left, right):
+    some = torch.randint(left, (max(n // 5, 1),)), torch.randint(right, (max(n // 5, 1),))
+    which = torch.randint(len(some[0]), (n,))
+    return Request(some[0][which].int(), left, some[1][which].int(), right)
+
+
+# Few cells, a table, keys of 32 bits, keys of 64 bits.
+@pytest.mark.parametrize("dim", [40, 700, 50_000, 2**31 - 1])
+@pytest.mark.parametrize("n", [1, 2, 1024, 20_000])
+def test_every_way_of_combining(dim, n, order):
+    assert_pairs([drawn(n, *dims) for dims in [(dim, dim), (3, dim), (dim, 5)]])
+    if n > 2 and dim < 2**20:
+        layout = Layout.make(ModeTree.balanced(4), [dim, dim, 3, dim], 1)
+        some = uniform(layout, n // 5)
+        assert assert_same(layout, some[torch.randint(len(some), (n,))])[0] == FRAMED_ROOT
+        assert_same(layout, uniform(layout, n))
+
+
+def test_many_requests_at_once(order):
+    """More than a launch takes, of all ways in turn."""
+    dims = [40, 700, 3, 1200, 2**20, 97]
+    assert_pairs([drawn(300, dims[i % 6], dims[i * i % 5]) for i in range(75)])
+
+
+def test_no_samples():
+    assert_pairs([drawn(0, 3, 4), drawn(0, 50_000, 50_000)])
 
 
 def test_the_widest_cells_of_a_table_and_of_keys():
     """The last cells there can be: nothing overflows."""
-    layout = Layout.make(ModeTree.balanced(2), 2, 1)
-    loops = OnDevice(layout, torch.zeros(2, 2, dtype=torch.int64, device=ON))
-    rows = [31, 32, 33, 96, 97, 1024, 2**15, 2**16, 2**31 - 1]
+    rows = [1, 31, 32, 33, 96, 97, 1024, 2**15, 2**16, 2**31 - 1]
+    requests = []
     for left in rows:
-        for right in (*rows, 1):
+        for right in rows:
             a = torch.tensor([left - 1, 0, left - 1, left - 1, left // 2, 0], dtype=torch.int32)
             b = torch.tensor([right - 1, 0, 0, right - 1, right // 2, 0], dtype=torch.int32)
-            expected = native.distinct_pairs(a.numpy(), left, b.numpy(), right, 6)
-            (found,) = loops.distinct_pairs([Request(a.to(ON), left, b.to(ON), right)], 6)
-            for mine, exact in zip(found, expected, strict=True):
-                assert torch.equal(mine.cpu(), torch.from_numpy(exact))
+            requests.append(Request(a, left, b, right))
+    assert_pairs(requests)
 
 
 def test_many_tiles_of_a_table(order):
@@ -160,20 +181,43 @@ def test_many_tiles_of_keys():
     assert form == FRAMED_ROOT
 
 
-@given(st.integers(0, 3000), st.integers(0, 300), st.integers(0, 99))
-def test_group_and_starts(n, buckets, seed):
+def assert_grouped(ids, buckets):
+    """Lists grouped together, against each by itself on the CPU; and their starts, when sorted."""
+    made = module.call("plan_group", [x.to(ON) for x in ids], buckets)
+    ascending = [x.sort().values for x in ids]
+    starts = module.call("plan_starts", [x.to(ON) for x in ascending], buckets)
+    assert len(made) == 2 * len(ids) and len(starts) == len(ids)
+    for i, (x, count) in enumerate(zip(ids, buckets, strict=True)):
+        start, order = native.group(x.numpy(), count)
+        assert torch.equal(made[i].cpu(), torch.from_numpy(start))
+        assert torch.equal(made[len(ids) + i].cpu(), torch.from_numpy(order))
+        exact = native.starts(ascending[i].numpy(), count)
+        assert torch.equal(starts[i].cpu(), torch.from_numpy(exact))
+
+
+@given(st.integers(1, 70), st.integers(0, 1500), st.integers(0, 300), st.integers(0, 99))
+def test_group_and_starts(lists, n, buckets, seed):
     torch.manual_seed(seed)
-    n = n if buckets else 0
-    ids = torch.randint(max(buckets, 1), (n,), dtype=torch.int32)
-    start, order = native.group(ids.numpy(), buckets)
-    mine = module.call("plan_group", ids.to(ON), buckets)
-    assert torch.equal(mine[0].cpu(), torch.from_numpy(start))
-    assert torch.equal(mine[1].cpu(), torch.from_numpy(order))
-    ascending = ids.sort().values
-    assert torch.equal(
-        module.call("plan_starts", ascending.to(ON), buckets).cpu(),
-        torch.from_numpy(native.starts(ascending.numpy(), buckets)),
-    )
+    counts = torch.randint(buckets + 1, (lists,)).tolist()
+    sizes = [min(n, 300) if i else n for i in range(lists)]
+    ids = [
+        torch.randint(max(c, 1), (size if c else 0,), dtype=torch.int32)
+        for c, size in zip(counts, sizes, strict=True)
+    ]
+    assert_grouped(ids, counts)
+
+
+def test_groups_that_do_not_fit_one_sort():
+    short = torch.randint(3, (50,), dtype=torch.int32)
+    long = torch.randint(9, (2**21 + 7,), dtype=torch.int32)
+    assert_grouped([short, long, long.flip(0), short], [3, 9, 11, 4])
+    if ON == "cuda":  # more bits than a key has; the start takes 4 GB
+        wide = torch.randint(2**30, (700,), dtype=torch.int32)
+        made = module.call(
+            "plan_group", [x.to(ON) for x in [wide, *[short] * 5]], [2**30, *[3] * 5]
+        )
+        for mine, x in zip(made[6:], [wide, *[short] * 5], strict=True):
+            assert torch.equal(mine.cpu(), x.argsort(stable=True).int())
 
 
 @pytest.mark.parametrize("modes", [1, 2, 3, 8, 31, 32, 33, 70])
@@ -267,19 +311,22 @@ def test_bad_arguments():
     ids = torch.zeros(4, dtype=torch.int32, device=ON)
     counts = torch.zeros(2, dtype=torch.int32, device=ON)
     with pytest.raises(RuntimeError, match=r"plan_pairs: ids must be .* got Int \[4\] and Int \[3"):
-        module.call("plan_pairs", ids, 2, ids[:3], 2, 1, counts, 0)
-    with pytest.raises(RuntimeError, match=r"plan_pairs: counts must be .* with an entry 2"):
-        module.call("plan_pairs", ids, 2, ids, 2, 1, counts, 2)
+        module.call("plan_pairs", [ids], [2], [ids[:3]], [2], 1, counts, 0)
+    with pytest.raises(RuntimeError, match=r"plan_pairs: counts must be .* 2 entries from 1 on"):
+        module.call("plan_pairs", [ids] * 2, [2] * 2, [ids] * 2, [2] * 2, 1, counts, 1)
     with pytest.raises(RuntimeError, match="plan_pairs: rows and limit must be below"):
-        module.call("plan_pairs", ids, 2**31, ids, 2, 1, counts, 0)
+        module.call("plan_pairs", [ids], [2**31], [ids], [2], 1, counts, 0)
+    with pytest.raises(RuntimeError, match="plan_pairs: expected as many ids as rows"):
+        module.call("plan_pairs", [ids], [2], [ids], [2, 2], 1, counts, 0)
     for op in ("plan_group", "plan_starts"):
         with pytest.raises(RuntimeError, match=f"{op}: expected contiguous ids"):
-            module.call(op, ids[::2], 3)
+            module.call(op, [ids[::2]], [3])
+        with pytest.raises(RuntimeError, match=f"{op}: expected as many lists"):
+            module.call(op, [ids], [3, 3])
+    indices = torch.zeros(2, 2, dtype=torch.int64, device=ON)
     with pytest.raises(RuntimeError, match=r"plan_columns: indices must be Long \[B, 3\]"):
-        module.call("plan_columns", ids.view(2, 2), [1, 2, 3], counts)
+        module.call("plan_columns", indices, [1, 2, 3], counts)
     with pytest.raises(RuntimeError, match="plan_columns: bad must be"):
-        module.call(
-            "plan_columns", torch.zeros(2, 3, dtype=torch.int64, device=ON), [1] * 3, counts
-        )
+        module.call("plan_columns", indices, [1, 1], counts[:1])
     with pytest.raises(RuntimeError, match="plan_columns: dims must be in"):
-        module.call("plan_columns", torch.zeros(2, 2, dtype=torch.int64, device=ON), [0, 1], counts)
+        module.call("plan_columns", indices, [0, 1], counts)

@@ -4,9 +4,9 @@
 //   plan_columns(indices [B, N] int64, dims, bad) -> [N, B] int32
 //     The indices mode by mode. bad[m], INT32_MAX before, becomes the first sample whose index of
 //     mode m is not in 0 .. dims[m] - 1; 0 stands in the place of such an index.
-//   plan_group(ids [n] int32, buckets) -> [start [buckets + 1], order [n]], int32
+//   plan_group(ids [n] int32 each, buckets) -> every start [buckets + 1], then every order [n]
 //     The positions of id k, ascending, are order[start[k] .. start[k + 1] - 1].
-//   plan_starts(ids [n] int32, buckets) -> start [buckets + 1]; the ids ascend.
+//   plan_starts(ids [n] int32 each, buckets) -> every start [buckets + 1]; the ids ascend.
 //
 // columns: 8 bytes read and 4 written per index. A block turns a tile of up to 32 modes (a power
 // of two) and 4096 entries in 17 KB of shared memory: neighbouring threads read what lies together,
@@ -15,13 +15,17 @@
 // each 32 modes, whose dims are arguments.
 //
 // group: a stable radix sort of the ids with their positions, over as many bits as the last bucket
-// has: 16 bytes per id and 16 for each 8 bits, and start.
+// has: 16 bytes per id and 16 for each 8 bits, and start. Short lists are sorted together, up to 32
+// of 2^22 ids in all, with the list's number above the bits of its ids: launches are what short
+// ones cost.
 //
-// start: each entry by a search of the sorted ids; the threads of a warp share most steps of it.
-// That writes 4 bytes per bucket at full width however the ids are spread.
+// starts: each entry by a search of the sorted ids; the threads of a warp share most steps of it.
+// That writes 4 bytes per bucket at full width however the ids are spread. 32 lists in a launch.
 #include <algorithm>
 #include <bit>
 #include <climits>
+#include <utility>
+#include <vector>
 
 #include "plan/device_sort.h"
 
@@ -32,6 +36,8 @@ constexpr int kThreads = 256;
 constexpr int kEach = 4;
 constexpr int kModes = 32;
 constexpr int kEntries = 4096;  // of a tile
+constexpr int kLists = 32;      // in a launch
+constexpr int64_t kTogether = int64_t{1} << 22;
 
 struct Columns {
   const int64_t* indices;
@@ -71,37 +77,65 @@ __global__ void __launch_bounds__(kThreads) columns(__grid_constant__ const Colu
   }
 }
 
+struct List {
+  const int32_t* ids;
+  int64_t n, from;  // from: of its keys
+  uint32_t prefix;  // of its keys, above the bits of ids
+};
+
+struct Lists {
+  List at[kLists];
+};
+
 __global__ void __launch_bounds__(kThreads)
-    number(const int32_t* ids, int64_t n, uint32_t* keys, int32_t* positions) {
+    number(__grid_constant__ const Lists lists, uint32_t* keys, int32_t* positions) {
+  const List& list = lists.at[blockIdx.y];
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
     const int64_t i =
         static_cast<int64_t>(blockIdx.x) * (kThreads * kEach) + j * kThreads + threadIdx.x;
-    if (i >= n) continue;
-    keys[i] = static_cast<uint32_t>(ids[i]);
-    positions[i] = static_cast<int32_t>(i);
+    if (i >= list.n) continue;
+    keys[list.from + i] = list.prefix | static_cast<uint32_t>(list.ids[i]);
+    positions[list.from + i] = static_cast<int32_t>(i);
   }
 }
 
+struct Search {
+  const uint32_t* sorted;
+  int64_t n, buckets;
+  int32_t* start;
+  uint32_t prefix;
+};
+
+struct Searches {
+  Search at[kLists];
+};
+
 // start[k]: the first position whose id is k or more.
-__global__ void __launch_bounds__(kThreads)
-    starts(const uint32_t* sorted, int64_t n, int64_t buckets, int32_t* start) {
+__global__ void __launch_bounds__(kThreads) starts(__grid_constant__ const Searches searches) {
+  const Search& s = searches.at[blockIdx.y];
   const int64_t k = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (k > buckets) return;
+  if (k > s.buckets) return;
+  const int64_t key = s.prefix + k;
   int64_t at = 0;
-  for (int64_t left = n; left > 0;) {
+  for (int64_t left = s.n; left > 0;) {
     const int64_t half = left / 2;
-    if (sorted[at + half] < k) {
+    if (s.sorted[at + half] < key) {
       at += half + 1;
       left -= half + 1;
     } else {
       left = half;
     }
   }
-  start[k] = static_cast<int32_t>(at);
+  s.start[k] = static_cast<int32_t>(at);
 }
 
 unsigned blocks(int64_t n, int64_t each) { return static_cast<unsigned>((n + each - 1) / each); }
+
+// Of the numbers 0 .. n - 1.
+int bits_below(int64_t n) {
+  return n > 1 ? static_cast<int>(std::bit_width(static_cast<uint64_t>(n - 1))) : 0;
+}
 
 Tensor plan_columns(const Tensor& indices, const std::vector<int64_t>& dims, const Tensor& bad) {
   const auto order = static_cast<int64_t>(dims.size());
@@ -129,7 +163,7 @@ Tensor plan_columns(const Tensor& indices, const std::vector<int64_t>& dims, con
     c.out = static_cast<int32_t*>(out.mutable_data_ptr()) + m * n;
     c.bad = static_cast<int*>(bad.mutable_data_ptr()) + m;
     c.modes = static_cast<int>(std::min<int64_t>(order - m, kModes));
-    c.log_modes = std::bit_width(static_cast<unsigned>(c.modes - 1));
+    c.log_modes = bits_below(c.modes);
     for (int i = 0; i < c.modes; ++i) c.dims[i] = static_cast<int>(dims[m + i]);
     const int wide = 1 << c.log_modes;
     launch<columns>("columns", current, blocks(n, kEntries / wide), kThreads,
@@ -138,38 +172,93 @@ Tensor plan_columns(const Tensor& indices, const std::vector<int64_t>& dims, con
   return out;
 }
 
-void check_ids(const char* op, const Tensor& ids, int64_t buckets) {
-  check(on_device(ids) && ids.scalar_type() == ScalarType::Int && ids.dim() == 1 &&
-            ids.is_contiguous() && ids.size(0) <= INT32_MAX && buckets >= 0 && buckets <= INT32_MAX,
-        op, ": expected contiguous ids Int [n] and fewer than 2^31 of them and of buckets, got ",
-        describe(ids), " and ", buckets);
+void check_ids(const char* op, const std::vector<Tensor>& ids,
+               const std::vector<int64_t>& buckets) {
+  check(!ids.empty() && ids.size() == buckets.size(), op,
+        ": expected as many lists of ids as numbers of buckets, and at least one, got ", ids.size(),
+        " and ", buckets.size());
+  for (std::size_t i = 0; i < ids.size(); ++i)
+    check(on_device(ids[i]) && ids[i].scalar_type() == ScalarType::Int && ids[i].dim() == 1 &&
+              ids[i].is_contiguous() && ids[i].size(0) <= INT32_MAX && buckets[i] >= 0 &&
+              buckets[i] <= INT32_MAX,
+          op, ": expected contiguous ids Int [n] and fewer than 2^31 of them and of buckets, got ",
+          describe(ids[i]), " and ", buckets[i]);
 }
 
-Tensor starts_of(const Current& current, const Tensor& like, const void* sorted, int64_t n,
-                 int64_t buckets) {
-  Tensor start = device_tensor(current, like, {buckets + 1}, ScalarType::Int);
-  launch<starts>("starts", current, blocks(buckets + 1, kThreads), kThreads, 0,
-                 static_cast<const uint32_t*>(sorted), n, buckets,
-                 static_cast<int32_t*>(start.mutable_data_ptr()));
-  return start;
+// Appends each search's start to `out`.
+void search(const Current& current, const Tensor& like, std::vector<Search> searches,
+            std::vector<Tensor>& out) {
+  int64_t entries = 0;
+  for (const Search& s : searches) entries += s.buckets + 1;
+  Tensor all = device_tensor(current, like, {entries}, ScalarType::Int);
+  int64_t from = 0;
+  for (Search& s : searches) {
+    s.start = static_cast<int32_t*>(all.mutable_data_ptr()) + from;
+    out.push_back(torch::stable::narrow(all, 0, from, s.buckets + 1));
+    from += s.buckets + 1;
+  }
+  for (std::size_t begin = 0; begin < searches.size(); begin += kLists) {
+    const auto count = std::min<std::size_t>(searches.size() - begin, kLists);
+    Searches these{};
+    std::copy_n(searches.begin() + begin, count, these.at);
+    int64_t most = 0;
+    for (std::size_t i = 0; i < count; ++i) most = std::max(most, these.at[i].buckets);
+    launch<starts>("starts", current, dim3(blocks(most + 1, kThreads), count), kThreads, 0, these);
+  }
 }
 
-std::vector<Tensor> plan_group(const Tensor& ids, int64_t buckets) {
+std::vector<Tensor> plan_group(const std::vector<Tensor>& ids,
+                               const std::vector<int64_t>& buckets) {
   check_ids("plan_group", ids, buckets);
-  const Current current(ids);
-  const int64_t n = ids.size(0);
-  Sortable<uint32_t> sortable(current, ids, n);
-  launch<number>("number", current, blocks(n, kThreads * kEach), kThreads, 0,
-                 static_cast<const int32_t*>(ids.const_data_ptr()), n, sortable.keys(),
-                 sortable.values());
-  const auto last = static_cast<uint64_t>(std::max<int64_t>(buckets - 1, 0));
-  sort_pairs(current, ids, sortable, n, std::bit_width(last));
-  return {starts_of(current, ids, sortable.keys(), n, buckets), sortable.values_tensor()};
+  const Current current(ids[0]);
+  std::vector<Search> searches;
+  std::vector<Tensor> orders;
+  std::vector<Sortable<uint32_t>> sorted;  // alive until they have been searched
+  for (std::size_t begin = 0; begin < ids.size();) {
+    Lists these{};
+    unsigned count = 0;
+    int bits = 0;
+    int64_t n = 0, longest = 0;
+    for (std::size_t i = begin; i < ids.size() && count < kLists; ++i, ++count) {
+      const int64_t size = ids[i].size(0);
+      const int wide = std::max(bits, bits_below(buckets[i]));
+      if (count > 0 && (n + size > kTogether || wide + bits_below(count + 1) > 32)) break;
+      these.at[count] = {static_cast<const int32_t*>(ids[i].const_data_ptr()), size, n, 0};
+      bits = wide;
+      n += size;
+      longest = std::max(longest, size);
+    }
+    for (unsigned c = 1; c < count; ++c) these.at[c].prefix = c << bits;
+    Sortable<uint32_t>& sortable = sorted.emplace_back(current, ids[0], n);
+    launch<number>("number", current, dim3(blocks(longest, kThreads * kEach), count), kThreads, 0,
+                   these, sortable.keys(), sortable.values());
+    sort_pairs(current, ids[0], sortable, n, bits + bits_below(count));
+    Tensor values = sortable.values_tensor();
+    for (unsigned c = 0; c < count; ++c) {
+      const List& list = these.at[c];
+      searches.push_back(
+          {sortable.keys() + list.from, list.n, buckets[begin + c], nullptr, list.prefix});
+      orders.push_back(torch::stable::narrow(values, 0, list.from, list.n));
+    }
+    begin += count;
+  }
+  std::vector<Tensor> out;
+  search(current, ids[0], std::move(searches), out);
+  out.insert(out.end(), orders.begin(), orders.end());
+  return out;
 }
 
-Tensor plan_starts(const Tensor& ids, int64_t buckets) {
+std::vector<Tensor> plan_starts(const std::vector<Tensor>& ids,
+                                const std::vector<int64_t>& buckets) {
   check_ids("plan_starts", ids, buckets);
-  return starts_of(Current(ids), ids, ids.const_data_ptr(), ids.size(0), buckets);
+  const Current current(ids[0]);
+  std::vector<Search> searches;
+  for (std::size_t i = 0; i < ids.size(); ++i)
+    searches.push_back({static_cast<const uint32_t*>(ids[i].const_data_ptr()), ids[i].size(0),
+                        buckets[i], nullptr, 0});
+  std::vector<Tensor> out;
+  search(current, ids[0], std::move(searches), out);
+  return out;
 }
 
 }  // namespace
@@ -177,8 +266,8 @@ Tensor plan_starts(const Tensor& ids, int64_t buckets) {
 
 HTF_CUDA_LIBRARY(m) {
   m.def("plan_columns(Tensor indices, int[] dims, Tensor(a!) bad) -> Tensor");
-  m.def("plan_group(Tensor ids, int buckets) -> Tensor[]");
-  m.def("plan_starts(Tensor ids, int buckets) -> Tensor");
+  m.def("plan_group(Tensor[] ids, int[] buckets) -> Tensor[]");
+  m.def("plan_starts(Tensor[] ids, int[] buckets) -> Tensor[]");
 }
 HTF_CUDA_KERNELS(m) {
   m.impl("plan_columns", TORCH_BOX(&htf::gpu::plan_columns));

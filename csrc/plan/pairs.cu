@@ -1,10 +1,11 @@
-// plan_pairs: the distinct pairs (left_ids[i], right_ids[i]) of n samples, on the device.
+// plan_pairs: the distinct pairs (left_ids[i], right_ids[i]) of n samples, on the device, for many
+// pairs of lists.
 //
-//   plan_pairs(left_ids [n], left_rows, right_ids [n], right_rows, limit, counts, at)
-//     -> [ids [n], left [m], right [m]], all int32, m = min(limit, left_rows right_rows)
-//   counts[at] = the number of distinct pairs. Where it is at most the limit, so many entries of
-//   left and right are the pairs, sorted by (left, right), and ids is each sample's pair; else the
-//   three are not written. Ids are 0 .. rows - 1; that is for the caller to know.
+//   plan_pairs(left_ids [n] each, left_rows, right_ids [n] each, right_rows, limit, counts, at)
+//     -> for each ids [n], left [m], right [m], all int32, m = min(limit, left_rows right_rows)
+//   counts[at + i] = the number of distinct pairs. Where it is at most the limit, so many entries
+//   of left and right are the pairs, sorted by (left, right), and ids is each sample's pair; else
+//   the three are not written. Ids are 0 .. rows - 1; that is for the caller to know.
 //
 // Nothing waits for the device: pairs are counted there, the later kernels read the count and stop
 // where it is above the limit, and left and right have room for as many as there may be.
@@ -31,9 +32,10 @@
 // Per sample 32 bytes, 16 for each 8 bits of the sort, and 32 for a scattered sector: 128 for keys
 // of 32 bits, more than twice the table's. Keys of 64 bits: 80 bytes and 24 for each 8 bits.
 //
-// Launches: 4 and a memset of the table, or 3, a memset and CUB's (a histogram, a sum, one for each
-// 8 bits). Shared memory: 32 bytes, the sums of warps, or a table. No two kernels run at once;
-// within one, blocks meet in count's and heads' last block and in the bits they set with atomicOr.
+// Launches: 4 and a memset of the tables, for 32 requests together (blockIdx.y is the request); by
+// sorting, for each request 3, a memset and CUB's (a histogram, a sum, one for each 8 bits). Shared
+// memory: 32 bytes, the sums of warps, or a table. Kernels follow one another; within one, blocks
+// meet in count's and heads' last block and in the bits they set with atomicOr.
 #include <algorithm>
 #include <bit>
 
@@ -51,7 +53,9 @@ constexpr int kTile = kThreads * kHeads;
 constexpr unsigned kUnit = 96;  // cells
 constexpr int64_t kMostCells = int64_t{kUnit} << 21;
 constexpr int kFew = 2048;     // units of a table in shared memory
-constexpr int kAtOnce = 8192;  // samples that are worth a block with such a table
+constexpr int kAtOnce = 4096;  // samples that are worth a block with such a table
+constexpr int kProblems = 32;  // in a launch
+constexpr int64_t kMostWords = int64_t{1} << 26;  // of their tables, where there are several
 
 struct Samples {
   const int32_t* left;
@@ -71,6 +75,18 @@ struct Found {
   int32_t* ids;
   int32_t* left;
   int32_t* right;
+};
+
+struct Problem {
+  Samples samples;
+  Count count;
+  Found found;
+  uint32_t* table;
+  int units;
+};
+
+struct Problems {
+  Problem at[kProblems];
 };
 
 // The sum of x over the threads before this one; all is the whole block's.
@@ -94,12 +110,11 @@ __device__ __forceinline__ int sum_before(int x, int& all) {
   return before + sum - x;
 }
 
-// Every thread brings its number of pairs.
-__device__ __forceinline__ void count_tile(int mine, const Count& count) {
+// In the first `tiles` blocks; every thread brings its number of pairs.
+__device__ __forceinline__ void count_tile(int mine, const Count& count, int tiles) {
   int all;
   sum_before(mine, all);
   if (threadIdx.x == 0) count.tiles[blockIdx.x] = all;
-  const int tiles = static_cast<int>(gridDim.x);
   if (!last_to_arrive(count.arrived, tiles)) return;
   const int each = (tiles + kThreads - 1) / kThreads;
   const int begin = std::min(static_cast<int>(threadIdx.x) * each, tiles),
@@ -139,24 +154,28 @@ __device__ __forceinline__ uint32_t word_of(uint32_t cell) {
 
 __device__ __forceinline__ uint32_t bit_of(uint32_t cell) { return 1u << cell % kUnit % 32; }
 
-__global__ void __launch_bounds__(kThreads) mark(Samples samples, uint32_t* table) {
+__global__ void __launch_bounds__(kThreads) mark(__grid_constant__ const Problems problems) {
+  const Problem& p = problems.at[blockIdx.y];
   uint32_t cell[kEach], seen[kEach];
-  read_cells(samples, first_sample(), cell);
-#pragma unroll
-  for (int j = 0; j < kEach; ++j) seen[j] = cell[j] != ~0u ? __ldcg(table + word_of(cell[j])) : ~0u;
+  read_cells(p.samples, first_sample(), cell);
 #pragma unroll
   for (int j = 0; j < kEach; ++j)
-    if ((seen[j] & bit_of(cell[j])) == 0) atomicOr(table + word_of(cell[j]), bit_of(cell[j]));
+    seen[j] = cell[j] != ~0u ? __ldcg(p.table + word_of(cell[j])) : ~0u;
+#pragma unroll
+  for (int j = 0; j < kEach; ++j)
+    if ((seen[j] & bit_of(cell[j])) == 0) atomicOr(p.table + word_of(cell[j]), bit_of(cell[j]));
 }
 
-__global__ void __launch_bounds__(kThreads) mark_few(Samples samples, uint32_t* table, int words) {
+__global__ void __launch_bounds__(kThreads) mark_few(__grid_constant__ const Problems problems) {
+  const Problem& p = problems.at[blockIdx.y];
+  const int words = p.units * 4;
   uint32_t* mine = shared_memory<uint32_t>();  // [words]
   for (int w = threadIdx.x; w < words; w += kThreads) mine[w] = 0;
   __syncthreads();
   const int64_t stride = static_cast<int64_t>(gridDim.x) * (kThreads * kEach);
-  for (int64_t first = first_sample(); first < samples.n; first += stride) {
+  for (int64_t first = first_sample(); first < p.samples.n; first += stride) {
     uint32_t cell[kEach];
-    read_cells(samples, first, cell);
+    read_cells(p.samples, first, cell);
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
       if (cell[j] == ~0u) continue;
@@ -166,35 +185,42 @@ __global__ void __launch_bounds__(kThreads) mark_few(Samples samples, uint32_t* 
   }
   __syncthreads();
   for (int w = threadIdx.x; w < words; w += kThreads)
-    if ((mine[w] & ~__ldcg(table + w)) != 0) atomicOr(table + w, mine[w]);
+    if ((mine[w] & ~__ldcg(p.table + w)) != 0) atomicOr(p.table + w, mine[w]);
 }
 
-__device__ __forceinline__ uint4 read_unit(const uint4* table, int64_t unit, int64_t units) {
-  return unit < units ? table[unit] : make_uint4(0, 0, 0, 0);
+__device__ __forceinline__ const uint4* units_of(const Problem& p) {
+  return reinterpret_cast<const uint4*>(p.table);
+}
+
+__device__ __forceinline__ uint4 read_unit(const Problem& p, int unit) {
+  return unit < p.units ? units_of(p)[unit] : make_uint4(0, 0, 0, 0);
 }
 
 __device__ __forceinline__ int pairs_of(const uint4& unit) {
   return __popc(unit.x) + __popc(unit.y) + __popc(unit.z);
 }
 
-__global__ void __launch_bounds__(kThreads) count(const uint4* table, int64_t units, Count c) {
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  count_tile(pairs_of(read_unit(table, at, units)), c);
+__global__ void __launch_bounds__(kThreads) count(__grid_constant__ const Problems problems) {
+  const Problem& p = problems.at[blockIdx.y];
+  const int tile = blockIdx.x * kThreads, tiles = (p.units + kThreads - 1) / kThreads;
+  if (tile < p.units)
+    count_tile(pairs_of(read_unit(p, tile + static_cast<int>(threadIdx.x))), p.count, tiles);
 }
 
-__global__ void __launch_bounds__(kThreads)
-    number(uint4* table, int64_t units, Count c, uint32_t right_rows, Found found) {
-  if (c.too_many()) return;
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const uint4 unit = read_unit(table, at, units);
+__global__ void __launch_bounds__(kThreads) number(__grid_constant__ const Problems problems) {
+  const Problem& p = problems.at[blockIdx.y];
+  const int tile = blockIdx.x * kThreads, at = tile + static_cast<int>(threadIdx.x);
+  if (tile >= p.units || p.count.too_many()) return;
+  const uint4 unit = read_unit(p, at);
   int all;
-  int row = c.tiles[blockIdx.x] + sum_before(pairs_of(unit), all);
-  if (at < units) table[at] = make_uint4(unit.x, unit.y, unit.z, static_cast<uint32_t>(row));
+  int row = p.count.tiles[blockIdx.x] + sum_before(pairs_of(unit), all);
+  if (at < p.units) p.table[int64_t{4} * at + 3] = static_cast<uint32_t>(row);
+  const auto right_rows = static_cast<uint32_t>(p.samples.right_rows);
   const auto write = [&](uint32_t word, uint32_t first) {
     for (; word != 0; word &= word - 1, ++row) {
       const uint32_t cell = first + (__ffs(static_cast<int>(word)) - 1);
-      found.left[row] = static_cast<int32_t>(cell / right_rows);
-      found.right[row] = static_cast<int32_t>(cell % right_rows);
+      p.found.left[row] = static_cast<int32_t>(cell / right_rows);
+      p.found.right[row] = static_cast<int32_t>(cell % right_rows);
     }
   };
   const uint32_t first = static_cast<uint32_t>(at) * kUnit;
@@ -212,30 +238,31 @@ __device__ __forceinline__ int32_t row_of(uint32_t cell, const uint4& unit) {
          __popc(unit.z & (word == 2 ? below : 0));
 }
 
-__global__ void __launch_bounds__(kThreads)
-    find(Samples samples, const uint4* table, Count c, int32_t* ids) {
-  if (c.too_many()) return;
+__global__ void __launch_bounds__(kThreads) find(__grid_constant__ const Problems problems) {
+  const Problem& p = problems.at[blockIdx.y];
+  if (p.count.too_many()) return;
   uint32_t cell[kEach];
-  read_cells(samples, first_sample(), cell);
+  read_cells(p.samples, first_sample(), cell);
 #pragma unroll
   for (int j = 0; j < kEach; ++j)
     if (cell[j] != ~0u)
-      ids[first_sample() + j * kThreads] = row_of(cell[j], table[cell[j] / kUnit]);
+      p.found.ids[first_sample() + j * kThreads] = row_of(cell[j], units_of(p)[cell[j] / kUnit]);
 }
 
-__global__ void __launch_bounds__(kThreads)
-    find_few(Samples samples, const uint4* table, int units, Count c, int32_t* ids) {
-  if (c.too_many()) return;
+__global__ void __launch_bounds__(kThreads) find_few(__grid_constant__ const Problems problems) {
+  const Problem& p = problems.at[blockIdx.y];
+  if (p.count.too_many()) return;
   uint4* mine = shared_memory<uint4>();  // [units]
-  for (int u = threadIdx.x; u < units; u += kThreads) mine[u] = table[u];
+  for (int u = threadIdx.x; u < p.units; u += kThreads) mine[u] = units_of(p)[u];
   __syncthreads();
   const int64_t stride = static_cast<int64_t>(gridDim.x) * (kThreads * kEach);
-  for (int64_t first = first_sample(); first < samples.n; first += stride) {
+  for (int64_t first = first_sample(); first < p.samples.n; first += stride) {
     uint32_t cell[kEach];
-    read_cells(samples, first, cell);
+    read_cells(p.samples, first, cell);
 #pragma unroll
     for (int j = 0; j < kEach; ++j)
-      if (cell[j] != ~0u) ids[first + j * kThreads] = row_of(cell[j], mine[cell[j] / kUnit]);
+      if (cell[j] != ~0u)
+        p.found.ids[first + j * kThreads] = row_of(cell[j], mine[cell[j] / kUnit]);
   }
 }
 
@@ -264,7 +291,7 @@ __global__ void __launch_bounds__(kThreads) heads(const Key* keys, int64_t n, Co
   int mine = 0;
 #pragma unroll
   for (int j = 0; j < kHeads; ++j) mine += is_head(keys, first + j * kThreads, n);
-  count_tile(mine, c);
+  count_tile(mine, c, static_cast<int>(gridDim.x));
 }
 
 // A warp has kHeads * 32 keys in a row.
@@ -307,101 +334,136 @@ __global__ void __launch_bounds__(kThreads)
 
 unsigned blocks(int64_t n, int64_t each) { return static_cast<unsigned>((n + each - 1) / each); }
 
-// Room for a Count, its arrivals 0.
-Tensor count_room(const Current& current, const Tensor& like, unsigned tiles) {
-  Tensor room = device_tensor(current, like, {1 + int64_t{tiles}}, ScalarType::Int);
-  set_bytes(current, room.mutable_data_ptr(), 0, sizeof(int));
-  return room;
-}
-
-Count count_in(const Tensor& room, int* total, int64_t limit) {
-  int* p = static_cast<int*>(room.mutable_data_ptr());
-  return {p + 1, p, total, limit};
-}
-
-void by_table(const Current& current, const Tensor& like, const Samples& s, int64_t cells,
-              int* total, int64_t limit, const Found& found) {
-  const int64_t units = (cells + kUnit - 1) / kUnit;
-  const Tensor made = device_zeros(current, like, {units * 4}, ScalarType::Int);
-  uint32_t* words = static_cast<uint32_t*>(made.mutable_data_ptr());
-  uint4* table = reinterpret_cast<uint4*>(words);
-  const unsigned tiles = blocks(units, kThreads), all = blocks(s.n, kThreads * kEach);
-  const Tensor room = count_room(current, like, tiles);
-  const Count c = count_in(room, total, limit);
-  const auto few = static_cast<int>(std::min<int64_t>(units, kFew + 1));
-  const std::size_t bytes = few * sizeof(uint4);
-  // Four blocks of 32 KB are in a multiprocessor at once.
-  const unsigned at_once =
-      std::min(blocks(s.n, kAtOnce), static_cast<unsigned>(4 * current.device().processors));
-  if (few <= kFew) {
-    launch<mark_few>("mark_few", current, at_once, kThreads, bytes, s, words, few * 4);
-  } else {
-    launch<mark>("mark", current, all, kThreads, 0, s, words);
-  }
-  launch<count>("count", current, tiles, kThreads, kScan, table, units, c);
-  launch<number>("number", current, tiles, kThreads, kScan, table, units, c,
-                 static_cast<uint32_t>(s.right_rows), found);
-  if (few <= kFew) {
-    launch<find_few>("find_few", current, at_once, kThreads, bytes, s, table, few, c, found.ids);
-  } else {
-    launch<find>("find", current, all, kThreads, 0, s, table, c, found.ids);
+// Problems whose tables all fit, or all do not fit, in shared memory.
+void by_table(const Current& current, const Tensor& like, const std::vector<Problem>& problems,
+              bool few) {
+  for (std::size_t begin = 0; begin < problems.size();) {
+    Problems these{};
+    int count_of = 0, units = 0;
+    int64_t words = 0, tiles = 0;
+    for (; begin < problems.size() && count_of < kProblems; ++begin, ++count_of) {
+      const Problem& next = problems[begin];
+      if (count_of > 0 && words + int64_t{4} * next.units > kMostWords) break;
+      these.at[count_of] = next;
+      words += int64_t{4} * next.units;
+      tiles += blocks(next.units, kThreads);
+      units = std::max(units, next.units);
+    }
+    const Tensor room = device_zeros(current, like, {words + tiles + count_of}, ScalarType::Int);
+    auto* table = static_cast<uint32_t*>(room.mutable_data_ptr());
+    int* counts = static_cast<int*>(room.mutable_data_ptr()) + words;
+    for (int i = 0; i < count_of; ++i) {
+      Problem& p = these.at[i];
+      p.table = table;
+      p.count.arrived = counts;
+      p.count.tiles = counts + 1;
+      table += int64_t{4} * p.units;
+      counts += 1 + blocks(p.units, kThreads);
+    }
+    const auto y = static_cast<unsigned>(count_of);
+    const dim3 tiled(blocks(units, kThreads), y);
+    const int64_t n = these.at[0].samples.n;
+    if (few) {
+      // Four blocks of 32 KB are in a multiprocessor at once.
+      const unsigned at_once = std::max(4u * current.device().processors / y, 1u);
+      const dim3 grid(std::min(blocks(n, kAtOnce), at_once), y);
+      const std::size_t bytes = units * sizeof(uint4);
+      launch<mark_few>("mark_few", current, grid, kThreads, bytes, these);
+      launch<count>("count", current, tiled, kThreads, kScan, these);
+      launch<number>("number", current, tiled, kThreads, kScan, these);
+      launch<find_few>("find_few", current, grid, kThreads, bytes, these);
+    } else {
+      const dim3 grid(blocks(n, kThreads * kEach), y);
+      launch<mark>("mark", current, grid, kThreads, 0, these);
+      launch<count>("count", current, tiled, kThreads, kScan, these);
+      launch<number>("number", current, tiled, kThreads, kScan, these);
+      launch<find>("find", current, grid, kThreads, 0, these);
+    }
   }
 }
 
 template <class Key>
-void by_sorting(const Current& current, const Tensor& like, const Samples& s, int64_t cells,
-                int* total, int64_t limit, const Found& found) {
-  Sortable<Key> sortable(current, like, s.n);
-  launch<pack<Key>>("pack", current, blocks(s.n, kThreads * kEach), kThreads, 0, s, sortable.keys(),
-                    sortable.values());
-  sort_pairs(current, like, sortable, s.n, std::bit_width(static_cast<uint64_t>(cells - 1)));
-  const unsigned tiles = blocks(s.n, kTile);
-  const Tensor room = count_room(current, like, tiles);
-  const Count c = count_in(room, total, limit);
-  launch<heads<Key>>("heads", current, tiles, kThreads, kScan, sortable.keys(), s.n, c);
+void by_sorting(const Current& current, const Tensor& like, const Problem& p, int64_t cells) {
+  const int64_t n = p.samples.n;
+  Sortable<Key> sortable(current, like, n);
+  launch<pack<Key>>("pack", current, blocks(n, kThreads * kEach), kThreads, 0, p.samples,
+                    sortable.keys(), sortable.values());
+  sort_pairs(current, like, sortable, n,
+             static_cast<int>(std::bit_width(static_cast<uint64_t>(cells - 1))));
+  const unsigned tiles = blocks(n, kTile);
+  const Tensor room = device_tensor(current, like, {1 + int64_t{tiles}}, ScalarType::Int);
+  int* counts = static_cast<int*>(room.mutable_data_ptr());
+  set_bytes(current, counts, 0, sizeof(int));
+  const Count c{counts + 1, counts, p.count.total, p.count.limit};
+  launch<heads<Key>>("heads", current, tiles, kThreads, kScan, sortable.keys(), n, c);
   launch<unpack<Key>>("unpack", current, tiles, kThreads, kScan, sortable.keys(), sortable.values(),
-                      s.n, c, static_cast<Key>(s.right_rows), found);
+                      n, c, static_cast<Key>(p.samples.right_rows), p.found);
 }
 
-std::vector<Tensor> plan_pairs(const Tensor& left, int64_t left_rows, const Tensor& right,
-                               int64_t right_rows, int64_t limit, const Tensor& counts,
-                               int64_t at) {
-  constexpr int64_t kMost = INT32_MAX;
+void check_pairs(const std::vector<Tensor>& left, const std::vector<int64_t>& left_rows,
+                 const std::vector<Tensor>& right, const std::vector<int64_t>& right_rows,
+                 int64_t limit, const Tensor& counts, int64_t at) {
+  const std::size_t requests = left.size();
+  check(requests > 0 && left_rows.size() == requests && right.size() == requests &&
+            right_rows.size() == requests,
+        "plan_pairs: expected as many ids as rows, left and right, and at least one, got ",
+        requests, ", ", left_rows.size(), ", ", right.size(), " and ", right_rows.size());
   const auto fits = [&](const Tensor& t) {
     return on_device(t) && t.scalar_type() == ScalarType::Int && t.dim() == 1 && t.is_contiguous();
   };
-  check(fits(left) && fits(right) && left.size(0) == right.size(0) && left.size(0) <= kMost,
-        "plan_pairs: ids must be contiguous Int [n], of fewer than 2^31 samples, got ",
-        describe(left), " and ", describe(right));
-  check(fits(counts) && at >= 0 && at < counts.size(0),
-        "plan_pairs: counts must be contiguous Int ", "with an entry ", at, ", got ",
-        describe(counts));
-  check(left_rows >= 1 && right_rows >= 1 && limit >= 0 && left_rows <= kMost &&
-            right_rows <= kMost && limit <= kMost,
-        "plan_pairs: rows and limit must be below 2^31, rows positive, got ", left_rows, ", ",
-        right_rows, " and ", limit);
-  const Current current(left);
-  const int64_t n = left.size(0), cells = left_rows * right_rows, room = std::min(limit, cells);
+  for (std::size_t i = 0; i < requests; ++i) {
+    check(fits(left[i]) && fits(right[i]) && left[i].size(0) == left[0].size(0) &&
+              right[i].size(0) == left[0].size(0) && left[0].size(0) <= INT32_MAX,
+          "plan_pairs: ids must be contiguous Int [n], of fewer than 2^31 samples, got ",
+          describe(left[i]), " and ", describe(right[i]));
+    const auto few = [](int64_t rows) { return rows >= 1 && rows <= INT32_MAX; };
+    check(few(left_rows[i]) && few(right_rows[i]) && limit >= 0 && limit <= INT32_MAX,
+          "plan_pairs: rows and limit must be below 2^31, rows positive, got ", left_rows[i], ", ",
+          right_rows[i], " and ", limit);
+  }
+  check(fits(counts) && at >= 0 && at + static_cast<int64_t>(requests) <= counts.size(0),
+        "plan_pairs: counts must be contiguous Int with ", requests, " entries from ", at,
+        " on, got ", describe(counts));
+}
+
+std::vector<Tensor> plan_pairs(const std::vector<Tensor>& left,
+                               const std::vector<int64_t>& left_rows,
+                               const std::vector<Tensor>& right,
+                               const std::vector<int64_t>& right_rows, int64_t limit,
+                               const Tensor& counts, int64_t at) {
+  check_pairs(left, left_rows, right, right_rows, limit, counts, at);
+  const Current current(counts);
+  const int64_t n = left[0].size(0);
   int* total = static_cast<int*>(counts.mutable_data_ptr()) + at;
+  std::vector<Tensor> out;
+  std::vector<Problem> few, many;
   const auto list = [&](int64_t size) {
-    return device_tensor(current, left, {size}, ScalarType::Int);
+    out.push_back(device_tensor(current, counts, {size}, ScalarType::Int));
+    return static_cast<int32_t*>(out.back().mutable_data_ptr());
   };
-  const std::vector<Tensor> out = {list(n), list(room), list(room)};
-  if (n == 0) {
-    set_bytes(current, total, 0, sizeof(int));
-    return out;
+  for (std::size_t i = 0; i < left.size(); ++i) {
+    const int64_t cells = left_rows[i] * right_rows[i], room = std::min(limit, cells);
+    Problem p{};
+    p.samples = {static_cast<const int32_t*>(left[i].const_data_ptr()),
+                 static_cast<const int32_t*>(right[i].const_data_ptr()), n, right_rows[i]};
+    p.count.total = total + i;
+    p.count.limit = limit;
+    p.found.ids = list(n);
+    p.found.left = list(room);
+    p.found.right = list(room);
+    if (n == 0) {
+      set_bytes(current, p.count.total, 0, sizeof(int));
+    } else if (cells <= std::min(64 * n + (1 << 20), kMostCells)) {
+      p.units = static_cast<int>((cells + kUnit - 1) / kUnit);
+      (p.units <= kFew ? few : many).push_back(p);
+    } else if (cells <= int64_t{1} << 32) {
+      by_sorting<uint32_t>(current, counts, p, cells);
+    } else {
+      by_sorting<uint64_t>(current, counts, p, cells);
+    }
   }
-  const auto ints = [](const Tensor& t) { return static_cast<int32_t*>(t.mutable_data_ptr()); };
-  const Samples s{static_cast<const int32_t*>(left.const_data_ptr()),
-                  static_cast<const int32_t*>(right.const_data_ptr()), n, right_rows};
-  const Found found{ints(out[0]), ints(out[1]), ints(out[2])};
-  if (cells <= std::min(64 * n + (1 << 20), kMostCells)) {
-    by_table(current, left, s, cells, total, limit, found);
-  } else if (cells <= int64_t{1} << 32) {
-    by_sorting<uint32_t>(current, left, s, cells, total, limit, found);
-  } else {
-    by_sorting<uint64_t>(current, left, s, cells, total, limit, found);
-  }
+  by_table(current, counts, few, true);
+  by_table(current, counts, many, false);
   return out;
 }
 
@@ -410,7 +472,7 @@ std::vector<Tensor> plan_pairs(const Tensor& left, int64_t left_rows, const Tens
 
 HTF_CUDA_LIBRARY(m) {
   m.def(
-      "plan_pairs(Tensor left_ids, int left_rows, Tensor right_ids, int right_rows, int limit, "
-      "Tensor(a!) counts, int at) -> Tensor[]");
+      "plan_pairs(Tensor[] left_ids, int[] left_rows, Tensor[] right_ids, int[] right_rows, int "
+      "limit, Tensor(a!) counts, int at) -> Tensor[]");
 }
 HTF_CUDA_KERNELS(m) { m.impl("plan_pairs", TORCH_BOX(&htf::gpu::plan_pairs)); }

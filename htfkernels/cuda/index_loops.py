@@ -10,13 +10,12 @@ height's nodes, fewer where combining ends early. Whether indices are in range c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from htfkernels.cuda import module
-from htfkernels.index_build import Request
+from htfkernels.index_build import Pairs, Request
 from htfkernels.layout import Layout
 
 __all__ = ["OnDevice"]
@@ -28,7 +27,8 @@ class OnDevice:
     """The loops of the CUDA module, on int32 tensors on the indices' device.
 
     Memory while a plan is built, beside the plan's own: 4 bytes for each index, and for each pair
-    of operands of a height up to 8 bytes per sample.
+    of operands of a height up to 8 bytes per sample; tables of up to 256 MB; where pairs are
+    sorted, 24 bytes per sample.
 
     Attributes:
         waits: how often the host has waited for the device.
@@ -53,24 +53,32 @@ class OnDevice:
     def column(self, mode: int) -> Tensor:
         return self.columns.pop(mode)
 
-    def distinct_pairs(self, requests: Sequence[Request], limit: int) -> list[Any]:
+    def distinct_pairs(self, requests: Sequence[Request], limit: int) -> list[Pairs | None]:
         modes = len(self.dims)
-        found = [
-            module.call("plan_pairs", *request, limit, self.status, modes + i)
-            for i, request in enumerate(requests)
-        ]
+        left, left_rows, right, right_rows = map(list, zip(*requests, strict=True))
+        lists = module.call(
+            "plan_pairs", left, left_rows, right, right_rows, limit, self.status, modes
+        )
         counts = self.wait()[modes:]
-        return [
-            (ids, left[:rows], right[:rows]) if rows <= limit else None
-            for (ids, left, right), rows in zip(found, counts, strict=False)
-        ]
+        found = []
+        for i in range(len(requests)):
+            ids, left_ids, right_ids = lists[3 * i : 3 * i + 3]
+            if (rows := counts[i]) <= limit:
+                found.append((i, ids, left_ids[:rows], right_ids[:rows]))
+        answers: list[Pairs | None] = [None] * len(requests)
+        if not found:
+            return answers
+        which, all_ids, all_left, all_right = zip(*found, strict=True)
+        starts = module.call("plan_starts", list(all_left), [left_rows[i] for i in which])
+        grouped = module.call("plan_group", list(all_right), [right_rows[i] for i in which])
+        parts = (all_ids, all_left, all_right, starts, grouped[: len(which)], grouped[len(which) :])
+        for i, *of_pair in zip(which, *parts, strict=True):
+            answers[i] = Pairs(*of_pair)
+        return answers
 
     def group(self, ids: Tensor, buckets: int) -> tuple[Tensor, Tensor]:
-        start, order = module.call("plan_group", ids, buckets)
+        start, order = module.call("plan_group", [ids], [buckets])
         return start, order
-
-    def starts(self, ids: Tensor, buckets: int) -> Tensor:
-        return module.call("plan_starts", ids, buckets)
 
     def joined(self, pieces: list[Tensor]) -> Tensor:
         if not self.checked:
