@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "plan": {"dispatch", "layout"},
     "memory": {"_C"},
     "index_build": {"_plan", "layout"},
-    "index_plan": {"index_build", "layout", "tree", "tree_checks"},
+    "index_plan": {"cuda.*", "dispatch", "index_build", "layout", "tree", "tree_checks"},
     "exponents": set(),
     "ops": set(),
     "ops.library": {"_C", "precision"},
