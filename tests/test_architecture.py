@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "tree": {"tree_checks"},
     "layout": {"tree", "tree_checks"},
     "dispatch": {"_C", "cuda.*", "layout", "ops.library"},
-    "plan": {"dispatch", "layout"},
+    "plan": {"dispatch", "layout", "precision"},
     "memory": {"_C"},
     "index_build": {"_plan", "layout"},
     "index_plan": {"cuda.*", "dispatch", "index_build", "layout", "tree", "tree_checks"},
