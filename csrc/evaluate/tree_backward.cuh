@@ -16,6 +16,10 @@
 // Nobody waits for another block. Every product of messages without one factor is computed as such:
 // nothing is divided.
 //
+// With indices in place of x a leaf's gradient is formed by the same product, x being zeros and
+// ones that are written to shared memory: deterministic without sorting, and cheap where D is
+// small.
+//
 // A weight's gradient is added up over a split's tiles, in their order, in the split's own part of
 // `partials` [splits, numbers], and sum_partials adds the splits' in theirs, and those of nodes
 // that share a weight. That is a second launch, with a thread for every weight: the blocks of a
@@ -39,7 +43,8 @@ struct Backward {
   Sizes sizes;
   const int* table;
   const void* grad;
-  const void* x;
+  const void* x;             // or
+  const long long* indices;  // [B, N]
   const void* messages;
   void* grad_x;
   void* grad_weights;  // where partials is null
@@ -174,13 +179,13 @@ __device__ __forceinline__ void to_children(Numbers<Value> g, int count, Place p
 }
 
 // How many blocks a multiprocessor should have room for: 2 leave 128 registers for a thread.
-template <Math M, int Rows>
+template <Math M, class Stored, int Rows>
 constexpr int backward_blocks() {
-  return Rows == 32 ? 1 : 2;
+  return sizeof(Stored) == 8 || (M == Math::fma && Rows == 32) ? 1 : 2;
 }
 
 template <Math M, class Stored, int Rows>
-__global__ void __launch_bounds__(kThreads, backward_blocks<M, Rows>())
+__global__ void __launch_bounds__(kThreads, backward_blocks<M, Stored, Rows>())
     backward_kernel(const __grid_constant__ Backward p) {
   using Value = ValueOf<Stored>;
   constexpr int kBackwardStages = kStages<Stored, false>;
@@ -199,18 +204,29 @@ __global__ void __launch_bounds__(kThreads, backward_blocks<M, Rows>())
     return static_cast<int>(left < Rows ? left : Rows);
   };
 
+  const bool indexed = p.indices != nullptr;
   int next_tile = first_tile, next_step = 0, next_chunk = 0, next_stage = 0;
   const auto fetch = [&] {
     if (next_tile < end_tile && block.steps > 0) {
       const int* step = block.step(next_step);
-      const bool up = step[kKind] == kUp;
-      if (step[kGroup] >= 0 && (up || (step[kFlags] & kOperandGradient) != 0))
+      const bool up = step[kKind] == kUp, by_index = indexed && step[kVectors] >= 0;
+      if (by_index) {
+        const long long row = static_cast<long long>(next_tile) * Rows;
+        const Indices indices{p.indices + row * sizes.x_width, sizes.x_width, rows_of(next_tile)};
+        Stored* to = block.vectors(next_stage);
+        if (up) {
+          stage_rows<Stored, Rows>(to, sizes.ld_vectors, p.weights, step, indices);
+        } else {
+          stage_ones<Stored, Rows>(to, sizes.ld_vectors, step, next_chunk, indices);
+        }
+      }
+      if (step[kGroup] >= 0 && !by_index && (up || (step[kFlags] & kOperandGradient) != 0))
         stage_weights(block.weights(next_stage), sizes.ld_weights, p.weights, step, next_chunk);
-      if (step[kVectors] >= 0 && (up || (step[kFlags] & kWeightGradient) != 0))
+      if (step[kVectors] >= 0 && !by_index && (up || (step[kFlags] & kWeightGradient) != 0))
         stage_vectors<Stored, Rows>(block.vectors(next_stage), sizes.ld_vectors, x, sizes.x_width,
                                     static_cast<long long>(next_tile) * Rows, rows_of(next_tile),
                                     step, next_chunk);
-      if (++next_chunk == chunks_of(step)) ++next_step, next_chunk = 0;
+      if (++next_chunk == chunks_of(step, by_index && up)) ++next_step, next_chunk = 0;
       if (next_step == block.steps) ++next_tile, next_step = 0;
       next_stage = next_stage + 1 == kBackwardStages ? 0 : next_stage + 1;
     }
@@ -258,7 +274,13 @@ __global__ void __launch_bounds__(kThreads, backward_blocks<M, Rows>())
       });
     if (!leaf || (flags & kLoadGradient) != 0) __syncthreads();
 
-    if (kind == kUp) {
+    const bool row_of_weight = kind == kUp && leaf && indexed;
+    if (row_of_weight) {
+      Value* to = block.slot(step[kTarget]);
+      for_each<Rows>(wide, [&](int row, int col) {
+        to[row * ld + col] = static_cast<Value>(vectors[row * sizes.ld_vectors + col]);
+      });
+    } else if (kind == kUp) {
       Product<M, Stored, Rows, false> product;
       product.clear();
       const Value* source = count > 1 ? operand : block.slot(leaf ? 0 : list[0]);
@@ -330,7 +352,7 @@ __global__ void __launch_bounds__(kThreads, backward_blocks<M, Rows>())
       }
     }
     at_stage = at_stage + 1 == kBackwardStages ? 0 : at_stage + 1;
-    if (++chunk == chunks_of(step)) ++s, chunk = 0;
+    if (++chunk == chunks_of(step, row_of_weight)) ++s, chunk = 0;
     if (s == block.steps) ++tile, s = 0;
   }
 }

@@ -13,6 +13,8 @@
 // rows of a fragment are in different banks.
 #pragma once
 
+#undef NDEBUG  // indices are asserted to be in range
+#include <cassert>
 #include <vector>
 
 #include "cuda/launch.h"
@@ -30,7 +32,7 @@ enum Field {
   kWeight,   // first row of the weight in its group's [count * rows, cols]
   kRows,     // of the weight
   kCols,     // of the weight
-  kVectors,  // leaf: first column of its vectors; interior: -1
+  kVectors,  // leaf: first column of its vectors, or its mode; interior: -1
   kSource,   // slot of the operand (forward), of the message's cotangent (backward)
   kTarget,   // slot of what is computed; -1: global memory
   kKind,     // forward: whether its message is the first of its parent's product; backward: Kind
@@ -153,8 +155,9 @@ __device__ __forceinline__ void stage(T* to, int ld, const T* from, long long st
   }
 }
 
-__device__ __forceinline__ int chunks_of(const int* step) {
-  return (step[kRows] + kSide - 1) / kSide;
+// A leaf whose message is a row of its weight has that for one chunk.
+__device__ __forceinline__ int chunks_of(const int* step, bool row) {
+  return row ? 1 : (step[kRows] + kSide - 1) / kSide;
 }
 __device__ __forceinline__ int rows_of_chunk(const int* step, int chunk) {
   const int left = step[kRows] - chunk * kSide;
@@ -176,6 +179,56 @@ __device__ __forceinline__ void stage_vectors(Stored* to, int ld, const Stored* 
                                               int chunk) {
   const Stored* from = x + first_row * stride + step[kVectors] + chunk * kSide;
   stage(to, ld, from, stride, rows, rows_of_chunk(step, chunk), Rows);
+}
+
+// Leaves by index: which rows of their weights.
+struct Indices {
+  const long long* of;  // [B, N] from the tile's first row on, null where there are vectors
+  long long order;
+  int rows;  // of the tile, in the batch
+
+  // -1 past the batch. An index out of range must not be followed.
+  __device__ __forceinline__ int operator()(int row, const int* step) const {
+    if (row >= rows) return -1;
+    const long long i = __ldg(of + row * order + step[kVectors]);
+    const bool inside = i >= 0 && i < step[kRows];
+#ifndef HTF_EMULATE
+    assert(inside && "evaluate_at: an index is out of range");
+#endif
+    return inside ? static_cast<int>(i) : -1;
+  }
+};
+
+// Starts copying the leaf's messages [Rows, cols], zeros past the batch.
+template <class Stored, int Rows>
+__device__ __forceinline__ void stage_rows(Stored* to, int ld, const Weights& weights,
+                                           const int* step, const Indices& indices) {
+  const int cols = step[kCols];
+  const Stored* from = static_cast<const Stored*>(weights.of[step[kGroup]]) +
+                       static_cast<long long>(step[kWeight]) * cols;
+  for (int r = threadIdx.x / 16; r < Rows; r += kThreads / 16) {
+    const int i = indices(r, step);
+    for (int c = threadIdx.x % 16; c < padded(cols); c += 16) {
+      const bool there = i >= 0 && c < cols;
+      const Stored* place = there ? from + static_cast<long long>(i) * cols + c : from;
+      if constexpr (sizeof(Stored) >= 4) {
+        copy_async<sizeof(Stored)>(to + r * ld + c, place, there);
+      } else {
+        to[r * ld + c] = there ? *place : Stored(0.0f);
+      }
+    }
+  }
+}
+
+// A chunk of the vectors that indices stand for: zeros, and a one.
+template <class Stored, int Rows>
+__device__ __forceinline__ void stage_ones(Stored* to, int ld, const int* step, int chunk,
+                                           const Indices& indices) {
+  for (int r = threadIdx.x / 16; r < Rows; r += kThreads / 16) {
+    const int i = indices(r, step);
+    for (int c = threadIdx.x % 16; c < padded(rows_of_chunk(step, chunk)); c += 16)
+      to[r * ld + c] = Stored(i == chunk * kSide + c ? 1.0f : 0.0f);
+  }
 }
 
 // f(row, col) for every place of a tile, the same thread for equal places.
