@@ -255,14 +255,14 @@ __global__ void __launch_bounds__(kThreads, backward_blocks<M, Stored, Rows>())
 
     if ((flags & kLoadGradient) != 0 && chunk == 0) {
       const Stored* from = static_cast<const Stored*>(p.grad) + first_row * p.outputs;
-      for_each<Rows>(wide, [&](int row, int col) {
+      for_each<Rows>(wide, [&](int row, int col, int) {
         const bool there = row < rows && col < p.outputs;
         g[row * ld + col] = there ? static_cast<Value>(from[row * p.outputs + col]) : Value(0);
       });
     }
     // The product of the children's messages: those in shared memory, or on the path others'.
     if (!leaf && (kind == kUp ? count > 1 : (flags & kWeightGradient) != 0))
-      for_each<Rows>(tall, [&](int row, int col) {
+      for_each<Rows>(tall, [&](int row, int col, int) {
         Value v = 0;
         if (kind != kPath) {
           v = 1;
@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(kThreads, backward_blocks<M, Stored, Rows>())
     const bool row_of_weight = kind == kUp && leaf && indexed;
     if (row_of_weight) {
       Value* to = block.slot(step[kTarget]);
-      for_each<Rows>(wide, [&](int row, int col) {
+      for_each<Rows>(wide, [&](int row, int col, int) {
         to[row * ld + col] = static_cast<Value>(vectors[row * sizes.ld_vectors + col]);
       });
     } else if (kind == kUp) {
@@ -313,6 +313,21 @@ __global__ void __launch_bounds__(kThreads, backward_blocks<M, Stored, Rows>())
         }
       }
       if ((flags & kOperandGradient) != 0) {
+        // The siblings' messages are under way during the product.
+        Value others[Rows / kRowsAtATime];
+        if (kind == kPath) {
+          const Value* sibling = messages + list[count == 2 ? 1 - step[kOnPath] : 0] * sizes.batch;
+          for_each<Rows>(tall, [&](int row, int col, int i) {
+            const long long at = (first_row + row) * depth + col;
+            const bool there = row < rows && col < depth;
+            if (count == 2) {
+              others[i] = there ? __ldcg(sibling + at) : Value(0);
+            } else {
+              others[i] = there ? product_at(messages, sizes.batch, list, count, step[kOnPath], at)
+                                : Value(0);
+            }
+          });
+        }
         if (step[kGroup] >= 0) {
           Product<M, Stored, Rows, true> product;
           product.clear();
@@ -326,28 +341,24 @@ __global__ void __launch_bounds__(kThreads, backward_blocks<M, Stored, Rows>())
             product.finish(tall, block.scratch, SlotSink<Value>{cotangent, ld, true});
           }
         } else {  // of a sum: the same for every column
-          for_each<Rows>(tall, [&](int row, int col) {
+          for_each<Rows>(tall, [&](int row, int col, int) {
             cotangent[row * ld + col] = col < depth ? g[row * ld] : Value(0);
           });
         }
         if (!leaf) {
           __syncthreads();
-          for_vectors<Rows>(tall, [&](int row, int col) {
-            const int at = row * ld + col;
-            Numbers<Value> v = load<kVector>(cotangent + at);
-            if (kind == kDown) {
-              to_children(v, count, [&](int c) { return block.slot(list[c]) + at; });
-              return;
-            }
-            // One level further down the path, in place of this node's cotangent.
-#pragma unroll
-            for (int i = 0; i < kVector; ++i)
-              v.x[i] = row < rows && col + i < depth
-                           ? v.x[i] * product_at(messages, sizes.batch, list, count, step[kOnPath],
-                                                 (first_row + row) * depth + col + i)
-                           : Value(0);
-            store(g + at, v);
-          });
+          if (kind == kDown) {
+            for_vectors<Rows>(tall, [&](int row, int col) {
+              const int at = row * ld + col;
+              to_children(load<kVector>(cotangent + at), count,
+                          [&](int c) { return block.slot(list[c]) + at; });
+            });
+          } else {  // one level further down the path, in place of this node's cotangent
+            for_each<Rows>(tall, [&](int row, int col, int i) {
+              const int at = row * ld + col;
+              g[at] = cotangent[at] * others[i];
+            });
+          }
         }
       }
     }

@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, M == Math::fma && Rows == 32 ? 1 : 2
           copy_wait<0>();
           return;
         }
-        for_each<Rows>(padded(depth), [&](int row, int col) {
+        for_each<Rows>(padded(depth), [&](int row, int col, int) {
           const bool there = row < rows && col < depth;
           source[row * sizes.ld + col] =
               there ? product_at(static_cast<const Value*>(p.messages), sizes.batch,
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, M == Math::fma && Rows == 32 ? 1 : 2
         cols};
     if (row_of_weight) {
       const Stored* from = block.vectors(at_stage == 0 ? kForwardStages - 1 : at_stage - 1);
-      for_each<Rows>(padded(cols), [&](int row, int col) {
+      for_each<Rows>(padded(cols), [&](int row, int col, int) {
         sink(row, col, Pack<Value, 1>{{static_cast<Value>(from[row * sizes.ld_vectors + col])}});
       });
       continue;

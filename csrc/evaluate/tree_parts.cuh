@@ -231,13 +231,16 @@ __device__ __forceinline__ void stage_ones(Stored* to, int ld, const int* step, 
   }
 }
 
-// f(row, col) for every place of a tile, the same thread for equal places.
+// f(row, col, i) for every place of a tile, the same thread for equal places; i counts a thread's.
+constexpr int kRowsAtATime = kThreads / kSide;
+
 template <int Rows, class F>
 __device__ __forceinline__ void for_each(int width, F f) {
   const int col = threadIdx.x % kSide;
   if (col >= width) return;
 #pragma unroll
-  for (int row = threadIdx.x / kSide; row < Rows; row += kThreads / kSide) f(row, col);
+  for (int i = 0; i < Rows / kRowsAtATime; ++i)
+    f(static_cast<int>(threadIdx.x) / kSide + i * kRowsAtATime, col, i);
 }
 
 // The product of messages of other blocks at one place, in the list's order; `without` is left out.
