@@ -165,16 +165,19 @@ __device__ __forceinline__ void to_children(Numbers<Value> g, int count, Place p
   Numbers<Value> one;
 #pragma unroll
   for (int i = 0; i < kVector; ++i) one.x[i] = 1;
-  // Two children at a time; g has all that came before as factors.
-  for (int c = 0; c < count; c += 2) {
-    const bool both = c + 1 < count;
-    const auto a = load<kVector>(place(c));
-    const auto b = both ? load<kVector>(place(c + 1)) : one;
-    Numbers<Value> outside = g;
-    for (int after = c + 2; after < count; ++after) outside = outside * load<kVector>(place(after));
-    store(place(c), outside * b);
-    if (both) store(place(c + 1), outside * a);
-    g = g * (a * b);
+  // Four children at a time; g has all that came before as factors.
+  for (int c = 0; c < count; c += 4) {
+    Numbers<Value> outside = g, m[4];
+    for (int after = c + 4; after < count; ++after) outside = outside * load<kVector>(place(after));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) m[i] = c + i < count ? load<kVector>(place(c + i)) : one;
+    const auto low = m[0] * m[1], high = m[2] * m[3];
+    const auto left = outside * high, right = outside * low;
+    store(place(c), left * m[1]);
+    if (c + 1 < count) store(place(c + 1), left * m[0]);
+    if (c + 2 < count) store(place(c + 2), right * m[3]);
+    if (c + 3 < count) store(place(c + 3), right * m[2]);
+    g = g * (low * high);
   }
 }
 
@@ -261,17 +264,20 @@ __global__ void __launch_bounds__(kThreads, backward_blocks<M, Stored, Rows>())
       });
     }
     // The product of the children's messages: those in shared memory, or on the path others'.
-    if (!leaf && (kind == kUp ? count > 1 : (flags & kWeightGradient) != 0))
-      for_each<Rows>(tall, [&](int row, int col, int) {
-        Value v = 0;
-        if (kind != kPath) {
-          v = 1;
+    if (!leaf && (kind == kUp ? count > 1 : (flags & kWeightGradient) != 0)) {
+      Value product[Rows / kRowsAtATime];
+      if (kind == kPath)
+        products_of<Rows>(product, messages, sizes.batch, list, count, -1, first_row, rows, depth);
+      for_each<Rows>(tall, [&](int row, int col, int i) {
+        Value v = 1;
+        if (kind == kPath) {
+          v = product[i];
+        } else {
           for (int c = 0; c < count; ++c) v *= block.slot(list[c])[row * ld + col];
-        } else if (row < rows && col < depth) {
-          v = product_at(messages, sizes.batch, list, count, -1, (first_row + row) * depth + col);
         }
         operand[row * ld + col] = v;
       });
+    }
     if (!leaf || (flags & kLoadGradient) != 0) __syncthreads();
 
     const bool row_of_weight = kind == kUp && leaf && indexed;
@@ -315,19 +321,9 @@ __global__ void __launch_bounds__(kThreads, backward_blocks<M, Stored, Rows>())
       if ((flags & kOperandGradient) != 0) {
         // The siblings' messages are under way during the product.
         Value others[Rows / kRowsAtATime];
-        if (kind == kPath) {
-          const Value* sibling = messages + list[count == 2 ? 1 - step[kOnPath] : 0] * sizes.batch;
-          for_each<Rows>(tall, [&](int row, int col, int i) {
-            const long long at = (first_row + row) * depth + col;
-            const bool there = row < rows && col < depth;
-            if (count == 2) {
-              others[i] = there ? __ldcg(sibling + at) : Value(0);
-            } else {
-              others[i] = there ? product_at(messages, sizes.batch, list, count, step[kOnPath], at)
-                                : Value(0);
-            }
-          });
-        }
+        if (kind == kPath)
+          products_of<Rows>(others, messages, sizes.batch, list, count, step[kOnPath], first_row,
+                            rows, depth);
         if (step[kGroup] >= 0) {
           Product<M, Stored, Rows, true> product;
           product.clear();

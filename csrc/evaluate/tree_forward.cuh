@@ -131,14 +131,11 @@ __global__ void __launch_bounds__(kThreads, M == Math::fma && Rows == 32 ? 1 : 2
           copy_wait<0>();
           return;
         }
-        for_each<Rows>(padded(depth), [&](int row, int col, int) {
-          const bool there = row < rows && col < depth;
-          source[row * sizes.ld + col] =
-              there ? product_at(static_cast<const Value*>(p.messages), sizes.batch,
-                                 block.part + step[kList], step[kCount], -1,
-                                 (first_row + row) * depth + col)
-                    : Value(0);
-        });
+        Value operand[Rows / kRowsAtATime];
+        products_of<Rows>(operand, static_cast<const Value*>(p.messages), sizes.batch,
+                          block.part + step[kList], step[kCount], -1, first_row, rows, depth);
+        for_each<Rows>(padded(depth),
+                       [&](int row, int col, int i) { source[row * sizes.ld + col] = operand[i]; });
         __syncthreads();
       }
       if (step[kGroup] >= 0 && !row_of_weight) {

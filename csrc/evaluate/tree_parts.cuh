@@ -243,15 +243,33 @@ __device__ __forceinline__ void for_each(int width, F f) {
     f(static_cast<int>(threadIdx.x) / kSide + i * kRowsAtATime, col, i);
 }
 
-// The product of messages of other blocks at one place, in the list's order; `without` is left out.
-template <class Value>
-__device__ __forceinline__ Value product_at(const Value* messages, long long batch, const int* list,
-                                            int count, int without, long long at) {
-  Value product = 1;
-#pragma unroll 4
-  for (int c = 0; c < count; ++c)
-    if (c != without) product *= __ldcg(messages + list[c] * batch + at);
-  return product;
+// For this thread's places of a tile, as in for_each, the product of messages [B, depth] of other
+// blocks, in the list's order; `without` is left out, and zero is where there is nothing. The loads
+// of all places are under way together; that of a single message is not waited for.
+template <int Rows, class Value>
+__device__ __forceinline__ void products_of(Value (&product)[Rows / kRowsAtATime],
+                                            const Value* messages, long long batch, const int* list,
+                                            int count, int without, long long first_row, int rows,
+                                            int depth) {
+  const int col = threadIdx.x % kSide, top = threadIdx.x / kSide;
+  const long long at = (first_row + top) * depth + col;
+  const auto there = [&](int i) { return col < depth && top + i * kRowsAtATime < rows; };
+  if (count == 2 && without >= 0) {
+    const Value* from = messages + list[1 - without] * batch + at;
+#pragma unroll
+    for (int i = 0; i < Rows / kRowsAtATime; ++i)
+      product[i] = there(i) ? __ldcg(from + i * kRowsAtATime * depth) : Value(0);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < Rows / kRowsAtATime; ++i) product[i] = there(i) ? 1 : 0;
+#pragma unroll 2
+  for (int c = 0; c < count; ++c) {
+    const Value* from = messages + list[c] * batch + at;
+#pragma unroll
+    for (int i = 0; i < Rows / kRowsAtATime; ++i)
+      if (c != without && there(i)) product[i] *= __ldcg(from + i * kRowsAtATime * depth);
+  }
 }
 
 }  // namespace htf::gpu::tree
