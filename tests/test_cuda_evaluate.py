@@ -74,9 +74,9 @@ def roundings(case, precision):
     return 2 * len(case.tree.nodes) * 2.0**-11 if precision == "tf32" else None
 
 
-def check(case, dtype, precision):
+def check(case, dtype, precision, op="evaluate"):
     inputs = testing.make_inputs(case, dtype, ON)
-    function, arguments = testing.operation("evaluate", case, inputs)
+    function, arguments = testing.operation(op, case, inputs)
     outputs = (case.batch,) if case.layout.out_features == 1 else (case.batch, -1)
     cotangent = 1 + 0.5 * torch.randn(case.batch * case.layout.out_features)
     cotangent = cotangent.view(outputs).to(ON, dtype) if case.batch else None
@@ -155,20 +155,36 @@ def test_a_caterpillar_in_one_task_and_in_forty(choose):
         check(case, F32, "ieee")
 
 
+@each
+@pytest.mark.parametrize("rows", [1, 32])
+def test_leaves_by_index(dtype, precision, rows, choose):
+    choose(rows=rows, machine=Machine(8))
+    for case in (CASES["random6"], CASES["shared_mixed"], CASES["chain5_sum"], *MORE[:2]):
+        check(case, dtype, precision, "evaluate_at")
+
+
+@pytest.mark.parametrize("cut", range(0, 8, 2))
+def test_every_cut_of_leaves_by_index(cut, choose):
+    choose(cut=cut)
+    for case in (CASES["random7_outputs"], CASES["empty_batch"], CASES["dims_1_to_17"]):
+        check(case, F64, "ieee", "evaluate_at")
+
+
 @pytest.mark.skipif(not module.emulated(), reason="there are two orders only in an emulation")
 @each
+@pytest.mark.parametrize("op", ["evaluate", "evaluate_at"])
 @pytest.mark.parametrize("rows", [1, 16, 32])
-def test_the_order_of_threads_changes_nothing(dtype, precision, rows, choose):
+def test_the_order_of_threads_changes_nothing(dtype, precision, rows, op, choose):
     from htfkernels import _C_emulated
 
     choose(rows=rows, machine=Machine(4))
     for case in (CASES["random7_outputs"], CASES["shared_mixed"], MORE[1]):
         torch.manual_seed(0)
-        forward = check(case, dtype, precision)
+        forward = check(case, dtype, precision, op)
         _C_emulated.set_backward(True)
         try:
             torch.manual_seed(0)
-            backward = check(case, dtype, precision)
+            backward = check(case, dtype, precision, op)
         finally:
             _C_emulated.set_backward(False)
         assert all(torch.equal(a, b) for a, b in zip(forward, backward, strict=True))
@@ -235,7 +251,7 @@ def test_non_contiguous_and_unaligned_arguments():
 def test_counters_are_zero_again():
     layout = make(T.balanced(8), 3, 4)
     weights, x, _ = raw(layout, 70, F32)
-    made = tree_run.evaluation(layout.program, x, "ieee")
+    made = tree_run.evaluation(layout.program, x, x, "ieee")
     plan = made.forward(70, True)
     assert len(plan.geometry.cut.above) > 0
     counters = torch.zeros(plan.counters, dtype=torch.int32, device=ON)
@@ -259,7 +275,7 @@ def test_shared_memory_is_what_was_planned():
 def test_bad_arguments():
     layout = make(T.balanced(4), 3, 4)
     weights, x, _ = raw(layout, 5, F32)
-    made = tree_run.evaluation(layout.program, x, "ieee").forward(5, False)
+    made = tree_run.evaluation(layout.program, x, x, "ieee").forward(5, False)
     counters = torch.zeros(made.counters, dtype=torch.int32, device=ON)
 
     def run(weights=weights, x=x, table=made.table, sizes=made.sizes):

@@ -261,5 +261,12 @@ def test_limits(layout, dtype, sentence):
             raise ValueError(reason)
 
 
+def test_entries_of_long_modes_are_left_to_others():
+    layout = Layout.make(T.balanced(4), [3, 300, 3, 3], 8)
+    reason = limits.why_not("evaluate_at", layout, F64)
+    assert reason is not None and reason.endswith("at most 256, and this one has 300")
+    assert limits.why_not("evaluate_at", Layout.make(T.balanced(4), 256, 8), F64) is None
+
+
 def test_dtypes_without_a_layout():
     assert limits.why_not("evaluate", None, torch.bfloat16) is None

@@ -6,7 +6,8 @@
 //       after another in the weights' dtype, and of x; empty where not wanted
 //   tree_shared_bytes(dtype, forward, sizes) -> what a block needs of shared memory
 //
-//   weights   [count, R_in, R_out] per group, x [B, sum of D_n]; float32, float64 or bfloat16
+//   weights   [count, R_in, R_out] per group; float32, float64 or bfloat16
+//   x         [B, sum of D_n] in the same dtype, or indices [B, N], int64
 //   messages  at the cut and above it, float32 (float64)
 //   counters  int32, zero, and zero again behind the launch: one per node above the cut and tile.
 //             Launches that may run at the same time must have their own.
@@ -85,10 +86,18 @@ inline void check_arguments(const char* op, const std::vector<Tensor>& weights, 
   for (const Tensor& w : weights)
     check(on_device(w) && w.dim() == 3 && w.is_contiguous() && w.scalar_type() == dtype, op,
           ": weights must be contiguous [count, R_in, R_out] on the device, got ", describe(w));
-  check(on_device(x) && x.dim() == 2 && x.is_contiguous() && x.scalar_type() == dtype, op,
-        ": x must be contiguous [B, sum of D_n] on the device, got ", describe(x));
+  check(on_device(x) && x.dim() == 2 && x.is_contiguous() &&
+            (x.scalar_type() == dtype || x.scalar_type() == ScalarType::Long),
+        op, ": x must be contiguous [B, sum of D_n] on the device, or int64 [B, N], got ",
+        describe(x));
   check(on_device(table) && table.scalar_type() == ScalarType::Int && table.is_contiguous(), op,
         ": the table must be int32 on the device, got ", describe(table));
+}
+
+// Leaves by index, or null.
+inline const long long* indices_of(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Long ? static_cast<const long long*>(x.const_data_ptr())
+                                             : nullptr;
 }
 
 inline Weights pointers(const std::vector<Tensor>& weights) {

@@ -37,7 +37,7 @@ std::vector<Tensor> tree_backward(const Tensor& grad, const std::vector<Tensor>&
   const int64_t* own = sizes.data() + Given::kCount;
   const int splits = static_cast<int>(own[0]);
   const int64_t numbers = own[1], gradients = own[2], wants_x = own[3], largest = own[4];
-  const ScalarType dtype = x.scalar_type(), value = value_type(dtype);
+  const ScalarType dtype = weights[0].scalar_type(), value = value_type(dtype);
   check(on_device(grad) && grad.is_contiguous() && grad.scalar_type() == dtype &&
             grad.numel() == x.size(0) * g.outputs,
         op, ": grad must be contiguous [B, ", g.outputs, "] on the device, got ", describe(grad));
@@ -58,6 +58,7 @@ std::vector<Tensor> tree_backward(const Tensor& grad, const std::vector<Tensor>&
     p.table = table.const_data_ptr<int>();
     p.grad = grad.const_data_ptr();
     p.x = x.const_data_ptr();
+    p.indices = indices_of(x);
     p.messages = messages.const_data_ptr();
     p.grad_x = grad_x.mutable_data_ptr();
     p.grad_weights = found.mutable_data_ptr();

@@ -16,6 +16,10 @@
 // Nobody waits for another block. Every product of messages without one factor is computed as such:
 // nothing is divided.
 //
+// With indices in place of x a leaf's gradient is formed by the same product, x being zeros and
+// ones that are written to shared memory: deterministic without sorting, and cheap where D is
+// small.
+//
 // A weight's gradient is added up over a split's tiles, in their order, in the split's own part of
 // `partials` [splits, numbers], and sum_partials adds the splits' in theirs, and those of nodes
 // that share a weight. That is a second launch, with a thread for every weight: the blocks of a
@@ -39,7 +43,8 @@ struct Backward {
   Sizes sizes;
   const int* table;
   const void* grad;
-  const void* x;
+  const void* x;             // or
+  const long long* indices;  // [B, N]
   const void* messages;
   void* grad_x;
   void* grad_weights;  // where partials is null
@@ -160,27 +165,30 @@ __device__ __forceinline__ void to_children(Numbers<Value> g, int count, Place p
   Numbers<Value> one;
 #pragma unroll
   for (int i = 0; i < kVector; ++i) one.x[i] = 1;
-  // Two children at a time; g has all that came before as factors.
-  for (int c = 0; c < count; c += 2) {
-    const bool both = c + 1 < count;
-    const auto a = load<kVector>(place(c));
-    const auto b = both ? load<kVector>(place(c + 1)) : one;
-    Numbers<Value> outside = g;
-    for (int after = c + 2; after < count; ++after) outside = outside * load<kVector>(place(after));
-    store(place(c), outside * b);
-    if (both) store(place(c + 1), outside * a);
-    g = g * (a * b);
+  // Four children at a time; g has all that came before as factors.
+  for (int c = 0; c < count; c += 4) {
+    Numbers<Value> outside = g, m[4];
+    for (int after = c + 4; after < count; ++after) outside = outside * load<kVector>(place(after));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) m[i] = c + i < count ? load<kVector>(place(c + i)) : one;
+    const auto low = m[0] * m[1], high = m[2] * m[3];
+    const auto left = outside * high, right = outside * low;
+    store(place(c), left * m[1]);
+    if (c + 1 < count) store(place(c + 1), left * m[0]);
+    if (c + 2 < count) store(place(c + 2), right * m[3]);
+    if (c + 3 < count) store(place(c + 3), right * m[2]);
+    g = g * (low * high);
   }
 }
 
 // How many blocks a multiprocessor should have room for: 2 leave 128 registers for a thread.
-template <Math M, int Rows>
+template <Math M, class Stored, int Rows>
 constexpr int backward_blocks() {
-  return Rows == 32 ? 1 : 2;
+  return sizeof(Stored) == 8 || (M == Math::fma && Rows == 32) ? 1 : 2;
 }
 
 template <Math M, class Stored, int Rows>
-__global__ void __launch_bounds__(kThreads, backward_blocks<M, Rows>())
+__global__ void __launch_bounds__(kThreads, backward_blocks<M, Stored, Rows>())
     backward_kernel(const __grid_constant__ Backward p) {
   using Value = ValueOf<Stored>;
   constexpr int kBackwardStages = kStages<Stored, false>;
@@ -199,18 +207,29 @@ __global__ void __launch_bounds__(kThreads, backward_blocks<M, Rows>())
     return static_cast<int>(left < Rows ? left : Rows);
   };
 
+  const bool indexed = p.indices != nullptr;
   int next_tile = first_tile, next_step = 0, next_chunk = 0, next_stage = 0;
   const auto fetch = [&] {
     if (next_tile < end_tile && block.steps > 0) {
       const int* step = block.step(next_step);
-      const bool up = step[kKind] == kUp;
-      if (step[kGroup] >= 0 && (up || (step[kFlags] & kOperandGradient) != 0))
+      const bool up = step[kKind] == kUp, by_index = indexed && step[kVectors] >= 0;
+      if (by_index) {
+        const long long row = static_cast<long long>(next_tile) * Rows;
+        const Indices indices{p.indices + row * sizes.x_width, sizes.x_width, rows_of(next_tile)};
+        Stored* to = block.vectors(next_stage);
+        if (up) {
+          stage_rows<Stored, Rows>(to, sizes.ld_vectors, p.weights, step, indices);
+        } else {
+          stage_ones<Stored, Rows>(to, sizes.ld_vectors, step, next_chunk, indices);
+        }
+      }
+      if (step[kGroup] >= 0 && !by_index && (up || (step[kFlags] & kOperandGradient) != 0))
         stage_weights(block.weights(next_stage), sizes.ld_weights, p.weights, step, next_chunk);
-      if (step[kVectors] >= 0 && (up || (step[kFlags] & kWeightGradient) != 0))
+      if (step[kVectors] >= 0 && !by_index && (up || (step[kFlags] & kWeightGradient) != 0))
         stage_vectors<Stored, Rows>(block.vectors(next_stage), sizes.ld_vectors, x, sizes.x_width,
                                     static_cast<long long>(next_tile) * Rows, rows_of(next_tile),
                                     step, next_chunk);
-      if (++next_chunk == chunks_of(step)) ++next_step, next_chunk = 0;
+      if (++next_chunk == chunks_of(step, by_index && up)) ++next_step, next_chunk = 0;
       if (next_step == block.steps) ++next_tile, next_step = 0;
       next_stage = next_stage + 1 == kBackwardStages ? 0 : next_stage + 1;
     }
@@ -239,26 +258,35 @@ __global__ void __launch_bounds__(kThreads, backward_blocks<M, Rows>())
 
     if ((flags & kLoadGradient) != 0 && chunk == 0) {
       const Stored* from = static_cast<const Stored*>(p.grad) + first_row * p.outputs;
-      for_each<Rows>(wide, [&](int row, int col) {
+      for_each<Rows>(wide, [&](int row, int col, int) {
         const bool there = row < rows && col < p.outputs;
         g[row * ld + col] = there ? static_cast<Value>(from[row * p.outputs + col]) : Value(0);
       });
     }
     // The product of the children's messages: those in shared memory, or on the path others'.
-    if (!leaf && (kind == kUp ? count > 1 : (flags & kWeightGradient) != 0))
-      for_each<Rows>(tall, [&](int row, int col) {
-        Value v = 0;
-        if (kind != kPath) {
-          v = 1;
+    if (!leaf && (kind == kUp ? count > 1 : (flags & kWeightGradient) != 0)) {
+      Value product[Rows / kRowsAtATime];
+      if (kind == kPath)
+        products_of<Rows>(product, messages, sizes.batch, list, count, -1, first_row, rows, depth);
+      for_each<Rows>(tall, [&](int row, int col, int i) {
+        Value v = 1;
+        if (kind == kPath) {
+          v = product[i];
+        } else {
           for (int c = 0; c < count; ++c) v *= block.slot(list[c])[row * ld + col];
-        } else if (row < rows && col < depth) {
-          v = product_at(messages, sizes.batch, list, count, -1, (first_row + row) * depth + col);
         }
         operand[row * ld + col] = v;
       });
+    }
     if (!leaf || (flags & kLoadGradient) != 0) __syncthreads();
 
-    if (kind == kUp) {
+    const bool row_of_weight = kind == kUp && leaf && indexed;
+    if (row_of_weight) {
+      Value* to = block.slot(step[kTarget]);
+      for_each<Rows>(wide, [&](int row, int col, int) {
+        to[row * ld + col] = static_cast<Value>(vectors[row * sizes.ld_vectors + col]);
+      });
+    } else if (kind == kUp) {
       Product<M, Stored, Rows, false> product;
       product.clear();
       const Value* source = count > 1 ? operand : block.slot(leaf ? 0 : list[0]);
@@ -291,6 +319,11 @@ __global__ void __launch_bounds__(kThreads, backward_blocks<M, Rows>())
         }
       }
       if ((flags & kOperandGradient) != 0) {
+        // The siblings' messages are under way during the product.
+        Value others[Rows / kRowsAtATime];
+        if (kind == kPath)
+          products_of<Rows>(others, messages, sizes.batch, list, count, step[kOnPath], first_row,
+                            rows, depth);
         if (step[kGroup] >= 0) {
           Product<M, Stored, Rows, true> product;
           product.clear();
@@ -304,33 +337,29 @@ __global__ void __launch_bounds__(kThreads, backward_blocks<M, Rows>())
             product.finish(tall, block.scratch, SlotSink<Value>{cotangent, ld, true});
           }
         } else {  // of a sum: the same for every column
-          for_each<Rows>(tall, [&](int row, int col) {
+          for_each<Rows>(tall, [&](int row, int col, int) {
             cotangent[row * ld + col] = col < depth ? g[row * ld] : Value(0);
           });
         }
         if (!leaf) {
           __syncthreads();
-          for_vectors<Rows>(tall, [&](int row, int col) {
-            const int at = row * ld + col;
-            Numbers<Value> v = load<kVector>(cotangent + at);
-            if (kind == kDown) {
-              to_children(v, count, [&](int c) { return block.slot(list[c]) + at; });
-              return;
-            }
-            // One level further down the path, in place of this node's cotangent.
-#pragma unroll
-            for (int i = 0; i < kVector; ++i)
-              v.x[i] = row < rows && col + i < depth
-                           ? v.x[i] * product_at(messages, sizes.batch, list, count, step[kOnPath],
-                                                 (first_row + row) * depth + col + i)
-                           : Value(0);
-            store(g + at, v);
-          });
+          if (kind == kDown) {
+            for_vectors<Rows>(tall, [&](int row, int col) {
+              const int at = row * ld + col;
+              to_children(load<kVector>(cotangent + at), count,
+                          [&](int c) { return block.slot(list[c]) + at; });
+            });
+          } else {  // one level further down the path, in place of this node's cotangent
+            for_each<Rows>(tall, [&](int row, int col, int i) {
+              const int at = row * ld + col;
+              g[at] = cotangent[at] * others[i];
+            });
+          }
         }
       }
     }
     at_stage = at_stage + 1 == kBackwardStages ? 0 : at_stage + 1;
-    if (++chunk == chunks_of(step)) ++s, chunk = 0;
+    if (++chunk == chunks_of(step, row_of_weight)) ++s, chunk = 0;
     if (s == block.steps) ++tile, s = 0;
   }
 }

@@ -17,7 +17,7 @@ std::vector<Tensor> tree_forward(const std::vector<Tensor>& weights, const Tenso
   check(on_device(counters) && counters.scalar_type() == ScalarType::Int, op,
         ": the counters must be int32 on the device, got ", describe(counters));
   const Current current(x);
-  const ScalarType dtype = x.scalar_type();
+  const ScalarType dtype = weights[0].scalar_type();
   Tensor result = device_tensor(current, x, {x.size(0), g.outputs}, dtype);
   Tensor messages =
       device_tensor(current, x, {sizes[Given::kCount] * x.size(0)}, value_type(dtype));
@@ -26,6 +26,7 @@ std::vector<Tensor> tree_forward(const std::vector<Tensor>& weights, const Tenso
     p.sizes = sizes_of<M, Stored>(g, x, true);
     p.table = table.const_data_ptr<int>();
     p.x = x.const_data_ptr();
+    p.indices = indices_of(x);
     p.result = result.mutable_data_ptr();
     p.messages = messages.mutable_data_ptr();
     p.counters = static_cast<int*>(counters.mutable_data_ptr());

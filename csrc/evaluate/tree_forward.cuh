@@ -15,6 +15,9 @@
 // and so to the root. Which block that is does not change what is computed. Nobody waits: blocks
 // need not be on the device together. The counters are 0 again after the last arrival.
 //
+// With indices [B, N] in place of x a leaf's message is a row of its weight, which is copied like a
+// chunk: evaluate_at.
+//
 // Why it is fast: a tree of 64 leaves, R = D = 64, has 127 weights of 16 KB. One multiprocessor
 // streams some 100 GB/s from L2, 20 us for all of it; 16 subtrees and the 4 levels above them take
 // (7 + 4) * (0.2 to 0.5) us. Level by level it would be 7 launches. For a tile of 16 rows a product
@@ -29,7 +32,8 @@ namespace htf::gpu::tree {
 struct Forward {
   Sizes sizes;
   const int* table;
-  const void* x;
+  const void* x;             // or
+  const long long* indices;  // [B, N]
   void* result;
   void* messages;
   int* counters;
@@ -85,17 +89,23 @@ __global__ void __launch_bounds__(kThreads, M == Math::fma && Rows == 32 ? 1 : 2
   const int rows =
       static_cast<int>(sizes.batch - first_row < Rows ? sizes.batch - first_row : Rows);
 
+  const bool indexed = p.indices != nullptr;
+  const Indices indices{p.indices + first_row * sizes.x_width, sizes.x_width, rows};
   int next_step = 0, next_chunk = 0, next_stage = 0;
   const auto fetch = [&] {
     if (next_step < block.steps) {
       const int* step = block.step(next_step);
-      if (step[kGroup] >= 0)
+      const bool row = indexed && step[kVectors] >= 0;
+      if (row)
+        stage_rows<Stored, Rows>(block.vectors(next_stage), sizes.ld_vectors, p.weights, step,
+                                 indices);
+      if (step[kGroup] >= 0 && !row)
         stage_weights(block.weights(next_stage), sizes.ld_weights, p.weights, step, next_chunk);
-      if (step[kVectors] >= 0)
+      if (step[kVectors] >= 0 && !row)
         stage_vectors<Stored, Rows>(block.vectors(next_stage), sizes.ld_vectors,
                                     static_cast<const Stored*>(p.x), sizes.x_width, first_row, rows,
                                     step, next_chunk);
-      if (++next_chunk == chunks_of(step)) ++next_step, next_chunk = 0;
+      if (++next_chunk == chunks_of(step, row)) ++next_step, next_chunk = 0;
       next_stage = next_stage + 1 == kForwardStages ? 0 : next_stage + 1;
     }
     copy_commit();
@@ -106,7 +116,8 @@ __global__ void __launch_bounds__(kThreads, M == Math::fma && Rows == 32 ? 1 : 2
   Product<M, Stored, Rows, false> product;
   for (int s = 0; s < block.steps; ++s) {
     const int* step = block.step(s);
-    const int chunks = chunks_of(step), cols = step[kCols];
+    const bool row_of_weight = indexed && step[kVectors] >= 0;
+    const int chunks = chunks_of(step, row_of_weight), cols = step[kCols];
     Value* source = block.slot(step[kSource]);
     product.clear();
     for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -120,17 +131,14 @@ __global__ void __launch_bounds__(kThreads, M == Math::fma && Rows == 32 ? 1 : 2
           copy_wait<0>();
           return;
         }
-        for_each<Rows>(padded(depth), [&](int row, int col) {
-          const bool there = row < rows && col < depth;
-          source[row * sizes.ld + col] =
-              there ? product_at(static_cast<const Value*>(p.messages), sizes.batch,
-                                 block.part + step[kList], step[kCount], -1,
-                                 (first_row + row) * depth + col)
-                    : Value(0);
-        });
+        Value operand[Rows / kRowsAtATime];
+        products_of<Rows>(operand, static_cast<const Value*>(p.messages), sizes.batch,
+                          block.part + step[kList], step[kCount], -1, first_row, rows, depth);
+        for_each<Rows>(padded(depth),
+                       [&](int row, int col, int i) { source[row * sizes.ld + col] = operand[i]; });
         __syncthreads();
       }
-      if (step[kGroup] >= 0) {
+      if (step[kGroup] >= 0 && !row_of_weight) {
         const Stored* w = block.weights(at_stage);
         if constexpr (std::is_same_v<Stored, Value>) {
           const bool leaf = step[kVectors] >= 0;
@@ -166,6 +174,13 @@ __global__ void __launch_bounds__(kThreads, M == Math::fma && Rows == 32 ? 1 : 2
         result,
         rows,
         cols};
+    if (row_of_weight) {
+      const Stored* from = block.vectors(at_stage == 0 ? kForwardStages - 1 : at_stage - 1);
+      for_each<Rows>(padded(cols), [&](int row, int col, int) {
+        sink(row, col, Pack<Value, 1>{{static_cast<Value>(from[row * sizes.ld_vectors + col])}});
+      });
+      continue;
+    }
     product.finish(padded(cols), block.scratch, sink);
   }
 }

@@ -13,6 +13,8 @@
 // rows of a fragment are in different banks.
 #pragma once
 
+#undef NDEBUG  // indices are asserted to be in range
+#include <cassert>
 #include <vector>
 
 #include "cuda/launch.h"
@@ -30,7 +32,7 @@ enum Field {
   kWeight,   // first row of the weight in its group's [count * rows, cols]
   kRows,     // of the weight
   kCols,     // of the weight
-  kVectors,  // leaf: first column of its vectors; interior: -1
+  kVectors,  // leaf: first column of its vectors, or its mode; interior: -1
   kSource,   // slot of the operand (forward), of the message's cotangent (backward)
   kTarget,   // slot of what is computed; -1: global memory
   kKind,     // forward: whether its message is the first of its parent's product; backward: Kind
@@ -153,8 +155,9 @@ __device__ __forceinline__ void stage(T* to, int ld, const T* from, long long st
   }
 }
 
-__device__ __forceinline__ int chunks_of(const int* step) {
-  return (step[kRows] + kSide - 1) / kSide;
+// A leaf whose message is a row of its weight has that for one chunk.
+__device__ __forceinline__ int chunks_of(const int* step, bool row) {
+  return row ? 1 : (step[kRows] + kSide - 1) / kSide;
 }
 __device__ __forceinline__ int rows_of_chunk(const int* step, int chunk) {
   const int left = step[kRows] - chunk * kSide;
@@ -178,24 +181,95 @@ __device__ __forceinline__ void stage_vectors(Stored* to, int ld, const Stored* 
   stage(to, ld, from, stride, rows, rows_of_chunk(step, chunk), Rows);
 }
 
-// f(row, col) for every place of a tile, the same thread for equal places.
+// Leaves by index: which rows of their weights.
+struct Indices {
+  const long long* of;  // [B, N] from the tile's first row on, null where there are vectors
+  long long order;
+  int rows;  // of the tile, in the batch
+
+  // -1 past the batch. An index out of range must not be followed.
+  __device__ __forceinline__ int operator()(int row, const int* step) const {
+    if (row >= rows) return -1;
+    const long long i = __ldg(of + row * order + step[kVectors]);
+    const bool inside = i >= 0 && i < step[kRows];
+#ifndef HTF_EMULATE
+    assert(inside && "evaluate_at: an index is out of range");
+#endif
+    return inside ? static_cast<int>(i) : -1;
+  }
+};
+
+// Starts copying the leaf's messages [Rows, cols], zeros past the batch.
+template <class Stored, int Rows>
+__device__ __forceinline__ void stage_rows(Stored* to, int ld, const Weights& weights,
+                                           const int* step, const Indices& indices) {
+  const int cols = step[kCols];
+  const Stored* from = static_cast<const Stored*>(weights.of[step[kGroup]]) +
+                       static_cast<long long>(step[kWeight]) * cols;
+  for (int r = threadIdx.x / 16; r < Rows; r += kThreads / 16) {
+    const int i = indices(r, step);
+    for (int c = threadIdx.x % 16; c < padded(cols); c += 16) {
+      const bool there = i >= 0 && c < cols;
+      const Stored* place = there ? from + static_cast<long long>(i) * cols + c : from;
+      if constexpr (sizeof(Stored) >= 4) {
+        copy_async<sizeof(Stored)>(to + r * ld + c, place, there);
+      } else {
+        to[r * ld + c] = there ? *place : Stored(0.0f);
+      }
+    }
+  }
+}
+
+// A chunk of the vectors that indices stand for: zeros, and a one.
+template <class Stored, int Rows>
+__device__ __forceinline__ void stage_ones(Stored* to, int ld, const int* step, int chunk,
+                                           const Indices& indices) {
+  for (int r = threadIdx.x / 16; r < Rows; r += kThreads / 16) {
+    const int i = indices(r, step);
+    for (int c = threadIdx.x % 16; c < padded(rows_of_chunk(step, chunk)); c += 16)
+      to[r * ld + c] = Stored(i == chunk * kSide + c ? 1.0f : 0.0f);
+  }
+}
+
+// f(row, col, i) for every place of a tile, the same thread for equal places; i counts a thread's.
+constexpr int kRowsAtATime = kThreads / kSide;
+
 template <int Rows, class F>
 __device__ __forceinline__ void for_each(int width, F f) {
   const int col = threadIdx.x % kSide;
   if (col >= width) return;
 #pragma unroll
-  for (int row = threadIdx.x / kSide; row < Rows; row += kThreads / kSide) f(row, col);
+  for (int i = 0; i < Rows / kRowsAtATime; ++i)
+    f(static_cast<int>(threadIdx.x) / kSide + i * kRowsAtATime, col, i);
 }
 
-// The product of messages of other blocks at one place, in the list's order; `without` is left out.
-template <class Value>
-__device__ __forceinline__ Value product_at(const Value* messages, long long batch, const int* list,
-                                            int count, int without, long long at) {
-  Value product = 1;
-#pragma unroll 4
-  for (int c = 0; c < count; ++c)
-    if (c != without) product *= __ldcg(messages + list[c] * batch + at);
-  return product;
+// For this thread's places of a tile, as in for_each, the product of messages [B, depth] of other
+// blocks, in the list's order; `without` is left out, and zero is where there is nothing. The loads
+// of all places are under way together; that of a single message is not waited for.
+template <int Rows, class Value>
+__device__ __forceinline__ void products_of(Value (&product)[Rows / kRowsAtATime],
+                                            const Value* messages, long long batch, const int* list,
+                                            int count, int without, long long first_row, int rows,
+                                            int depth) {
+  const int col = threadIdx.x % kSide, top = threadIdx.x / kSide;
+  const long long at = (first_row + top) * depth + col;
+  const auto there = [&](int i) { return col < depth && top + i * kRowsAtATime < rows; };
+  if (count == 2 && without >= 0) {
+    const Value* from = messages + list[1 - without] * batch + at;
+#pragma unroll
+    for (int i = 0; i < Rows / kRowsAtATime; ++i)
+      product[i] = there(i) ? __ldcg(from + i * kRowsAtATime * depth) : Value(0);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < Rows / kRowsAtATime; ++i) product[i] = there(i) ? 1 : 0;
+#pragma unroll 2
+  for (int c = 0; c < count; ++c) {
+    const Value* from = messages + list[c] * batch + at;
+#pragma unroll
+    for (int i = 0; i < Rows / kRowsAtATime; ++i)
+      if (c != without && there(i)) product[i] *= __ldcg(from + i * kRowsAtATime * depth);
+  }
 }
 
 }  // namespace htf::gpu::tree

@@ -15,6 +15,7 @@ Limit = Callable[[Layout, torch.dtype], str | None]
 
 OPS: dict[str, tuple[frozenset[torch.dtype], Limit]] = {
     "evaluate": (tree.DTYPES, tree.why_not),
+    "evaluate_at": (tree.DTYPES, tree.why_not_at),
 }
 """For each operation its dtypes, and why a layout is not computed, or None."""
 

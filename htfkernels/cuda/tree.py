@@ -33,6 +33,7 @@ __all__ = [
     "shared_bytes",
     "tree_of",
     "why_not",
+    "why_not_at",
 ]
 
 # The numbers of csrc/evaluate/tree_products.cuh and tree_parts.cuh.
@@ -49,6 +50,7 @@ TILES = {  # rows of the batch that a block takes at a time
 }
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16})
 MATH = {"ieee": 0, "tf32": 1, "tf32x3": 2}
+LONGEST = 256  # by index: a leaf's gradient is a product with vectors of zeros and ones
 NODES = 2048  # every task's table lists the nodes above it, and their children
 
 
@@ -87,6 +89,17 @@ def why_not(layout: Layout, dtype: torch.dtype) -> str | None:
 T = TypeVar("T")
 
 
+def why_not_at(layout: Layout, dtype: torch.dtype) -> str | None:
+    """The same for leaves by index."""
+    longest = max(layout.mode_dims)
+    if longest > LONGEST:
+        return (
+            f"cuda evaluates entries of trees whose mode dimensions are at most {LONGEST}, and "
+            f"this one has {longest}"
+        )
+    return why_not(layout, dtype)
+
+
 class Node(NamedTuple):
     """A node in execution order, as a program's row has it."""
 
@@ -94,14 +107,14 @@ class Node(NamedTuple):
     slot: int
     rows: int
     cols: int
-    offset: int
+    vectors: int  # leaf: the first column of its vectors, or its mode
     parent: int
     children: tuple[int, ...]
     first: int  # the first node of its subtree, which ends with the node itself
 
     @property
     def is_leaf(self) -> bool:
-        return self.offset >= 0
+        return self.vectors >= 0
 
 
 def _padded(width: int) -> int:
@@ -109,7 +122,7 @@ def _padded(width: int) -> int:
 
 
 class Tree:
-    """A program's nodes.
+    """A program's nodes, with ``indexed`` for leaves that are given by index.
 
     Attributes:
         nodes: in execution order, the root last.
@@ -118,7 +131,7 @@ class Tree:
         widths: of the widest message, and of the widest chunk of vectors, multiples of 16.
     """
 
-    def __init__(self, program: torch.Tensor) -> None:
+    def __init__(self, program: torch.Tensor, indexed: bool = False) -> None:
         numbers = program.tolist()
         head = dict(zip(PROGRAM_HEADER, numbers, strict=False))
         start, fields = len(PROGRAM_HEADER), len(PROGRAM_FIELDS)
@@ -135,12 +148,16 @@ class Tree:
             below = tuple(children[i])
             first = nodes[below[0]].first if below else i
             shape = (row["group"], row["slot"], row["rows"], row["cols"])
-            nodes.append(Node(*shape, row["offset"], row["parent"], below, first))
+            vectors = row["mode" if indexed else "offset"]
+            nodes.append(Node(*shape, vectors, row["parent"], below, first))
         self.nodes = tuple(nodes)
         self.outputs: int = head["out_features"]
         self.groups: int = head["groups"]
-        longest = max(n.rows for n in nodes if n.is_leaf)
-        self.widths = (_padded(max(n.cols for n in nodes)), _padded(min(SIDE, longest)))
+        leaves = [n for n in nodes if n.is_leaf]
+        vectors = max(min(SIDE, n.rows) for n in leaves)
+        if indexed:  # rows of weights are where chunks of vectors would be
+            vectors = max(vectors, *(n.cols for n in leaves))
+        self.widths = (_padded(max(n.cols for n in nodes)), _padded(vectors))
 
     def subtree(self, root: int) -> range:
         """The nodes below a node and itself, in execution order."""

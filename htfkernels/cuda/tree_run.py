@@ -60,9 +60,14 @@ class Evaluation:
     """A program on one device, in one dtype and precision."""
 
     def __init__(
-        self, program: Tensor, dtype: torch.dtype, math: int, device: torch.device
+        self,
+        program: Tensor,
+        dtype: torch.dtype,
+        math: int,
+        device: torch.device,
+        indexed: bool,
     ) -> None:
-        self.tree = Tree(program)
+        self.tree = Tree(program, indexed)
         self._dtype, self._math, self._device = dtype, math, device
         self._machine = _machine(device)
         self._pairs: dict[int, tuple[Geometry, Geometry]] = {}
@@ -139,14 +144,16 @@ _evaluations: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _captured: dict[int, object] = {}
 
 
-def evaluation(program: Tensor, like: Tensor, precision: str) -> Evaluation:
-    """The evaluation of a program for tensors like this one, made at the first call."""
+def evaluation(program: Tensor, weight: Tensor, x: Tensor, precision: str) -> Evaluation:
+    """The evaluation of a program for weights like this one, on vectors or indices, made at the
+    first call."""
     made: dict[tuple[object, ...], Evaluation] = _evaluations.setdefault(program, {})
-    key = (like.dtype, like.device, precision)
+    indexed = not x.is_floating_point()
+    key = (weight.dtype, weight.device, precision, indexed)
     found = made.get(key)
     if found is None:
-        math = math_of(like.dtype, precision)
-        found = made[key] = Evaluation(program, like.dtype, math, like.device)
+        math = math_of(weight.dtype, precision)
+        found = made[key] = Evaluation(program, weight.dtype, math, weight.device, indexed)
     return found
 
 
@@ -158,7 +165,8 @@ def _capturing(like: Tensor, plan: object) -> None:
 def forward(
     made: Evaluation, weights: Sequence[Tensor], x: Tensor, keeping: bool
 ) -> tuple[Tensor, Tensor]:
-    """The result ``[B, out_features]`` and the messages."""
+    """The result ``[B, out_features]`` and the messages, of vectors ``[B, sum D_n]`` or indices
+    ``[B, N]``."""
     plan = made.forward(x.shape[0], keeping)
     _capturing(x, plan)
     weights = [w.contiguous() for w in weights]
@@ -171,10 +179,13 @@ def backward(
     made: Evaluation, grad: Tensor, weights: Sequence[Tensor], x: Tensor, kept: Tensor,
     needs: Sequence[int | bool],
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of the weights and of ``x``; ``[0]`` where not needed."""
-    if kept.numel() == 0:
-        kept = forward(made, weights, x, True)[1]
+    """Gradients of the weights and of ``x``; ``[0]`` where not needed, as those of indices."""
     plan = made.backward(x.shape[0], tuple(bool(n) for n in needs))
+    if kept.numel() == 0:
+        if len(plan.geometry.cut.roots) > 1:
+            kept = forward(made, weights, x, True)[1]
+        else:  # nothing is kept of a tree in one piece
+            kept = kept.to(torch.float64 if kept.dtype == torch.float64 else torch.float32)
     _capturing(x, plan)
     arguments = ([w.contiguous() for w in weights], x.contiguous(), kept, plan.table, plan.sums)
     all_weights, grad_x = call("tree_backward", grad.contiguous(), *arguments, plan.sizes)
@@ -186,4 +197,4 @@ def backward(
             found.append(all_weights[at : at + size].view(shape))
         else:
             found.append(weight.new_empty(0))
-    return [*found, grad_x if needs[-1] else x.new_empty(0)]
+    return [*found, grad_x if needs[-1] else grad.new_empty(0)]

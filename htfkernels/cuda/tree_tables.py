@@ -45,7 +45,7 @@ class _Step(NamedTuple):
 
 
 def _step(node: Node, **fields: int) -> _Step:
-    return _Step(node.group, node.slot * node.rows, node.rows, node.cols, node.offset, **fields)
+    return _Step(node.group, node.slot * node.rows, node.rows, node.cols, node.vectors, **fields)
 
 
 @dataclass

@@ -19,7 +19,7 @@ def evaluate(
     weights: Sequence[Tensor], x: Tensor, program: Tensor, out_features: int, *, precision: str
 ) -> Tensor:
     """``x [B, sum D_n] -> [B, out_features]``, or ``[B]`` where that is 1."""
-    made = tree_run.evaluation(program, x, precision)
+    made = tree_run.evaluation(program, weights[0], x, precision)
     return _squeezed(tree_run.forward(made, weights, x, False)[0], out_features)
 
 
@@ -27,7 +27,7 @@ def evaluate_keeping(
     weights: Sequence[Tensor], x: Tensor, program: Tensor, out_features: int, *, precision: str
 ) -> list[Tensor]:
     """The result, and the messages."""
-    made = tree_run.evaluation(program, x, precision)
+    made = tree_run.evaluation(program, weights[0], x, precision)
     result, messages = tree_run.forward(made, weights, x, True)
     return [_squeezed(result, out_features), messages]
 
@@ -38,7 +38,7 @@ def evaluate_backward(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of the weights and of ``x``; an empty tensor where ``needs`` is 0. Without the
     messages of the forward pass (``kept`` is empty) they are computed again."""
-    made = tree_run.evaluation(program, x, precision)
+    made = tree_run.evaluation(program, weights[0], x, precision)
     return tree_run.backward(made, grad, weights, x, kept, needs)
 
 
