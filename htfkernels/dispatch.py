@@ -199,7 +199,7 @@ def choose(spec: Spec, request: str) -> tuple[str, str]:
 
 def _whole_tree(spec: Spec) -> tuple[bool, str]:
     """Whether CUDA C++ is estimated to be faster than Triton, and by what numbers."""
-    if spec.op != "evaluate" or spec.layout is None:
+    if spec.op not in ("evaluate", "evaluate_at") or spec.layout is None:
         return True, "the fastest for this device"
     return estimate.chosen(spec.layout, max(1, spec.rows), spec.dtype, spec.precision)
 
