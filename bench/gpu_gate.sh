@@ -27,11 +27,11 @@ done
 # Seconds of each step at most. A benchmark stops to begin workloads some time before its limit, and
 # keeps what it has at each: the important ones come first.
 declare -A limit=(
-  [install]=100 [tests]=90 [memory]=45 [race]=40 [float32]=120 [training]=25 [bfloat16]=80
-  [autotune]=40 [report]=15
+  [install]=100 [tests]=90 [memory]=40 [race]=40 [float32]=115 [training]=25 [spectra]=25
+  [bfloat16]=70 [autotune]=40 [report]=15
 )
-declare -A budget=([float32]=95 [bfloat16]=60 [autotune]=25)
-declare -A compiling=([float32]=15 [bfloat16]=10 [autotune]=20)
+declare -A budget=([float32]=90 [spectra]=15 [bfloat16]=50 [autotune]=25)
+declare -A compiling=([float32]=15 [spectra]=5 [bfloat16]=10 [autotune]=20)
 total=0
 for step in "${!limit[@]}"; do total=$((total + limit[$step])); done
 ((total < 570)) || { echo "gpu_gate: the steps may take $total s, more than 570" >&2; exit 2; }
@@ -78,12 +78,12 @@ run() { # STEP COMMAND...: within its limit; shows the end of what it printed
   return "$code"
 }
 
-bench() { # STEP ARGUMENTS...
+bench() { # STEP ARGUMENTS..., among them the passes
   local step=$1
   shift
   run "$step" "$python" -m htflearn.cli bench --device "$device" --scale "$scale" \
-    --pass forward --pass backward --budget "${budget[$step]}" \
-    --compile-limit "${compiling[$step]}" --repeats "$repeats" --out "$out/$name-$step.json" "$@"
+    --budget "${budget[$step]}" --compile-limit "${compiling[$step]}" --repeats "$repeats" \
+    --out "$out/$name-$step.json" "$@"
 }
 
 if [[ $device == cuda ]] && ! "$python" -c "import torch; assert torch.cuda.is_available()"; then
@@ -137,20 +137,31 @@ if [[ $device == cuda ]]; then
 fi
 # In the order in which the benchmark takes them.
 sizes=(
-  -w wide -w huge -w medium -w deep -w small -w ragged -w paper -w completion -w dense
+  -w wide -w huge -w medium -w deep -w small -w few -w one -w ragged -w paper -w completion -w dense
 )
-bench float32 --dtype float32 "${precision[@]}" "${sizes[@]}" "${peers[@]}"
-bench bfloat16 --dtype bfloat16 "${sizes[@]}" "${peers[@]}"
+both=(--pass forward --pass backward)
+bench float32 "${both[@]}" --dtype float32 "${precision[@]}" "${sizes[@]}" "${peers[@]}"
+if [[ $device == cuda ]]; then
+  run training "$python" bench/train_step.py --precision ieee --precision tf32 \
+    --steps 1000 --blocks 5 --out "$out/$name-training.json"
+  bench spectra --pass forward-qr --pass forward-gram --dtype float64 \
+    -w spectra-256 -w spectra-1024 -w spectra-64 -w spectra-paper \
+    -i htfkernels -i "linalg, node by node" -i "folded linalg"
+else
+  skipped training "it is for a GPU"
+  skipped spectra "it is for a GPU"
+fi
+bench bfloat16 "${both[@]}" --dtype bfloat16 "${sizes[@]}" "${peers[@]}"
 if [[ $device == cuda ]]; then
   # Apart, since trying GEMM kernels takes longer than all the rest.
-  bench autotune --dtype float32 "${precision[@]}" -w wide -w huge -w medium \
+  bench autotune "${both[@]}" --dtype float32 "${precision[@]}" -w wide -w huge -w medium \
     -i htfkernels -i "htfkernels, CUDA graph" -i "folded bmm, max-autotune"
 else
   skipped autotune "it is for a GPU"
 fi
 
 files=()
-for step in float32 bfloat16 autotune; do
+for step in float32 spectra bfloat16 autotune; do
   [[ -e $out/$name-$step.json ]] && files+=("$out/$name-$step.json")
 done
 table=$out/$name.md
