@@ -12,7 +12,12 @@ __all__ = ["OPS", "why_not"]
 
 Limit = Callable[[Layout, torch.dtype], str | None]
 
-OPS: dict[str, tuple[frozenset[torch.dtype], Limit]] = {}
+OPS: dict[str, tuple[frozenset[torch.dtype], Limit]] = {
+    "evaluate_at_planned": (
+        frozenset({torch.float32, torch.float64, torch.bfloat16}),
+        lambda layout, dtype: None,
+    ),
+}
 """For each operation its dtypes, and why a layout is not computed, or None."""
 
 
