@@ -155,14 +155,18 @@ struct SegmentRecord {
 
 // -- launches, one file of instances for each mode ------------------------------------------------
 
-// Tiles of a matrix product: in slices of its inner dimension, or 64 x 64.
-enum Config : int64_t { kSliced, kSquare };
+// Tiles of a matrix product, see gather_tile.cuh.
+enum Config : int64_t { kSliced, kSquare, kLarge };
 struct TileSize {
   int rows, cols;
 };
 constexpr TileSize tile_size(int64_t config) {
-  return config == kSliced ? TileSize{32, 16} : TileSize{64, 64};
+  return config == kSliced   ? TileSize{32, 16}
+         : config == kSquare ? TileSize{64, 64}
+                             : TileSize{128, 128};
 }
+
+constexpr Config tile_of_weights(int64_t config) { return config == kLarge ? kLarge : kSquare; }
 
 template <Mode mode>
 void launch_forward(const Current& current, int64_t config, int blocks,
