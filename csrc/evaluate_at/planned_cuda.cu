@@ -248,7 +248,9 @@ using namespace planned;
 
 PlannedSizes planned_sizes(const int64_t* schedule, int64_t length) {
   check(length >= kPlannedHeader && header_of(schedule).version == kPlannedVersion &&
-            header_of(schedule).length == length && header_of(schedule).mode >= 0 &&
+            header_of(schedule).length == length &&
+            header_of(schedule).needed + header_of(schedule).groups == length &&
+            header_of(schedule).mode >= 0 &&
             header_of(schedule).mode <= static_cast<int64_t>(Mode::f64),
         "evaluate_at_planned: the schedule is not of this version of htfkernels");
   const PlannedHeader& h = header_of(schedule);
@@ -350,6 +352,9 @@ std::vector<Tensor> gradients(const Tensor& grad, const std::vector<Tensor>& wei
         describe(frames));
   check(static_cast<int64_t>(needs.size()) == n.groups, op, ": needs must have ", n.groups,
         " entries, got ", needs.size());
+  const int64_t* needed = args.schedule + header_of(args.schedule).needed;
+  for (std::size_t g = 0; g < needs.size(); ++g)
+    check((needs[g] != 0) == (needed[g] != 0), op, ": the schedule was made for other gradients");
   const Current current(weights[0]);
   const Tensor workspace =
       device_tensor(current, weights[0], {n.workspace_bytes}, ScalarType::Byte);

@@ -117,7 +117,8 @@ constexpr int64_t kPlannedHeader = 16;
 struct PlannedHeader {
   int64_t version, mode, groups, batch, outputs, length, frame_elements, workspace_bytes;
   int64_t forward, backward;  // launches
-  int64_t unused[6];
+  int64_t needed;             // where, for each group, 1 stands if its gradient is given, else 0
+  int64_t unused[5];
 };
 static_assert(sizeof(PlannedHeader) == kPlannedHeader * sizeof(int64_t));
 

@@ -187,10 +187,11 @@ class _Maker:
                 numbers += job
         header = [
             VERSION, MODES.index(self.mode), self.groups, self.batch, self.outputs,
-            HEADER + len(numbers), self.frames, self.workspace,
-            forward, len(self.launches) - forward, *[0] * 6,
+            HEADER + len(numbers) + self.groups, self.frames, self.workspace,
+            forward, len(self.launches) - forward, HEADER + len(numbers), *[0] * 5,
         ]  # fmt: skip
-        return torch.tensor(header + numbers, dtype=torch.int64)
+        needed = [int(n) for n in self.needs]
+        return torch.tensor(header + numbers + needed, dtype=torch.int64)
 
     # -- addresses --------------------------------------------------------------------------------
 
