@@ -39,25 +39,29 @@ __device__ __forceinline__ typename Numbers<mode>::Acc rows_tile(const ProductJo
   using S = typename Numbers<mode>::S;
   using Acc = typename Numbers<mode>::Acc;
   const int row = block / job.across * Tile::kRows, column = block % job.across * Tile::kColumns;
-  const S* const grad = static_cast<const S*>(job.grad);
-  const S* const weight = static_cast<const S*>(job.weight);
-  const auto row_of = [cols = job.cols](const S* from) {
-    return [=](int i) { return from + static_cast<int64_t>(i) * cols; };
+  const int rows = job.rows, width = job.width, cols = job.cols;
+  const bool aligned = job.aligned_n, parts = job.parts;
+  const auto row_of = [cols](const void* from) {
+    return [cols, from = static_cast<const S*>(from)](int i) {
+      return from + static_cast<int64_t>(i) * cols;
+    };
   };
+  const auto grad = row_of(job.grad), weight = row_of(job.weight);
+  void* const out = job.out;
   Acc squares = 0;
   Tile::run(
-      shared_memory<S>(), 0, job.cols,
+      shared_memory<S>(), 0, cols,
       [&](int k, S* a, S* b) {
-        fill_rows<Tile::kARows, Tile::kAColumns, Tile::kAStride>(a, row, job.rows, k, job.cols,
-                                                                 job.aligned_n, row_of(grad));
-        fill_rows<Tile::kBRows, Tile::kBColumns, Tile::kBStride>(b, column, job.width, k, job.cols,
-                                                                 job.aligned_n, row_of(weight));
+        fill_rows<Tile::kARows, Tile::kAColumns, Tile::kAStride>(a, row, rows, k, cols, aligned,
+                                                                 grad);
+        fill_rows<Tile::kBRows, Tile::kBColumns, Tile::kBStride>(b, column, width, k, cols, aligned,
+                                                                 weight);
       },
       [](int) {}, [](int, S*) {},
       [&](int r, int c, Acc sum) {
-        if (row + r < job.rows && column + c < job.width)
-          squares += put<S, Acc>(job.out, static_cast<int64_t>(row + r) * job.width + column + c,
-                                 sum, job.parts);
+        if (row + r < rows && column + c < width)
+          squares +=
+              put<S, Acc>(out, static_cast<int64_t>(row + r) * width + column + c, sum, parts);
       });
   return squares;
 }
@@ -75,30 +79,32 @@ __device__ __forceinline__ typename Numbers<mode>::Acc weight_tile(const Product
   const int64_t start = static_cast<int64_t>(part) * job.each;
   const int first = static_cast<int>(start < job.rows ? start : job.rows);
   const int end = job.rows - first > job.each ? first + job.each : job.rows;
-  read_ids<kIdsTogether>(job, ids, first, end);
-  Gather<Tile::kARows, Tile::kAColumns, Tile::kAStride, kIdsTogether, S, Acc, ProductJob> p(
-      job, ids, first);
+  const int width = job.width, cols = job.cols;
+  const bool aligned = job.aligned_n, parts = job.parts;
   const S* const grad = static_cast<const S*>(job.grad);
+  void* const out = job.out;
+  read_ids(job, ids, first, end);
+  SameColumns<Tile::kARows, Tile::kAColumns, Tile::kAStride, S, Acc, ProductJob> p(job, ids, first,
+                                                                                   row);
   Acc squares = 0;
   Tile::run(
       memory, first, end,
       [&](int i, S*, S* b) {
         fill_rows<Tile::kBRows, Tile::kBColumns, Tile::kBStride>(
-            b, i, end, column, job.cols, job.aligned_n,
-            [&](int q) { return grad + static_cast<int64_t>(q) * job.cols; });
+            b, i, end, column, cols, aligned,
+            [&](int q) { return grad + static_cast<int64_t>(q) * cols; });
       },
-      [&](int i) { p.load(i, end, row); }, [&](int i, S* a) { p.store(a, i, end, row); },
+      [&](int i) { p.load(i, end); }, [&](int i, S* a) { p.store(a, i, end, row); },
       [&](int r, int c, Acc sum) {
-        if (row + r >= job.width || column + c >= job.cols) return;
-        const int64_t at =
-            (static_cast<int64_t>(part) * job.width + row + r) * job.cols + column + c;
-        squares += put<S, Acc>(job.out, at, sum, job.parts);
+        if (row + r >= width || column + c >= cols) return;
+        const int64_t at = (static_cast<int64_t>(part) * width + row + r) * cols + column + c;
+        squares += put<S, Acc>(out, at, sum, parts);
       });
   return squares;
 }
 
 template <Mode mode, Config config>
-__global__ void __launch_bounds__(kPlannedThreads, kBlocksBeside<mode, config>)
+__global__ void __launch_bounds__(kPlannedThreads, kBlocksBeside<config>)
     products_level(const __grid_constant__ Jobs<ProductJob> jobs) {
   using Acc = typename Numbers<mode>::Acc;
   const ProductJob& job = jobs.mine();

@@ -90,41 +90,35 @@ __device__ __forceinline__ void copy_rows(const ForwardJob& job, int block) {
 }
 
 template <Mode mode, Config config>
-struct ForwardTile : BlockTile<mode, config, true, false, true> {
-  using Tile = BlockTile<mode, config, true, false, true>;
-  static constexpr std::size_t kIds = 2 * Tile::kRows * sizeof(int);
-  static constexpr std::size_t kShared = kIds + Tile::kBytes;
-};
+using ForwardTile = BlockTile<mode, config, true, false, true>;
 
 template <Mode mode, Config config>
 __device__ __forceinline__ void product_tile(const ForwardJob& job, int block) {
   using Tile = ForwardTile<mode, config>;
   using S = typename Numbers<mode>::S;
   using Acc = typename Numbers<mode>::Acc;
-  int* const ids = shared_memory<int>();  // [2][kRows]
-  S* const memory = reinterpret_cast<S*>(shared_memory<unsigned char>() + Tile::kIds);
   const int row = block / job.across * Tile::kRows, column = block % job.across * Tile::kColumns;
-  read_ids<Tile::kRows>(job, ids, row, job.rows);
-  Gather<Tile::kARows, Tile::kAColumns, Tile::kAStride, Tile::kRows, S, Acc, ForwardJob> p(job, ids,
-                                                                                           row);
+  const int rows = job.rows, width = job.width, cols = job.cols;
+  const bool aligned = job.aligned_n;
   const S* const weight = static_cast<const S*>(job.weight);
+  S* const out = static_cast<S*>(job.out);
+  SameRows<Tile::kARows, Tile::kAColumns, Tile::kAStride, S, Acc, ForwardJob> p(job, row, rows);
   Tile::run(
-      memory, 0, job.width,
+      shared_memory<S>(), 0, width,
       [&](int k, S*, S* b) {
         fill_rows<Tile::kBRows, Tile::kBColumns, Tile::kBStride>(
-            b, k, job.width, column, job.cols, job.aligned_n,
-            [&](int i) { return weight + static_cast<int64_t>(i) * job.cols; });
+            b, k, width, column, cols, aligned,
+            [&](int i) { return weight + static_cast<int64_t>(i) * cols; });
       },
-      [&](int k) { p.load(row, job.rows, k); }, [&](int k, S* a) { p.store(a, row, job.rows, k); },
+      [&](int k) { p.load(k); }, [&](int k, S* a) { p.store(a, row, rows, k); },
       [&](int r, int c, Acc sum) {
-        if (row + r < job.rows && column + c < job.cols)
-          static_cast<S*>(job.out)[static_cast<int64_t>(row + r) * job.cols + column + c] =
-              static_cast<S>(sum);
+        if (row + r < rows && column + c < cols)
+          out[static_cast<int64_t>(row + r) * cols + column + c] = static_cast<S>(sum);
       });
 }
 
 template <Mode mode, Config config>
-__global__ void __launch_bounds__(kPlannedThreads, kBlocksBeside<mode, config>)
+__global__ void __launch_bounds__(kPlannedThreads, kBlocksBeside<config>)
     forward_level(const __grid_constant__ Jobs<ForwardJob> jobs) {
   const ForwardJob& job = jobs.mine();
   const int block = static_cast<int>(blockIdx.x) - job.first;
@@ -152,7 +146,7 @@ void launch_forward(const Current& current, int64_t config, int blocks,
   constexpr const char* kName = "evaluate_at_planned";
   with_config(config, [&](auto c) {
     launch<forward_level<mode, c>>(kName, current, blocks, kPlannedThreads,
-                                   ForwardTile<mode, c>::kShared, jobs);
+                                   ForwardTile<mode, c>::kBytes, jobs);
   });
 }
 
