@@ -100,7 +100,9 @@ def _with_orders(nodes: Nodes, batch: int, lists: Tensor) -> Tensor:
             listed, order = lists[ids : ids + batch].sort(stable=True)
             every = torch.arange(rows + 1, dtype=lists.dtype, device=lists.device)
             pieces += [torch.searchsorted(listed, every, out_int32=True), order.to(lists.dtype)]
-        longer = _regrouped[lists] = torch.cat(pieces)
+        longer = torch.cat(pieces)
+        if not (lists.is_cuda and torch.cuda.is_current_stream_capturing()):
+            _regrouped[lists] = longer  # else it is the graph's, and not there yet
     return longer
 
 
