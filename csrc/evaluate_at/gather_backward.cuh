@@ -118,8 +118,9 @@ __global__ void __launch_bounds__(kPlannedThreads, kBlocksBeside<config>)
 
 constexpr int kTogether = 4;  // rows in flight of a thread
 
-// The sum over rows `low + group, low + group + groups, ..` below high.
 enum class Read { parts, single, together };
+
+// The sum over rows low, low + groups, .. below high, of columns k and on.
 template <Mode mode, Read how>
 __device__ __forceinline__ void segment_sum(
     typename Numbers<mode>::Acc (&total)[kVector<typename Numbers<mode>::S>], const SegmentJob& job,
@@ -127,59 +128,71 @@ __device__ __forceinline__ void segment_sum(
   using S = typename Numbers<mode>::S;
   using Acc = typename Numbers<mode>::Acc;
   constexpr int V = kVector<S>;
+  const int width = job.width;
   for (int q = low; q < high; q += kTogether * groups) {
-    int i[kTogether];
     const int rows = ((high - q - 1) >> job.group_bits) + 1;  // there are
     const auto there = [&](int u) { return u < rows ? n : 0; };
-    Acc term[kTogether][V];
-#pragma unroll
-    for (int u = 0; u < kTogether; ++u) {
-      const int at = q + u * groups;
-      i[u] = u < rows ? (job.order == nullptr ? at : job.order[at]) : 0;
-    }
-    if (job.source == SegmentJob::kColumn) {
+    if constexpr (how == Read::parts) {
 #pragma unroll
       for (int u = 0; u < kTogether; ++u) {
-        const Acc g = u < rows ? static_cast<Acc>(static_cast<const S*>(job.grad)[i[u]]) : Acc{0};
+        const Acc* const from =
+            static_cast<const Acc*>(job.grad) + static_cast<int64_t>(q + u * groups) * width + k;
 #pragma unroll
-        for (int e = 0; e < V; ++e) term[u][e] = e < there(u) ? g : Acc{0};
+        for (int e = 0; e < V; ++e) total[e] += e < there(u) ? from[e] : Acc{0};
       }
     } else {
+      constexpr bool kTogetherRead = how == Read::together;
+      const auto read = [&](const void* frame, int row, int u) {
+        return read_raw<kTogetherRead>(
+            static_cast<const S*>(frame) + static_cast<int64_t>(row) * width + k, there(u));
+      };
+      const auto row_of = [&](const Operand& other, int i, int u) {
+        return other.ids == nullptr || u >= rows ? i : other.ids[i];
+      };
+      // All loads before what they are for: the rows' numbers, then both factors.
+      const bool column = job.source == SegmentJob::kColumn;
+      int i[kTogether];
+      S g[kTogether];
+      Chunk<S> dp[kTogether], x[kTogether];
 #pragma unroll
       for (int u = 0; u < kTogether; ++u) {
-        const int64_t at = static_cast<int64_t>(i[u]) * job.width + k;
-        if constexpr (how == Read::parts) {
+        const int at = q + u * groups;
+        i[u] = u < rows ? (job.order == nullptr ? at : job.order[at]) : 0;
+      }
+      if (column) {
 #pragma unroll
-          for (int e = 0; e < V; ++e)
-            term[u][e] = e < there(u) ? static_cast<const Acc*>(job.grad)[at + e] : Acc{0};
-        } else {
-          read_chunk<Acc, S>(term[u], static_cast<const S*>(job.grad) + at, there(u),
-                             how == Read::together);
+        for (int u = 0; u < kTogether; ++u)
+          g[u] = u < rows ? static_cast<const S*>(job.grad)[i[u]] : S(0);
+      } else {
+#pragma unroll
+        for (int u = 0; u < kTogether; ++u) dp[u] = read(job.grad, i[u], u);
+      }
+      if (job.count > 0) {
+        int row[kTogether];
+#pragma unroll
+        for (int u = 0; u < kTogether; ++u) row[u] = row_of(job.other[0], i[u], u);
+#pragma unroll
+        for (int u = 0; u < kTogether; ++u) x[u] = read(job.other[0].frame, row[u], u);
+      }
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u) {
+        Acc term[V];
+#pragma unroll
+        for (int e = 0; e < V; ++e) {
+          term[e] = static_cast<Acc>(column ? g[u] : dp[u].x[e]);
+          if (job.count > 0) term[e] *= static_cast<Acc>(x[u].x[e]);
         }
+#pragma unroll 1
+        for (int o = 1; o < job.count; ++o) {
+          const Operand& other = job.other[o];
+          const Chunk<S> more = read(other.frame, row_of(other, i[u], u), u);
+#pragma unroll
+          for (int e = 0; e < V; ++e) term[e] *= static_cast<Acc>(more.x[e]);
+        }
+#pragma unroll
+        for (int e = 0; e < V; ++e) total[e] += term[e];
       }
     }
-#pragma unroll 1
-    for (int o = 0; o < job.count; ++o) {
-      const Operand& other = job.other[o];
-      int row[kTogether];
-#pragma unroll
-      for (int u = 0; u < kTogether; ++u)
-        row[u] = other.ids == nullptr || u >= rows ? i[u] : other.ids[i[u]];
-      Acc x[kTogether][V];
-#pragma unroll
-      for (int u = 0; u < kTogether; ++u)
-        read_chunk<Acc, S>(
-            x[u], static_cast<const S*>(other.frame) + static_cast<int64_t>(row[u]) * job.width + k,
-            there(u), how == Read::together);
-#pragma unroll
-      for (int u = 0; u < kTogether; ++u)
-#pragma unroll
-        for (int e = 0; e < V; ++e) term[u][e] *= x[u][e];
-    }
-#pragma unroll
-    for (int u = 0; u < kTogether; ++u)
-#pragma unroll
-      for (int e = 0; e < V; ++e) total[e] += term[u][e];
   }
 }
 

@@ -41,6 +41,17 @@ __device__ __forceinline__ Chunk<S> read_raw(const S* from, int n, bool aligned)
   for (int e = 0; e < kVector<S>; ++e) chunk.x[e] = e < n ? from[e] : S(0);
   return chunk;
 }
+// The same where it is known beforehand, without a branch around the load where Together.
+template <bool Together, class S>
+__device__ __forceinline__ Chunk<S> read_raw(const S* from, int n) {
+  if constexpr (!Together) {
+    return read_raw(from, n, false);
+  } else {
+    Chunk<S> chunk{};
+    if (n > 0) chunk = *reinterpret_cast<const Chunk<S>*>(from);
+    return chunk;
+  }
+}
 template <class S>
 __device__ __forceinline__ void copy_chunk(S* to, const S* from, int n, bool aligned) {
   constexpr int V = kVector<S>;
