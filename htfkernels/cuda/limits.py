@@ -13,9 +13,15 @@ __all__ = ["OPS", "why_not"]
 
 Limit = Callable[[Layout, torch.dtype], str | None]
 
+
+def _any_layout(layout: Layout, dtype: torch.dtype) -> None:
+    """No layout is left to others."""
+
+
 OPS: dict[str, tuple[frozenset[torch.dtype], Limit]] = {
     "evaluate": (tree.DTYPES, tree.why_not),
     "evaluate_at": (tree.DTYPES, tree.why_not_at),
+    "evaluate_at_planned": (tree.DTYPES, _any_layout),
 }
 """For each operation its dtypes, and why a layout is not computed, or None."""
 
