@@ -49,9 +49,10 @@ def no_plans_of_other_tests():
 
 @pytest.fixture
 def choose(monkeypatch):
-    """Makes plans choose among some cuts and tiles, on some machine."""
+    """Makes plans choose among some cuts and tiles, for some number of multiprocessors."""
+    real = tree_run._machine
 
-    def choose(cut=None, rows=None, machine=None):
+    def choose(cut=None, rows=None, processors=None):
         tree_run._evaluations.clear()
         if cut is not None:
             cuts = property(lambda t: CUTS(t)[cut : cut + 1] or CUTS(t)[-1:])
@@ -62,8 +63,10 @@ def choose(monkeypatch):
                 for how, tiles in tree.TILES.items()
             }
             monkeypatch.setattr(tree, "TILES", chosen)
-        if machine is not None:
-            monkeypatch.setattr(tree_run, "_machine", lambda _: machine)
+        if processors is not None:
+            monkeypatch.setattr(
+                tree_run, "_machine", lambda device: Machine(processors, real(device).shared_bytes)
+            )
 
     return choose
 
@@ -123,7 +126,7 @@ def test_every_tile(dtype, precision, rows, choose):
 def test_splits_of_many_tiles(dtype, precision, choose):
     """Few blocks: a split has several tiles, and adds to the gradients of those before."""
     for processors in (1, 3):
-        choose(rows=16, machine=Machine(processors))
+        choose(rows=16, processors=processors)
         check(
             testing.Case("splits", make(T.balanced(4), [3, 4, 5, 6], 7, 2), 100), dtype, precision
         )
@@ -158,7 +161,7 @@ def test_a_caterpillar_in_one_task_and_in_forty(choose):
 @each
 @pytest.mark.parametrize("rows", [1, 32])
 def test_leaves_by_index(dtype, precision, rows, choose):
-    choose(rows=rows, machine=Machine(8))
+    choose(rows=rows, processors=8)
     for case in (CASES["random6"], CASES["shared_mixed"], CASES["chain5_sum"], *MORE[:2]):
         check(case, dtype, precision, "evaluate_at")
 
@@ -177,7 +180,7 @@ def test_every_cut_of_leaves_by_index(cut, choose):
 def test_the_order_of_threads_changes_nothing(dtype, precision, rows, op, choose):
     from htfkernels import _C_emulated
 
-    choose(rows=rows, machine=Machine(4))
+    choose(rows=rows, processors=4)
     for case in (CASES["random7_outputs"], CASES["shared_mixed"], MORE[1]):
         torch.manual_seed(0)
         forward = check(case, dtype, precision, op)

@@ -8,19 +8,26 @@ namespace {
 using namespace tree;
 
 // A gradient from the partials of the splits and of the nodes that share the weight, in their
-// order; a row of blocks for each group.
+// order; a row of blocks for each group. Loads of many splits are under way together.
 template <class Stored>
 __global__ void __launch_bounds__(kThreads)
     sum_partials(const ValueOf<Stored>* partials, const int* sums, Stored* out, long long numbers,
                  int splits) {
+  constexpr int kAtATime = 16;
   const int* row = sums + 4 * blockIdx.y;
   const int size = row[1], copies = row[3];
   for (int i = blockIdx.x * kThreads + threadIdx.x; i < size; i += gridDim.x * kThreads) {
     ValueOf<Stored> sum = 0;
     for (int c = 0; c < copies; ++c) {
       const ValueOf<Stored>* from = partials + row[2] + static_cast<long long>(c) * size + i;
-#pragma unroll 4
-      for (int s = 0; s < splits; ++s) sum += from[s * numbers];
+      for (int s = 0; s < splits; s += kAtATime) {
+        ValueOf<Stored> part[kAtATime];
+#pragma unroll
+        for (int j = 0; j < kAtATime; ++j)
+          part[j] = s + j < splits ? from[(s + j) * numbers] : ValueOf<Stored>(0);
+#pragma unroll
+        for (int j = 0; j < kAtATime; ++j) sum += part[j];
+      }
     }
     out[row[0] + i] = static_cast<Stored>(sum);
   }

@@ -7,12 +7,12 @@
 // split's tiles of Rows samples in order. For each tile:
 //   up    the subtree's messages are computed again and all stay in shared memory
 //   path  from the root down to the subtree: g_child = (g_v W_v^T) * the siblings' messages, which
-//         are in global memory. Blocks below a node all do this again; it is one product a level.
+//         are in global memory and come while the product is formed. Blocks below a node all do
+//         this again; it is one product a level.
 //         The weight's gradient of a node above the cut is computed by one of them, its owner.
-//   down  the subtree's nodes, parents first: dW += p^T g, dp = g W^T, and the children's
-//   cotangents
-//         dp * the other children's messages, in place of the messages. Leaves: dW += x^T g,
-//         dx = g W^T.
+//   down  the subtree's nodes, parents first: dW += p^T g, dp = g W^T, and in place of the
+//         children's messages their cotangents, dp * the other children's messages. Leaves:
+//         dW += x^T g, dx = g W^T.
 // Nobody waits for another block. Every product of messages without one factor is computed as such:
 // nothing is divided.
 //
