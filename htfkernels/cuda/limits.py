@@ -6,13 +6,16 @@ from collections.abc import Callable
 
 import torch
 
+from htfkernels.cuda import spectra
 from htfkernels.layout import Layout
 
 __all__ = ["OPS", "why_not"]
 
 Limit = Callable[[Layout, torch.dtype], str | None]
 
-OPS: dict[str, tuple[frozenset[torch.dtype], Limit]] = {}
+OPS: dict[str, tuple[frozenset[torch.dtype], Limit]] = {
+    "spectra": (spectra.DTYPES, spectra.why_not),
+}
 """For each operation its dtypes, and why a layout is not computed, or None."""
 
 
