@@ -317,7 +317,8 @@ def _singular_vectors(
         shapes.setdefault((f.frame.shape, f.environment.shape), []).append(i)
     for same in shapes.values():
         frame = torch.stack([factors[i].frame for i in same])
-        shift = _together([factors[i].scale - exponents[i] for i in same], frame.device)
+        shift = _together([factors[i].scale for i in same], frame.device)
+        shift = shift - _together([exponents[i] for i in same], frame.device)
         environment = torch.stack([factors[i].environment for i in same])
         environment = environment * shift.exp2()[:, None, None]
         s, left, right = _decomposed(frame, environment, accuracy, backend)
@@ -373,8 +374,10 @@ def _contracted(sides: grams.Sides, pulls: dict[int, Pull]) -> Tensor:
         [p.scale for p in chosen], columns.device
     )
     weight = torch.stack([p.weight for p in chosen])
-    a = torch.stack([p.left for p in chosen]) * columns.exp2()[:, :, None]
-    b = torch.stack([p.right for p in chosen]) * (shift[:, None] - columns).exp2()[:, :, None]
+    # Columns of zeros, which no singular vector has a part of, may have any exponent.
+    by_left, by_right = (k.clamp(max=1000).exp2() for k in (columns, shift[:, None] - columns))
+    a = torch.stack([p.left for p in chosen]) * by_left[:, :, None]
+    b = torch.stack([p.right for p in chosen]) * by_right[:, :, None]
     return _quadratic(sides.frames[slots], sides.frames_explicit, a, weight) + _quadratic(
         sides.environments[slots], sides.environments_explicit, b, weight
     )

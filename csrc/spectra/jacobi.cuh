@@ -31,21 +31,24 @@ __device__ __forceinline__ double pair_sum(double x) {
   return x;
 }
 
+// (x, y) -> (c x - s y, s x + c y), as x - s (y + t x), y + s (x - t y) with t = s / (1 + c): small
+// angles leave small errors.
 struct Rotation {
-  double c, s;
+  double s, t;
   bool turn, swap;
 };
 
 // Of columns with these dots, the second the shorter one after a swap.
 __device__ __forceinline__ Rotation rotation_of(double xx, double yy, double xy, double tolerance) {
-  Rotation r{1, 0, false, xx < yy};
+  Rotation r{0, 0, false, xx < yy};
   if (!(xx * yy > 1e-280) || !(fabs(xy) > tolerance * sqrt(xx) * sqrt(yy))) return r;
   if (!(fabs(xy) <= 1.7976931348623157e308)) return r;
   r.turn = true;
   const double zeta = (r.swap ? xx - yy : yy - xx) / (2 * xy), size = fabs(zeta);
-  const double t = size > 1e100 ? 0.5 / size : 1 / (size + sqrt(1 + zeta * zeta));
-  r.c = 1 / sqrt(1 + t * t);
-  r.s = zeta < 0 ? -r.c * t : r.c * t;
+  const double tangent = size > 1e100 ? 0.5 / size : 1 / (size + sqrt(1 + zeta * zeta));
+  const double c = 1 / sqrt(1 + tangent * tangent);
+  r.s = zeta < 0 ? -c * tangent : c * tangent;
+  r.t = r.s / (1 + c);
   return r;
 }
 
@@ -57,8 +60,8 @@ __device__ __forceinline__ void turn(double* p, double* q, int rows, const Rotat
     const int i = e * kLanes;
     if (i >= rows) break;
     const double x = r.swap ? q[i] : p[i], y = r.swap ? p[i] : q[i];
-    p[i] = r.c * x - r.s * y;
-    q[i] = r.s * x + r.c * y;
+    p[i] = x - r.s * (y + r.t * x);
+    q[i] = y + r.s * (x - r.t * y);
   }
 }
 
@@ -97,8 +100,8 @@ __device__ void jacobi(double* a, int m, int n, int ld, double* v, int ldv) {
         for (int e = 0; e < Entries; ++e) {
           if (e * kLanes >= m) break;
           const double longer = r.swap ? y[e] : x[e], shorter = r.swap ? x[e] : y[e];
-          ap[e * kLanes] = r.c * longer - r.s * shorter;
-          aq[e * kLanes] = r.s * longer + r.c * shorter;
+          ap[e * kLanes] = longer - r.s * (shorter + r.t * longer);
+          aq[e * kLanes] = shorter + r.s * (longer - r.t * shorter);
         }
         if (v != nullptr) turn<Entries>(v + p * ldv + lane, v + q * ldv + lane, n, r);
       }

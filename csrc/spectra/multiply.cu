@@ -98,6 +98,7 @@ __global__ void __launch_bounds__(kThreads) multiply_kernel(SpectraData d) {
     const bool there = i + g < rows;
     const double* row = x + (there ? i + g : 0) * inner;
     double sum[kTile / 8][2] = {};
+#pragma unroll 4
     for (int c = 0; c < inner; c += 4) {
       const double a = there && c + t < inner ? row[c + t] : 0.0;
       const double* b = s + (c + t) * kLd + g;

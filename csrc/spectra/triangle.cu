@@ -99,12 +99,14 @@ __device__ __forceinline__ void strip_column(const Shared& s, double (&a)[kStrip
   }
   __syncthreads();
   if (warp >= warps) return;
-  double dot[kStrip];
+  double dot[kStrip] = {};
+#pragma unroll 2
+  for (int w = 0; w < warps; ++w)
 #pragma unroll
-  for (int j = 0; j < kStrip; ++j) dot[j] = all[j];
-  for (int w = 1; w < warps; ++w)
-#pragma unroll
-    for (int j = 0; j < kStrip; ++j) dot[j] += all[w * kStrip + j];
+    for (int j = 0; j < kStrip; j += 2) {
+      const double2 two = *reinterpret_cast<const double2*>(all + w * kStrip + j);
+      dot[j] += two.x, dot[j + 1] += two.y;
+    }
   const double alpha = diagonal[K * length + K];
   double beta = alpha, top = 0, gamma = 0;
   // Squares of what is negligible beside the matrix may underflow.
@@ -305,21 +307,32 @@ __device__ bool combine(const Shared& s, double* triangles, int64_t size, int* a
   return true;
 }
 
-// Columns with their largest entry between a half and 1, and the exponents; a thread for each.
+// Columns with their largest entry between a half and 1, and the exponents; a warp for each row.
+// scratch: a row of n for each warp.
 template <class Entry>
-__device__ __forceinline__ void write_scaled(const SpectraTask& k, const SpectraData& d, int rows,
-                                             int n, const Entry& entry) {
-  for (int j = threadIdx.x; j < n; j += blockDim.x) {
+__device__ __forceinline__ void write_scaled(const SpectraTask& k, const SpectraData& d,
+                                             double* scratch, int rows, int n, const Entry& entry) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  for (int j = lane; j < n; j += kWarp) {
     double most = 0;
-    for (int i = 0; i < rows; ++i) {
+    for (int i = warp; i < rows; i += warps) {
       const double x = fabs(entry(i, j));
       most = x > most ? x : most;
     }
+    scratch[warp * n + j] = most;
+  }
+  __syncthreads();
+  for (int j = lane; j < n; j += kWarp) {
+    double most = 0;
+    for (int w = 0; w < warps; ++w) most = scratch[w * n + j] > most ? scratch[w * n + j] : most;
     const int e = exponent_of(most);
-    for (int i = 0; i < rows; ++i)
-      d.memory[k.out + static_cast<int64_t>(i) * n + j] = ldexp(entry(i, j), -e);
-    d.exponents[k.out_exponents + j] =
-        exponent_at(d.exponents, k.x_exponents, j) + exponent_at(d.exponents, k.y_exponents, j) + e;
+    // In two steps: 2^-e itself may be out of range.
+    const double half = ldexp(1.0, -e / 2), rest = ldexp(1.0, -e - -e / 2);
+    for (int i = warp; i < rows; i += warps)
+      d.memory[k.out + static_cast<int64_t>(i) * n + j] = entry(i, j) * half * rest;
+    if (warp == 0)
+      d.exponents[k.out_exponents + j] = exponent_at(d.exponents, k.x_exponents, j) +
+                                         exponent_at(d.exponents, k.y_exponents, j) + e;
   }
 }
 
@@ -333,7 +346,7 @@ __global__ void __launch_bounds__(kThreads)
     const double *x = d.memory + k.x, *y = k.y < 0 ? nullptr : d.memory + k.y;
     const int y_rows = static_cast<int>(k.y_rows);
     const int count = k.mode == 2 ? n : static_cast<int>(k.x_rows) * y_rows;
-    write_scaled(k, d, count, n, [&](int i, int j) {
+    write_scaled(k, d, shared_memory<double>(), count, n, [&](int i, int j) {
       if (k.mode == 2) return i == j ? 1.0 : 0.0;
       const double first = x[i / y_rows * n + j];
       return y == nullptr ? first : first * y[i % y_rows * n + j];
@@ -349,7 +362,7 @@ __global__ void __launch_bounds__(kThreads)
     double* triangles = d.parts + static_cast<int64_t>(blockIdx.x) * parts * size;
     if (!combine(s, triangles, size, d.arrived + blockIdx.x, n8, part, parts)) return;
   }
-  write_scaled(k, d, n, n, [&](int i, int j) {
+  write_scaled(k, d, s.chunk, n, n, [&](int i, int j) {
     const int begin = i / kStrip * kStrip;
     return j < i ? 0.0 : s.t[strip_at(n8, begin) + i % kStrip * (n8 - begin) + j - begin];
   });

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from htfkernels.layout import Layout
 
-__all__ = ["DTYPES", "WIDEST", "Program", "Side", "program", "why_not"]
+__all__ = ["DTYPES", "WIDEST", "Program", "Shape", "program", "why_not"]
 
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 """Of the weights; all is computed in float64."""
@@ -39,7 +39,7 @@ def why_not(layout: Layout, dtype: torch.dtype) -> str | None:
 
 
 @dataclass(frozen=True)
-class Side:
+class _Side:
     """Where a frame or an environment is.
 
     Attributes:
@@ -65,7 +65,7 @@ class Program:
         launches, sizes: what ``spectra_factors`` takes.
         value_table, value_launches, value_sizes: what ``spectra_values`` takes.
         counts: of each node how many singular values.
-        sides: of each node the frame and the environment.
+        shapes: nodes whose frames and whose environments have one shape, together.
     """
 
     table: Tensor
@@ -75,7 +75,25 @@ class Program:
     value_launches: list[int]
     value_sizes: list[int]
     counts: list[int]
-    sides: list[tuple[Side, Side]]
+    shapes: list[Shape]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Nodes with like frames and like environments.
+
+    Attributes:
+        nodes: their positions among the program's.
+        rows, columns: of a frame and of an environment; of both.
+        at, exponents: int64 ``[2, nodes]`` on the device, where frames and environments begin and
+            their exponents do.
+    """
+
+    nodes: list[int]
+    rows: tuple[int, int]
+    columns: int
+    at: Tensor
+    exponents: Tensor
 
 
 @lru_cache(maxsize=64)
@@ -105,8 +123,8 @@ class _Place:
     depth: int = 0
     wanted: bool = False  # the environment is, here or below
     needed: bool = False  # the frame is
-    frame: Side | None = None
-    environment: Side | None = None
+    frame: _Side | None = None
+    environment: _Side | None = None
 
 
 @dataclass
@@ -121,6 +139,8 @@ class _Builder:
     launches: list[int] = field(default_factory=list)
     memory: int = 0
     exponents: int = 0
+    scratch: int = 0  # in use by a wave, behind the memory that is kept
+    most_scratch: int = 0
 
     def __post_init__(self) -> None:
         tree = self.layout.tree
@@ -164,12 +184,12 @@ class _Builder:
         assert parent is not None
         return next((c for c in self.places[parent].children if c != child), None)
 
-    def frame(self, place: int) -> Side:
+    def frame(self, place: int) -> _Side:
         side = self.places[place].frame
         assert side is not None
         return side
 
-    def environment(self, place: int) -> Side:
+    def environment(self, place: int) -> _Side:
         side = self.places[place].environment
         assert side is not None
         return side
@@ -181,12 +201,13 @@ class _Builder:
             for i in wave:
                 place = self.places[i]
                 factors = [self.frame(c) for c in place.children]
-                product = steps.khatri_rao(factors, place.rows) if factors else None
-                if place.node is None:
+                kept = place.node is None
+                product = steps.khatri_rao(factors, place.rows, kept) if factors else None
+                if kept:
                     place.frame = product
                 else:
                     through = steps.multiply(product, place, transposed=False)
-                    place.frame = steps.shrink(through)
+                    place.frame = steps.shrink(through, kept=True)
             steps.launch()
 
     def down(self) -> None:
@@ -204,16 +225,24 @@ class _Builder:
                     above = self.environment(i)
                 else:
                     outer = None if place.parent is None else self.environment(i)
-                    above = steps.shrink(steps.multiply(outer, place, transposed=True))
+                    through = steps.multiply(outer, place, transposed=True)
+                    above = steps.shrink(through, kept=len(place.children) == 1)
                 for c in below:
                     sibling = self._other(c)
                     factors = [above] if sibling is None else [above, self.frame(sibling)]
-                    self.places[c].environment = steps.khatri_rao(factors, place.rows)
+                    self.places[c].environment = steps.khatri_rao(factors, place.rows, True)
             steps.launch()
 
-    def make(self, rows: int, columns: int, triangular: bool = False) -> Side:
-        side = Side(self.memory, rows, columns, self.exponents, triangular)
-        self.memory += rows * columns
+    def make(self, rows: int, columns: int, triangular: bool, kept: bool) -> _Side:
+        """What is not kept is over with its wave: other waves have theirs in its place, behind
+        what is kept (until that is known, counted backwards from -2)."""
+        at = self.memory if kept else -2 - self.scratch
+        side = _Side(at, rows, columns, self.exponents, triangular)
+        if kept:
+            self.memory += rows * columns
+        else:
+            self.scratch += rows * columns
+            self.most_scratch = max(self.most_scratch, self.scratch)
         self.exponents += columns
         return side
 
@@ -232,7 +261,7 @@ class _Builder:
         self.launches += [kind, len(self.rows), len(tasks), parts, columns, rows]
         self.rows += [t.fields for t in tasks]
 
-    def finished(self, sides: list[tuple[Side, Side]], device: torch.device) -> Program:
+    def finished(self, sides: list[tuple[_Side, _Side]], device: torch.device) -> Program:
         classes: dict[int, list[list[int]]] = {}
         widest: dict[int, int] = {}
         at, counts = 0, []
@@ -254,16 +283,41 @@ class _Builder:
         def table(rows: list[list[int]]) -> Tensor:
             return torch.tensor(rows, dtype=torch.int64).reshape(-1, _FIELDS).to(device)
 
+        for row in self.rows:
+            for operand in (0, 3, 8):
+                if row[operand] < -1:
+                    row[operand] = self.memory - 2 - row[operand]
         return Program(
             table(self.rows),
             self.launches,
-            [self.memory, self.exponents],
+            [self.memory + self.most_scratch, self.exponents],
             table(rows),
             launches,
             [at, len(sides)],
             counts,
-            sides,
+            _shapes(sides, device),
         )
+
+
+def _shapes(sides: list[tuple[_Side, _Side]], device: torch.device) -> list[Shape]:
+    alike: dict[tuple[int, int, int], list[int]] = {}
+    for i, (frame, environment) in enumerate(sides):
+        key = (frame.rows, environment.rows, frame.columns)
+        alike.setdefault(key, []).append(i)
+
+    def tensor(numbers: list[list[int]]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int64).to(device)
+
+    return [
+        Shape(
+            nodes,
+            (frame_rows, environment_rows),
+            columns,
+            tensor([[sides[i][side].at for i in nodes] for side in (0, 1)]),
+            tensor([[sides[i][side].exponents for i in nodes] for side in (0, 1)]),
+        )
+        for (frame_rows, environment_rows, columns), nodes in alike.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -279,6 +333,7 @@ class _Steps:
 
     def __init__(self, builder: _Builder, downwards: bool = False) -> None:
         self.builder, self.downwards = builder, downwards
+        builder.scratch = 0
         self.products: list[_Task] = []
         self.grams: list[_Task] = []
         self.khatri_raos: list[_Task] = []
@@ -291,52 +346,54 @@ class _Steps:
         for kind, tasks in weighed + joined if self.downwards else joined + weighed:
             add(kind, tasks)
 
-    def khatri_rao(self, factors: list[Side], columns: int) -> Side:
+    def khatri_rao(self, factors: list[_Side], columns: int, kept: bool) -> _Side:
         """Two factors' product, of at most as many rows as columns; one factor as it is."""
         if len(factors) == 1:
             return factors[0]
         x, y = factors
         rows = x.rows * y.rows
         if rows > columns and self.builder.gram:
-            out = self.builder.make(columns, columns)
+            out = self.builder.make(columns, columns, False, kept)
             fields = _fields(x, y, columns, 0, out.at)
             fields[11] = out.exponents
             self.grams.append(_Task(fields, columns, rows, 0))
             return out
-        return self._triangle(self.khatri_raos, x, y, rows > columns)
+        return self._triangle(self.khatri_raos, x, y, rows > columns, kept)
 
-    def shrink(self, x: Side) -> Side:
+    def shrink(self, x: _Side, kept: bool) -> _Side:
         """Square factors are made triangular too: products of such have structure."""
         tall = x.rows > x.columns or (x.rows == x.columns and not self.builder.gram)
-        return self._triangle(self.shrunk, x, None, tall)
+        return self._triangle(self.shrunk, x, None, tall, kept)
 
-    def _triangle(self, to: list[_Task], x: Side, y: Side | None, reduced: bool) -> Side:
+    def _triangle(
+        self, to: list[_Task], x: _Side, y: _Side | None, reduced: bool, kept: bool
+    ) -> _Side:
         rows, n = x.rows * (1 if y is None else y.rows), x.columns
-        out = self.builder.make(n if reduced else rows, n, reduced)
+        out = self.builder.make(n if reduced else rows, n, reduced, kept)
         fields = _fields(x, y, n, _TRIANGLE if reduced else _KEEP, out.at)
         fields[11] = out.exponents
         to.append(_Task(fields, n, rows, _work(x, y) if reduced else 0))
         return out
 
-    def multiply(self, x: Side | None, place: _Place, transposed: bool) -> Side:
+    def multiply(self, x: _Side | None, place: _Place, transposed: bool) -> _Side:
         """A factor, or the identity, through a place's weight."""
         assert place.node is not None
         inner, n = (place.columns, place.rows) if transposed else (place.rows, place.columns)
-        out = self.builder.make(inner if x is None else x.rows, n)
+        out = self.builder.make(inner if x is None else x.rows, n, False, kept=False)
         fields = _fields(x, None, n, int(transposed), out.at)
         fields[11:14] = [out.exponents, self.builder.weight(place.node), inner]
         self.products.append(_Task(fields, n, 1 if x is None else inner, 0))
         return out
 
-    def identity(self, columns: int) -> Side:
-        out = self.builder.make(columns, columns, not self.builder.gram)
+    def identity(self, columns: int) -> _Side:
+        out = self.builder.make(columns, columns, not self.builder.gram, kept=True)
         fields = _fields(None, None, columns, _IDENTITY, out.at)
         fields[11] = out.exponents
         self.khatri_raos.append(_Task(fields, columns, columns, 0))
         return out
 
 
-def _fields(x: Side | None, y: Side | None, columns: int, mode: int, out: int) -> list[int]:
+def _fields(x: _Side | None, y: _Side | None, columns: int, mode: int, out: int) -> list[int]:
     """A row of the table, see SpectraTask; out_exponents, weight and inner are not set."""
     one = [-1, 1, 0]
     a = one if x is None else [x.at, x.rows, int(x.triangular)]
@@ -352,7 +409,7 @@ def _waves(places: Iterable[tuple[int, int]]) -> list[list[int]]:
     return [waves[at] for at in sorted(waves)]
 
 
-def _work(x: Side, y: Side | None) -> int:
+def _work(x: _Side, y: _Side | None) -> int:
     """Strips that the chunks of a product have (of a plain matrix it is dense)."""
     n, strip = x.columns, 8
     rows = x.rows * (1 if y is None else y.rows)

@@ -41,23 +41,23 @@ def factors(
     ``[R]``, int64, and the scale ``[]``, int64 (see :class:`htfkernels.ops.spectra.Factors`)."""
     steps = _program(layout, weights, nodes, gram)
     memory, exponents = kept or _run(layout, weights, nodes, gram)[1]
-    found = []
-    for frame, environment in steps.sides:
-        k = exponents[frame.exponents :][: frame.columns]
-        e = exponents[environment.exponents :][: environment.columns]
-        scale = (k + e).amax()
-        found.append(
-            (
-                memory[frame.at :][: frame.rows * frame.columns].view(-1, frame.columns),
-                memory[environment.at :][: environment.rows * environment.columns].view(
-                    -1, environment.columns
-                )
-                * (k + e - scale).clamp_min(-1100).double().exp2(),
-                k,
-                scale,
-            )
+    found: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+    for shape in steps.shapes:
+        columns = torch.arange(shape.columns, device=memory.device)
+        k, e = exponents[shape.exponents[:, :, None] + columns]
+        frame, environment = (
+            memory[at[:, None] + torch.arange(rows * shape.columns, device=memory.device)]
+            for at, rows in zip(shape.at, shape.rows, strict=True)
         )
-    return found
+        scale = (k + e).amax(1)
+        powers = (k + e - scale[:, None]).clamp_min(-1100).double().exp2()
+        sides = (
+            frame.unflatten(1, (-1, shape.columns)),
+            environment.unflatten(1, (-1, shape.columns)) * powers[:, None, :],
+        )
+        each = zip(*(t.unbind(0) for t in (*sides, k, scale)), strict=True)
+        found.update(zip(shape.nodes, each, strict=True))
+    return [found[i] for i in range(len(nodes))]
 
 
 def svd(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
