@@ -2,15 +2,16 @@
 //
 //   out[rows, n] = x[rows, inner] S[inner, n],  S = 2^x_exponents W 2^-out_exponents
 //
-//   x      -1: the identity, and out is S [inner, n]; else rows <= 128 and inner <= 128
+//   x      -1: the identity, and out is S [inner, n]
 //   W      [inner, n] from the weights, or with mode 1 the transpose of [n, inner]; -1: ones
 //   out_exponents   of each column the largest exponent of an entry 2^x_exponents W, so that S has
 //          its columns' largest entries between a half and 1, however far apart rows of W and
 //          columns of x are; entries 2^-1100 below are zero. -2^30 where a column is zero.
 //
-// A block for each 64 columns of a task: it finds their exponents, then has S in shared memory
-// (inner x 64, 70 KB at most) and every warp takes eight rows of x, read once for all columns, on
-// the tensor cores (mma_f64). A node of R = 64 is 0.5 Mflop and 96 KB.
+// A block for each 64 columns of a task: it finds their exponents, then has 128 rows of S at a time
+// in shared memory (70 KB) and every warp takes eight rows of x, read once for all columns, on the
+// tensor cores (mma_f64). S is made once where inner <= 128, else for each 64 rows of x. A node of
+// R = 64 is 0.5 Mflop and 96 KB.
 #include <algorithm>
 
 #include "spectra/steps.cuh"
@@ -20,6 +21,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kTile = 64;       // columns of a block
+constexpr int kDepth = 128;     // rows of S at a time
 constexpr int kLd = kTile + 4;  // see padded_row
 constexpr int kGroups = kThreads / kTile;
 constexpr int64_t kNothing = -(int64_t{1} << 40);
@@ -84,33 +86,40 @@ __global__ void __launch_bounds__(kThreads) multiply_kernel(SpectraData d) {
           scaled(w(i, column), exponent_at(d.exponents, k.x_exponents, i), top);
     return;
   }
-  double* s = shared_memory<double>();  // [inner, a multiple of 4][kLd]
-  const int inner4 = round_up(inner, 4);
-  for (int i = group; i < inner4; i += kGroups)
-    s[i * kLd + j] = i < inner && column < n
-                         ? scaled(w(i, column), exponent_at(d.exponents, k.x_exponents, i), top)
-                         : 0.0;
-  __syncthreads();
+  double* s = shared_memory<double>();  // [kDepth at most, a multiple of 4][kLd]
   const double* x = d.memory + k.x;
   const int rows = static_cast<int>(k.x_rows);
   const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-  for (int i = threadIdx.x / kWarp * 8; i < rows; i += kThreads / kWarp * 8) {
-    const bool there = i + g < rows;
-    const double* row = x + (there ? i + g : 0) * inner;
+  for (int i0 = 0; i0 < rows; i0 += kThreads / kWarp * 8) {
+    const int i = i0 + threadIdx.x / kWarp * 8 + g;
+    const bool there = i < rows;
+    const double* own = x + static_cast<int64_t>(there ? i : 0) * inner;
     double sum[kTile / 8][2] = {};
+    for (int c0 = 0; c0 < inner; c0 += kDepth) {
+      const int depth = inner - c0 < kDepth ? inner - c0 : kDepth;
+      if (i0 == 0 || inner > kDepth) {
+        __syncthreads();
+        for (int r = group; r < round_up(depth, 4); r += kGroups)
+          s[r * kLd + j] =
+              r < depth && column < n
+                  ? scaled(w(c0 + r, column), exponent_at(d.exponents, k.x_exponents, c0 + r), top)
+                  : 0.0;
+        __syncthreads();
+      }
 #pragma unroll 4
-    for (int c = 0; c < inner; c += 4) {
-      const double a = there && c + t < inner ? row[c + t] : 0.0;
-      const double* b = s + (c + t) * kLd + g;
+      for (int c = 0; c < depth; c += 4) {
+        const double a = there && c + t < depth ? own[c0 + c + t] : 0.0;
+        const double* b = s + (c + t) * kLd + g;
 #pragma unroll
-      for (int tile = 0; tile < kTile / 8; ++tile) mma_f64(sum[tile], a, b[8 * tile]);
+        for (int tile = 0; tile < kTile / 8; ++tile) mma_f64(sum[tile], a, b[8 * tile]);
+      }
     }
 #pragma unroll
     for (int tile = 0; tile < kTile / 8; ++tile)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int at = first + 8 * tile + 2 * t + h;
-        if (there && at < n) out[(i + g) * n + at] = sum[tile][h];
+        if (there && at < n) out[static_cast<int64_t>(i) * n + at] = sum[tile][h];
       }
   }
 }
@@ -118,13 +127,13 @@ __global__ void __launch_bounds__(kThreads) multiply_kernel(SpectraData d) {
 }  // namespace
 
 void launch_multiply(const Current& current, const SpectraData& data, const SpectraLaunch& l) {
-  const int inner = static_cast<int>(std::min<int64_t>(l.rows, kWidest));
+  const int inner = static_cast<int>(std::min<int64_t>(l.rows, kDepth));
   const std::size_t bytes = std::max(static_cast<std::size_t>(round_up(inner, 4)) * kLd,
                                      static_cast<std::size_t>(kGroups) * kTile) *
                             sizeof(double);
   launch<multiply_kernel>(
       "spectra's products with weights", current,
-      dim3(static_cast<unsigned>(l.tasks), static_cast<unsigned>((l.columns + kTile - 1) / kTile)),
+      dim3(static_cast<unsigned>(l.tasks), static_cast<unsigned>((l.widest + kTile - 1) / kTile)),
       kThreads, bytes, data);
 }
 

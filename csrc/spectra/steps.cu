@@ -3,7 +3,7 @@
 //   weights   float64, all weights one after the other
 //   table     int64 [tasks, kTaskFields], see steps.cuh
 //   launches  for each launch, in their order: kind (0 triangles, 1 Gram matrices, 2 products with
-//             weights), first task, tasks, blocks for each task, most columns, most rows
+//             weights), first task, tasks, blocks for each task, and the sizes of SpectraLaunch
 //   sizes     elements of memory, of exponents
 //   result    memory float64 and exponents int64, as the tasks fill them
 //
@@ -19,7 +19,7 @@ namespace htf::gpu {
 namespace {
 
 constexpr const char* kOp = "spectra_factors";
-constexpr std::size_t kLaunchFields = 6;
+constexpr std::size_t kLaunchFields = 7;
 
 std::vector<Tensor> spectra_factors(const Tensor& weights, const Tensor& table,
                                     const std::vector<int64_t>& launches,
@@ -35,14 +35,14 @@ std::vector<Tensor> spectra_factors(const Tensor& weights, const Tensor& table,
   const Current current(weights);
   const auto launch_at = [&](std::size_t i) {
     const int64_t* l = launches.data() + i;
-    return SpectraLaunch{l[1], l[2], l[3], l[4], l[5]};
+    return SpectraLaunch{l[1], l[2], l[3], l[4], l[5], l[6]};
   };
   int64_t parts = 0, tasks = 0;
   for (std::size_t i = 0; i < launches.size(); i += kLaunchFields) {
     const SpectraLaunch l = launch_at(i);
     check(launches[i] >= 0 && launches[i] <= 2 && l.first >= 0 && l.tasks >= 0 &&
               l.first + l.tasks <= table.size(0) && l.parts >= 1 && l.columns >= 1 &&
-              l.columns <= kWidest && l.rows >= 1,
+              (l.columns <= kWidest || launches[i] == 2) && l.columns <= l.widest && l.rows >= 1,
           kOp, ": launch ", i / kLaunchFields, " does not fit the table, or is wider than ",
           kWidest);
     parts = std::max(parts, triangle_parts(l));

@@ -27,7 +27,7 @@ struct SpectraTask {
 constexpr int64_t kTaskFields = 16;
 static_assert(sizeof(SpectraTask) == kTaskFields * sizeof(int64_t));
 
-constexpr int kWidest = 128;  // columns
+constexpr int kWidest = 128;  // columns of what is decomposed
 
 // What a launch of tasks works on.
 struct SpectraData {
@@ -39,9 +39,11 @@ struct SpectraData {
   int* arrived;   // zero
 };
 
-// How a launch is made: tasks, blocks for each, and the largest sizes among them.
+// How a launch is made: tasks, blocks for each, and the largest sizes among them: columns and rows
+// of what is decomposed (of a product with weights: columns, and rows of the weight), and columns
+// of any factor.
 struct SpectraLaunch {
-  int64_t first, tasks, parts, columns, rows;
+  int64_t first, tasks, parts, columns, rows, widest;
 };
 
 void launch_triangles(const Current& current, const SpectraData& data, const SpectraLaunch& l);

@@ -348,8 +348,8 @@ __global__ void __launch_bounds__(kThreads)
     const int count = k.mode == 2 ? n : static_cast<int>(k.x_rows) * y_rows;
     write_scaled(k, d, shared_memory<double>(), count, n, [&](int i, int j) {
       if (k.mode == 2) return i == j ? 1.0 : 0.0;
-      const double first = x[i / y_rows * n + j];
-      return y == nullptr ? first : first * y[i % y_rows * n + j];
+      const double first = x[static_cast<int64_t>(i / y_rows) * n + j];
+      return y == nullptr ? first : first * y[static_cast<int64_t>(i % y_rows) * n + j];
     });
     return;
   }
@@ -382,10 +382,11 @@ void launch_triangles(const Current& current, const SpectraData& data, const Spe
   const auto bytes = [&] { return Shared::size(n8, ld, rows) * sizeof(double); };
   while (rows > kWarp && bytes() > static_cast<std::size_t>(current.device().shared_bytes))
     rows /= 2;
-  const int threads = n8 <= 16 ? 64 : n8 <= 32 ? 128 : kThreads;
+  const int threads = l.widest <= 16 ? 64 : l.widest <= 32 ? 128 : kThreads;
+  const std::size_t scratch = kWarps * static_cast<std::size_t>(l.widest) * sizeof(double);
   launch<triangle_kernel>("spectra's triangles", current,
                           dim3(static_cast<unsigned>(l.tasks), static_cast<unsigned>(l.parts)),
-                          std::max(threads, rows), bytes(), data, n8, ld, rows);
+                          std::max(threads, rows), std::max(bytes(), scratch), data, n8, ld, rows);
 }
 
 }  // namespace htf::gpu

@@ -1,7 +1,7 @@
 // spectra_values: singular values of the matricizations, M = F E^T of a frame and an environment.
 //
-//   task: x the frame [x_rows, n], y the environment [y_rows, n], both with their exponents; a row
-//   each of at most 128. out: min(x_rows, y_rows) values, descending, the first between a half and
+//   task: x the frame [x_rows, n], y the environment [y_rows, n], both with their exponents, of at
+//   most 128 rows. out: min(x_rows, y_rows) values, descending, the first between a half and
 //   1; out_exponents: one power of two for all of them
 //
 // A block for each node: the product into shared memory by mma_f64, columns of M the shorter side
@@ -50,15 +50,15 @@ __device__ int64_t product(const SpectraTask& k, const SpectraData& d, bool tall
 
 template <int Entries>
 __global__ void __launch_bounds__(kLanes * Entries * 4)
-    values_kernel(SpectraData d, double* values, int64_t* exponents, int size) {
+    values_kernel(SpectraData d, double* values, int64_t* exponents, int size, int widest) {
   const SpectraTask k = d.task[blockIdx.x];
   const bool tall = k.x_rows >= k.y_rows;
   const int m = static_cast<int>(tall ? k.x_rows : k.y_rows);
   const int n = static_cast<int>(tall ? k.y_rows : k.x_rows), ld = jacobi_ld(m);
   double* a = shared_memory<double>();
   double *s = a + size, *powers = s + kWidest;
-  int64_t* sums = reinterpret_cast<int64_t*>(powers + kWidest);
-  int* place = reinterpret_cast<int*>(sums);  // once the sums have been read
+  int64_t* sums = reinterpret_cast<int64_t*>(powers + widest);
+  int* place = reinterpret_cast<int*>(sums + widest);
   const int64_t most = product(k, d, tall, m, n, ld, a, sums, powers);
   const int e = exponent_of(largest_of(a, m, n, ld, powers));
   scale_down(a, m, n, ld, e);
@@ -75,12 +75,14 @@ template <int Entries>
 void launch_values(const Current& current, const SpectraData& data, const SpectraLaunch& l,
                    double* values, int64_t* exponents) {
   const int n = static_cast<int>(l.columns), size = n * jacobi_ld(static_cast<int>(l.rows));
+  const int widest = std::max(static_cast<int>(l.widest), kWarp);
   launch<values_kernel<Entries>>(
       "spectra's singular values", current, static_cast<unsigned>(l.tasks), jacobi_threads(n),
-      (size + 3 * kWidest) * sizeof(double), data, values, exponents, size);
+      (size + 2 * kWidest + 2 * widest) * sizeof(double), data, values, exponents, size, widest);
 }
 
-// launches: of each the first task, their number, the most columns and rows of M (rows >= columns).
+// launches: of each the first task, their number, the most columns and rows of M (rows >= columns),
+// and the most columns of a frame.
 std::vector<Tensor> spectra_values(const Tensor& memory, const Tensor& exponents,
                                    const Tensor& table, const std::vector<int64_t>& launches,
                                    const std::vector<int64_t>& sizes) {
@@ -93,8 +95,8 @@ std::vector<Tensor> spectra_values(const Tensor& memory, const Tensor& exponents
         " and ", describe(exponents));
   check(is(table, ScalarType::Long, 2) && table.size(1) == kTaskFields, kOp,
         ": table must be int64 [tasks, ", kTaskFields, "], got ", describe(table));
-  check(sizes.size() == 2 && launches.size() % 4 == 0, kOp,
-        ": sizes must be two numbers and launches four for each launch");
+  check(sizes.size() == 2 && launches.size() % 5 == 0, kOp,
+        ": sizes must be two numbers and launches five for each launch");
   const Current current(memory);
   const Tensor values = device_tensor(current, memory, {sizes[0]}, ScalarType::Double);
   const Tensor powers = device_tensor(current, memory, {sizes[1]}, ScalarType::Long);
@@ -102,11 +104,12 @@ std::vector<Tensor> spectra_values(const Tensor& memory, const Tensor& exponents
   data.memory = static_cast<double*>(memory.data_ptr());
   data.exponents = static_cast<int64_t*>(exponents.data_ptr());
   const SpectraTask* tasks = static_cast<const SpectraTask*>(table.const_data_ptr());
-  for (std::size_t i = 0; i < launches.size(); i += 4) {
-    const SpectraLaunch l{launches[i], launches[i + 1], 1, launches[i + 2], launches[i + 3]};
+  for (std::size_t i = 0; i < launches.size(); i += 5) {
+    const SpectraLaunch l{launches[i],     launches[i + 1], 1,
+                          launches[i + 2], launches[i + 3], launches[i + 4]};
     check(l.first >= 0 && l.tasks >= 0 && l.first + l.tasks <= table.size(0) && l.columns >= 1 &&
-              l.columns <= l.rows && l.rows <= kWidest,
-          kOp, ": launch ", i / 4, " does not fit the table, or is wider than ", kWidest);
+              l.columns <= l.rows && l.rows <= kWidest && l.widest >= 1,
+          kOp, ": launch ", i / 5, " does not fit the table, or is wider than ", kWidest);
     data.task = tasks + l.first;
     double* to = static_cast<double*>(values.data_ptr());
     int64_t* to_powers = static_cast<int64_t*>(powers.data_ptr());

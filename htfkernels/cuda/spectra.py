@@ -1,14 +1,24 @@
-"""The tasks that the CUDA kernels of the spectra go through, level by level (csrc/spectra/)."""
+"""A layout's tree as tasks of the CUDA kernels of the spectra, level by level (csrc/spectra/)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from htfkernels.cuda.spectra_tasks import (
+    FIELDS,
+    WIDEST,
+    Memory,
+    Side,
+    Steps,
+    TooWide,
+    check_width,
+    row_of,
+)
 from htfkernels.layout import Layout
 
 __all__ = ["DTYPES", "WIDEST", "Program", "Shape", "program", "why_not"]
@@ -16,44 +26,40 @@ __all__ = ["DTYPES", "WIDEST", "Program", "Shape", "program", "why_not"]
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 """Of the weights; all is computed in float64."""
 
-WIDEST = 128
-"""Columns of a factor at most: what shared memory holds of it."""
-
-_TRIANGLES, _GRAMS, _PRODUCTS = range(3)
-_KEEP, _TRIANGLE, _IDENTITY = range(3)
-_FIELDS = 16
-_CHUNK = 128  # rows that a block takes in at a time
-_MOST_PARTS = 16
+_MOST_ENTRIES = 2**24  # of a Khatri-Rao product that is stored
 
 
 def why_not(layout: Layout, dtype: torch.dtype) -> str | None:
     """Why the spectra of a layout are left to others, or None."""
-    widest = max(*layout.ranks, layout.out_features)
-    if widest <= WIDEST:
-        return None
-    what = "a local rank" if max(layout.ranks) > WIDEST else "a number of outputs"
-    return (
-        f"cuda decomposes matrices of at most {WIDEST} columns, and {what} of this layout is "
-        f"{widest}"
-    )
+    return _why_not(layout)
+
+
+@lru_cache(maxsize=256)
+def _why_not(layout: Layout) -> str | None:
+    try:
+        for gram in (False, True):
+            _Builder(layout, range(len(layout.tree.nodes)), gram, 1)
+    except TooWide as error:
+        return str(error)
+    return None
 
 
 @dataclass(frozen=True)
-class _Side:
-    """Where a frame or an environment is.
+class Shape:
+    """Nodes with like frames and like environments.
 
     Attributes:
-        at: its first element in the memory.
-        rows, columns: its shape, row after row.
-        exponents: its columns' first exponent.
-        triangular: whether it has as many rows as columns, with zeros below the diagonal.
+        nodes: their positions among the program's.
+        rows, columns: of a frame and of an environment; of both.
+        at, exponents: int64 ``[2, nodes]`` on the device, where frames and environments begin and
+            their exponents do.
     """
 
-    at: int
-    rows: int
+    nodes: list[int]
+    rows: tuple[int, int]
     columns: int
-    exponents: int
-    triangular: bool
+    at: Tensor
+    exponents: Tensor
 
 
 @dataclass(frozen=True)
@@ -78,228 +84,54 @@ class Program:
     shapes: list[Shape]
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Nodes with like frames and like environments.
-
-    Attributes:
-        nodes: their positions among the program's.
-        rows, columns: of a frame and of an environment; of both.
-        at, exponents: int64 ``[2, nodes]`` on the device, where frames and environments begin and
-            their exponents do.
-    """
-
-    nodes: list[int]
-    rows: tuple[int, int]
-    columns: int
-    at: Tensor
-    exponents: Tensor
-
-
 @lru_cache(maxsize=64)
 def program(layout: Layout, nodes: tuple[int, ...], gram: bool, device: torch.device) -> Program:
     """The tasks for the singular values of some nodes (no repetitions), in their order."""
     processors = 132
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-    builder = _Builder(layout, set(nodes), gram, processors)
-    builder.up()
-    builder.down()
-    places = [builder.place_of[n] for n in nodes]
-    sides = [(builder.frame(i), builder.environment(i)) for i in places]
-    return builder.finished(sides, device)
+    built = _Builder(layout, nodes, gram, processors)
+    memory = built.memory
+    rows, launches, counts = _values(built.sides)
+    return Program(
+        _table([memory.settled(row) for row in built.rows], device),
+        built.launches,
+        [memory.kept + memory.most_scratch, memory.exponents],
+        _table(rows, device),
+        launches,
+        [sum(counts), len(counts)],
+        counts,
+        _shapes(built.sides, device),
+    )
 
 
-@dataclass
-class _Place:
-    """A node, or the product of two children of one that has many (``node`` is None)."""
-
-    node: int | None
-    rows: int
-    columns: int
-    children: list[int]
-    parent: int | None = None
-    height: int = 0
-    depth: int = 0
-    wanted: bool = False  # the environment is, here or below
-    needed: bool = False  # the frame is
-    frame: _Side | None = None
-    environment: _Side | None = None
+def _table(rows: list[list[int]], device: torch.device) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, FIELDS).to(device)
 
 
-@dataclass
-class _Builder:
-    layout: Layout
-    wanted: set[int]
-    gram: bool
-    processors: int
-    places: list[_Place] = field(default_factory=list)  # children first
-    place_of: dict[int, int] = field(default_factory=dict)
-    rows: list[list[int]] = field(default_factory=list)
-    launches: list[int] = field(default_factory=list)
-    memory: int = 0
-    exponents: int = 0
-    scratch: int = 0  # in use by a wave, behind the memory that is kept
-    most_scratch: int = 0
-
-    def __post_init__(self) -> None:
-        tree = self.layout.tree
-        for node in tree.nodes:
-            rows, columns = self.layout.shape(node)
-            children = [self.place_of[c.index] for c in node.children]
-            while len(children) > 2:
-                # Neighbours first, so that a node of C children is log2(C) deep.
-                pairs = [children[i : i + 2] for i in range(0, len(children), 2)]
-                children = [self._add(None, rows, rows, p) if len(p) == 2 else p[0] for p in pairs]
-            self.place_of[node.index] = self._add(node.index, rows, columns, children)
-        self.weight_at = [0]
-        for group in self.layout.groups:
-            self.weight_at.append(self.weight_at[-1] + group.count * group.rows * group.cols)
-        for place in reversed(self.places):
-            above = None if place.parent is None else self.places[place.parent]
-            if above is not None:
-                place.depth = above.depth + 1
-        for place in self.places:
-            place.wanted |= place.node in self.wanted
-            if place.wanted and place.parent is not None:
-                self.places[place.parent].wanted = True
-        for i in reversed(range(len(self.places))):
-            place = self.places[i]
-            place.needed = place.node in self.wanted
-            if place.parent is not None:
-                sibling = self._other(i)
-                place.needed |= self.places[place.parent].needed
-                place.needed |= sibling is not None and self.places[sibling].wanted
-
-    def _add(self, node: int | None, rows: int, columns: int, children: list[int]) -> int:
-        place = _Place(node, rows, columns, children)
-        for c in children:
-            self.places[c].parent = len(self.places)
-            place.height = max(place.height, self.places[c].height + 1)
-        self.places.append(place)
-        return len(self.places) - 1
-
-    def _other(self, child: int) -> int | None:
-        parent = self.places[child].parent
-        assert parent is not None
-        return next((c for c in self.places[parent].children if c != child), None)
-
-    def frame(self, place: int) -> _Side:
-        side = self.places[place].frame
-        assert side is not None
-        return side
-
-    def environment(self, place: int) -> _Side:
-        side = self.places[place].environment
-        assert side is not None
-        return side
-
-    def up(self) -> None:
-        """Frames, children before parents."""
-        for wave in _waves(((p.height, i) for i, p in enumerate(self.places) if p.needed)):
-            steps = _Steps(self)
-            for i in wave:
-                place = self.places[i]
-                factors = [self.frame(c) for c in place.children]
-                kept = place.node is None
-                product = steps.khatri_rao(factors, place.rows, kept) if factors else None
-                if kept:
-                    place.frame = product
-                else:
-                    through = steps.multiply(product, place, transposed=False)
-                    place.frame = steps.shrink(through, kept=True)
-            steps.launch()
-
-    def down(self) -> None:
-        """Environments, parents before children."""
-        for wave in _waves(((p.depth, i) for i, p in enumerate(self.places) if p.wanted)):
-            steps = _Steps(self, downwards=True)
-            for i in wave:
-                place = self.places[i]
-                if place.parent is None and place.node in self.wanted:
-                    place.environment = steps.identity(place.columns)
-                below = [c for c in place.children if self.places[c].wanted]
-                if not below:
-                    continue
-                if place.node is None:
-                    above = self.environment(i)
-                else:
-                    outer = None if place.parent is None else self.environment(i)
-                    through = steps.multiply(outer, place, transposed=True)
-                    above = steps.shrink(through, kept=len(place.children) == 1)
-                for c in below:
-                    sibling = self._other(c)
-                    factors = [above] if sibling is None else [above, self.frame(sibling)]
-                    self.places[c].environment = steps.khatri_rao(factors, place.rows, True)
-            steps.launch()
-
-    def make(self, rows: int, columns: int, triangular: bool, kept: bool) -> _Side:
-        """What is not kept is over with its wave: other waves have theirs in its place, behind
-        what is kept (until that is known, counted backwards from -2)."""
-        at = self.memory if kept else -2 - self.scratch
-        side = _Side(at, rows, columns, self.exponents, triangular)
-        if kept:
-            self.memory += rows * columns
-        else:
-            self.scratch += rows * columns
-            self.most_scratch = max(self.most_scratch, self.scratch)
-        self.exponents += columns
-        return side
-
-    def weight(self, node: int) -> int:
-        if node not in self.layout.location:
-            return -1
-        group, slot = self.layout.location[node]
-        g = self.layout.groups[group]
-        return self.weight_at[group] + slot * g.rows * g.cols
-
-    def add_launch(self, kind: int, tasks: Sequence[_Task]) -> None:
-        if not tasks:
-            return
-        columns, rows = max(t.columns for t in tasks), max(t.rows for t in tasks)
-        parts = _parts(tasks, self.processors) if kind == _TRIANGLES else 1
-        self.launches += [kind, len(self.rows), len(tasks), parts, columns, rows]
-        self.rows += [t.fields for t in tasks]
-
-    def finished(self, sides: list[tuple[_Side, _Side]], device: torch.device) -> Program:
-        classes: dict[int, list[list[int]]] = {}
-        widest: dict[int, int] = {}
-        at, counts = 0, []
-        for i, (frame, environment) in enumerate(sides):
-            shorter, longer = sorted((frame.rows, environment.rows))
-            fields = _fields(frame, environment, frame.columns, 0, at)
-            fields[11] = i
-            kind = next(k for k in (16, 32, 64, WIDEST) if longer <= k)
-            classes.setdefault(kind, []).append(fields)
-            widest[kind] = max(widest.get(kind, 0), shorter)
-            counts.append(shorter)
-            at += shorter
-        rows: list[list[int]] = []
-        launches: list[int] = []
-        for kind, tasks in classes.items():
-            launches += [len(rows), len(tasks), widest[kind], kind]
-            rows += tasks
-
-        def table(rows: list[list[int]]) -> Tensor:
-            return torch.tensor(rows, dtype=torch.int64).reshape(-1, _FIELDS).to(device)
-
-        for row in self.rows:
-            for operand in (0, 3, 8):
-                if row[operand] < -1:
-                    row[operand] = self.memory - 2 - row[operand]
-        return Program(
-            table(self.rows),
-            self.launches,
-            [self.memory + self.most_scratch, self.exponents],
-            table(rows),
-            launches,
-            [at, len(sides)],
-            counts,
-            _shapes(sides, device),
-        )
+def _values(sides: list[tuple[Side, Side]]) -> tuple[list[list[int]], list[int], list[int]]:
+    """Of ``spectra_values`` rows and launches, matrices of like size together, and how many values
+    each node has."""
+    classes: dict[int, list[int]] = {}
+    counts: list[int] = []
+    rows: list[list[int]] = []
+    for i, (frame, environment) in enumerate(sides):
+        longer = max(frame.rows, environment.rows)
+        classes.setdefault(next(k for k in (16, 32, 64, WIDEST) if longer <= k), []).append(i)
+        out = Side(sum(counts), 0, frame.columns, i, False)
+        rows.append(row_of(frame, environment, 0, out))
+        counts.append(min(frame.rows, environment.rows))
+    launches: list[int] = []
+    order: list[int] = []
+    for longest, nodes in classes.items():
+        widest = max(sides[i][0].columns for i in nodes)
+        shorter = max(counts[i] for i in nodes)
+        launches += [len(order), len(nodes), shorter, longest, widest]
+        order += nodes
+    return [rows[i] for i in order], launches, counts
 
 
-def _shapes(sides: list[tuple[_Side, _Side]], device: torch.device) -> list[Shape]:
+def _shapes(sides: list[tuple[Side, Side]], device: torch.device) -> list[Shape]:
     alike: dict[tuple[int, int, int], list[int]] = {}
     for i, (frame, environment) in enumerate(sides):
         key = (frame.rows, environment.rows, frame.columns)
@@ -320,86 +152,164 @@ def _shapes(sides: list[tuple[_Side, _Side]], device: torch.device) -> list[Shap
     ]
 
 
-@dataclass(frozen=True)
-class _Task:
-    fields: list[int]
-    columns: int
+@dataclass
+class _Place:
+    """A node, or the product of two children of one that has many (``node`` is None)."""
+
+    node: int | None
     rows: int
-    work: int  # chunks times strips of a triangle
+    columns: int
+    children: list[int]
+    parent: int | None = None
+    height: int = 0
+    depth: int = 0
+    wanted: bool = False  # the environment is, here or below
+    needed: bool = False  # the frame is
+    frame: Side | None = None
+    environment: Side | None = None
 
 
-class _Steps:
-    """The tasks of a wave, kind by kind."""
+class _Builder:
+    """Goes up and down the tree once.
 
-    def __init__(self, builder: _Builder, downwards: bool = False) -> None:
-        self.builder, self.downwards = builder, downwards
-        builder.scratch = 0
-        self.products: list[_Task] = []
-        self.grams: list[_Task] = []
-        self.khatri_raos: list[_Task] = []
-        self.shrunk: list[_Task] = []
+    Attributes:
+        launches, rows: of ``spectra_factors``.
+        memory: where their results are.
+        sides: of the nodes, in their order, frame and environment.
 
-    def launch(self) -> None:
-        add = self.builder.add_launch
-        joined = [(_TRIANGLES, self.khatri_raos), (_GRAMS, self.grams)]
-        weighed = [(_PRODUCTS, self.products), (_TRIANGLES, self.shrunk)]
-        for kind, tasks in weighed + joined if self.downwards else joined + weighed:
-            add(kind, tasks)
+    Raises:
+        TooWide: a matrix is wider than what there are kernels for.
+    """
 
-    def khatri_rao(self, factors: list[_Side], columns: int, kept: bool) -> _Side:
-        """Two factors' product, of at most as many rows as columns; one factor as it is."""
-        if len(factors) == 1:
-            return factors[0]
-        x, y = factors
-        rows = x.rows * y.rows
-        if rows > columns and self.builder.gram:
-            out = self.builder.make(columns, columns, False, kept)
-            fields = _fields(x, y, columns, 0, out.at)
-            fields[11] = out.exponents
-            self.grams.append(_Task(fields, columns, rows, 0))
-            return out
-        return self._triangle(self.khatri_raos, x, y, rows > columns, kept)
+    def __init__(self, layout: Layout, nodes: Iterable[int], gram: bool, processors: int) -> None:
+        self.layout, self.gram, self.processors = layout, gram, processors
+        self.places: list[_Place] = []  # children first
+        self.place_of: dict[int, int] = {}
+        self.rows: list[list[int]] = []
+        self.launches: list[int] = []
+        self.memory = Memory()
+        self.weight_at = [0]
+        for group in layout.groups:
+            self.weight_at.append(self.weight_at[-1] + group.count * group.rows * group.cols)
+        nodes = list(nodes)
+        self._set_places()
+        self._set_needs(set(nodes))
+        self._up()
+        self._down(layout.tree.root.index in nodes)
+        self.sides = [
+            (self._frame(i), self._environment(i)) for i in (self.place_of[n] for n in nodes)
+        ]
+        for frame, environment in self.sides:
+            rows = max(frame.rows, environment.rows)
+            check_width("matricizations of factors with a number of rows", rows)
 
-    def shrink(self, x: _Side, kept: bool) -> _Side:
-        """Square factors are made triangular too: products of such have structure."""
-        tall = x.rows > x.columns or (x.rows == x.columns and not self.builder.gram)
-        return self._triangle(self.shrunk, x, None, tall, kept)
+    def _set_places(self) -> None:
+        for node in self.layout.tree.nodes:
+            rows, columns = self.layout.shape(node)
+            children = [self.place_of[c.index] for c in node.children]
+            while len(children) > 2:
+                # Neighbours first, so that a node of C children is log2(C) deep.
+                pairs = [children[i : i + 2] for i in range(0, len(children), 2)]
+                children = [self._add(None, rows, rows, p) if len(p) == 2 else p[0] for p in pairs]
+            self.place_of[node.index] = self._add(node.index, rows, columns, children)
 
-    def _triangle(
-        self, to: list[_Task], x: _Side, y: _Side | None, reduced: bool, kept: bool
-    ) -> _Side:
-        rows, n = x.rows * (1 if y is None else y.rows), x.columns
-        out = self.builder.make(n if reduced else rows, n, reduced, kept)
-        fields = _fields(x, y, n, _TRIANGLE if reduced else _KEEP, out.at)
-        fields[11] = out.exponents
-        to.append(_Task(fields, n, rows, _work(x, y) if reduced else 0))
-        return out
+    def _add(self, node: int | None, rows: int, columns: int, children: list[int]) -> int:
+        place = _Place(node, rows, columns, children)
+        for c in children:
+            self.places[c].parent = len(self.places)
+            place.height = max(place.height, self.places[c].height + 1)
+        self.places.append(place)
+        return len(self.places) - 1
 
-    def multiply(self, x: _Side | None, place: _Place, transposed: bool) -> _Side:
-        """A factor, or the identity, through a place's weight."""
-        assert place.node is not None
-        inner, n = (place.columns, place.rows) if transposed else (place.rows, place.columns)
-        out = self.builder.make(inner if x is None else x.rows, n, False, kept=False)
-        fields = _fields(x, None, n, int(transposed), out.at)
-        fields[11:14] = [out.exponents, self.builder.weight(place.node), inner]
-        self.products.append(_Task(fields, n, 1 if x is None else inner, 0))
-        return out
+    def _set_needs(self, asked: set[int]) -> None:
+        for place in self.places:
+            place.wanted |= place.node in asked
+            if place.wanted and place.parent is not None:
+                self.places[place.parent].wanted = True
+        for i in reversed(range(len(self.places))):
+            place = self.places[i]
+            place.needed = place.node in asked
+            if place.parent is None:
+                continue
+            above, sibling = self.places[place.parent], self._other(i)
+            place.depth = above.depth + 1
+            place.needed |= above.needed
+            place.needed |= sibling is not None and self.places[sibling].wanted
 
-    def identity(self, columns: int) -> _Side:
-        out = self.builder.make(columns, columns, not self.builder.gram, kept=True)
-        fields = _fields(None, None, columns, _IDENTITY, out.at)
-        fields[11] = out.exponents
-        self.khatri_raos.append(_Task(fields, columns, columns, 0))
-        return out
+    def _other(self, child: int) -> int | None:
+        parent = self.places[child].parent
+        assert parent is not None
+        return next((c for c in self.places[parent].children if c != child), None)
 
+    def _frame(self, place: int) -> Side:
+        side = self.places[place].frame
+        assert side is not None
+        return side
 
-def _fields(x: _Side | None, y: _Side | None, columns: int, mode: int, out: int) -> list[int]:
-    """A row of the table, see SpectraTask; out_exponents, weight and inner are not set."""
-    one = [-1, 1, 0]
-    a = one if x is None else [x.at, x.rows, int(x.triangular)]
-    b = one if y is None else [y.at, y.rows, int(y.triangular)]
-    exponents = [-1 if s is None else s.exponents for s in (x, y)]
-    return [*a, *b, columns, mode, out, *exponents, -1, -1, columns, 0, 0]
+    def _environment(self, place: int) -> Side:
+        side = self.places[place].environment
+        assert side is not None
+        return side
+
+    def _up(self) -> None:
+        """Frames, children before parents."""
+        for wave in _waves((p.height, i) for i, p in enumerate(self.places) if p.needed):
+            steps = Steps(self.memory, self.gram, downwards=False)
+            for i in wave:
+                place = self.places[i]
+                factors = [self._frame(c) for c in place.children]
+                if place.node is None:
+                    place.frame = steps.khatri_rao(factors[0], factors[1], kept=True)
+                    continue
+                product = factors[0] if factors else None
+                if len(factors) == 2:
+                    x, y = factors
+                    # Of few outputs, wide products need not shrink before the weight.
+                    few = x.rows * y.rows * place.rows <= _MOST_ENTRIES
+                    stored = place.columns <= WIDEST < place.rows and few
+                    product = steps.khatri_rao(x, y, kept=False, stored=stored)
+                through = steps.multiply(product, *self._weight(place.node), turned=False)
+                place.frame = steps.shrink(through, kept=True)
+            self._take(steps)
+
+    def _down(self, root_too: bool) -> None:
+        """Environments, parents before children."""
+        for wave in _waves((p.depth, i) for i, p in enumerate(self.places) if p.wanted):
+            steps = Steps(self.memory, self.gram, downwards=True)
+            for i in wave:
+                place = self.places[i]
+                if place.parent is None and root_too:
+                    place.environment = steps.identity(place.columns)
+                below = [c for c in place.children if self.places[c].wanted]
+                if not below:
+                    continue
+                if place.node is None:
+                    above = self._environment(i)
+                else:
+                    outer = None if place.parent is None else self._environment(i)
+                    through = steps.multiply(outer, *self._weight(place.node), turned=True)
+                    above = steps.shrink(through, kept=len(place.children) == 1)
+                for c in below:
+                    sibling = self._other(c)
+                    self.places[c].environment = (
+                        above
+                        if sibling is None
+                        else steps.khatri_rao(above, self._frame(sibling), kept=True)
+                    )
+            self._take(steps)
+
+    def _take(self, steps: Steps) -> None:
+        launches, rows = steps.launches(len(self.rows), self.processors)
+        self.launches += launches
+        self.rows += rows
+
+    def _weight(self, node: int) -> tuple[int, tuple[int, int]]:
+        """Where a node's weight begins (-1: ones) and its shape."""
+        shape = self.layout.shape(self.layout.tree.nodes[node])
+        if node not in self.layout.location:
+            return -1, shape
+        group, slot = self.layout.location[node]
+        return self.weight_at[group] + slot * shape[0] * shape[1], shape
 
 
 def _waves(places: Iterable[tuple[int, int]]) -> list[list[int]]:
@@ -407,26 +317,3 @@ def _waves(places: Iterable[tuple[int, int]]) -> list[list[int]]:
     for at, i in places:
         waves.setdefault(at, []).append(i)
     return [waves[at] for at in sorted(waves)]
-
-
-def _work(x: _Side, y: _Side | None) -> int:
-    """Strips that the chunks of a product have (of a plain matrix it is dense)."""
-    n, strip = x.columns, 8
-    rows = x.rows * (1 if y is None else y.rows)
-    both = y is not None and x.triangular and y.triangular
-    steps = -(-n // strip) * -(-rows // _CHUNK)
-    return -(-steps // 3) if both else steps
-
-
-def _parts(tasks: Sequence[_Task], processors: int) -> int:
-    """Blocks for each task: its own strips and those of putting the triangles together, where
-    multiprocessors are idle otherwise."""
-    most = max(tasks, key=lambda t: t.work)
-    strips = -(-most.columns // 8)
-
-    def time(parts: int) -> float:
-        together = -(-((parts - 1) * most.columns) // _CHUNK) * strips
-        return most.work / parts + together
-
-    allowed = min(_MOST_PARTS, max(1, 2 * processors // len(tasks)))
-    return min(range(1, allowed + 1), key=time)
