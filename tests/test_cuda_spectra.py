@@ -378,7 +378,7 @@ def test_the_order_of_threads_changes_nothing(gram):
 
         def run(weights=weights, nodes=nodes, layout=layout):
             values, powers, _, kept = ops.singular_values(layout, weights, nodes, gram)
-            u, s, v = ops.svd(weights[0][:, :40])
+            u, s, v = ops.svd(weights[0][:, :40, :40])
             return [values, powers, *(t for f in ops.factors(layout, weights, nodes, gram, kept)
                                       for t in f), u, s, v]  # fmt: skip
 
