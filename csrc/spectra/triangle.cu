@@ -4,11 +4,13 @@
 //        product of both, row (i, j) = x_i * y_j, which is never stored
 //   T    [n, n], each column divided by a power of two that brings its largest entry to between a
 //        half and 1; the exponents are x's + y's + these
-//   mode 0: X itself, of at most n rows, with its columns scaled alike   1: T   2: the identity
-//   [n,n]
+//   mode 0: X itself, of any size, with its columns scaled alike
+//        1: T
+//        2: the identity [n, n]
 //
-// Rows are taken into T, which is zero before, a chunk at a time (128 rows; shared memory holds
-// the chunk A and T): [T; A] = Q [T'; 0] by Householder's reflections, eight columns at a time.
+// Rows are taken into T, which is zero before, a chunk at a time: 128 rows, or 256 where every
+// block has a multiprocessor to itself. Shared memory holds the chunk A and T. [T; A] = Q [T'; 0]
+// by Householder's reflections, eight columns at a time.
 //
 //   strip    a thread for each row of A keeps its eight entries in registers. Column by column:
 //            dots of the column with all eight, over the warp by nine shuffles that transpose
@@ -26,8 +28,10 @@
 //
 // A level of few nodes gives each several blocks: block p takes the chunks p, p + parts .. into a
 // triangle of its own; the block that comes last takes all of these into the first, in their order
-// whoever it is. At n = 64 a chunk of 128 rows takes 128 * 64^2 * 2 = 1 Mflop, about 15 us, most of
-// it the 64 steps of the strips; a node's 4096 rows come down in about 100 us on four blocks.
+// whoever it is. At n = 64 a chunk of 128 rows is 1 Mflop and eight strips, each of about 5000
+// cycles by count, most of them the eight columns' chain of shuffles, barrier, root and quotient:
+// the two blocks of a multiprocessor fill each other's gaps. A pair's 4096 rows are 120 such strips
+// on one block, and about 40, or 100 us, on four.
 //
 // A matrix with something that is no number in it gives such a triangle; nothing loops for that.
 #include <algorithm>
@@ -378,7 +382,8 @@ int64_t triangle_parts(const SpectraLaunch& l) {
 void launch_triangles(const Current& current, const SpectraData& data, const SpectraLaunch& l) {
   const int n8 = round_up(static_cast<int>(l.columns), kStrip), ld = padded_row(n8);
   const int most = static_cast<int>(std::min<int64_t>(l.rows, kThreads));
-  int rows = std::min(n8 <= 16 ? 64 : 128, round_up(most, kWarp));
+  const bool alone = l.tasks * l.parts <= current.device().processors;
+  int rows = std::min(n8 <= 16 ? 64 : n8 <= 32 || !alone ? 128 : 256, round_up(most, kWarp));
   const auto bytes = [&] { return Shared::size(n8, ld, rows) * sizeof(double); };
   while (rows > kWarp && bytes() > static_cast<std::size_t>(current.device().shared_bytes))
     rows /= 2;
