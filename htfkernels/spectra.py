@@ -124,6 +124,9 @@ def matricization_spectra(
     With ``"gram"`` it is a Cholesky factor of the Gram matrix: below 1e-7, ``O(N R^3)``. Where no
     factor has more rows than columns, both are exact.
 
+    On a GPU the values are there when its kernels have run; only ``log2_scale`` and
+    ``numerical_ranks``, which are Python's numbers, wait for that.
+
     The result is differentiable with respect to the weights, once. Derivatives are finite
     everywhere: a singular value's is ``u v^T`` with some pair of singular vectors, and 0 where it
     is zero to the method's accuracy.

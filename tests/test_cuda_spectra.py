@@ -168,6 +168,12 @@ def test_some_nodes():
         assert error(s.cpu(), everything[node].detach().cpu()) <= ACCURACY["qr"]
 
 
+def test_nothing_is_read_before_it_is_asked_for():
+    found = spectra_of(module(LAYOUTS[0]))
+    assert "log2_scale" not in vars(found)
+    assert all(isinstance(k, int) for k in found.log2_scale.values())
+
+
 def test_weights_in_pieces():
     """Not contiguous, and as one tensor for each node."""
     layout = LAYOUTS[0]

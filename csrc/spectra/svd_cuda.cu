@@ -20,7 +20,8 @@ constexpr const char* kOp = "spectra_svd";
 struct Matrices {
   const double* x;
   double *u, *s, *v;
-  double* rotations;  // null: in shared memory
+  double* rotations;    // null: in shared memory
+  double* reflections;  // [F, n, m + 1]
   int p, q;
 };
 
@@ -41,16 +42,32 @@ __global__ void __launch_bounds__(kLanes * Entries * 4, 1) svd_kernel(Matrices a
   __syncthreads();
   const int e = exponent_of(largest_of(a, m, n, ld, red));
   scale_down(a, m, n, ld, e);
-  jacobi<Entries>(a, m, n, ld, v, ldv);
-  lengths(a, m, n, ld, s, place);
+  double* reflections = all.reflections + at * n * (m + 1);
+  to_triangle<Entries>(a, m, n, ld, reflections);
+  jacobi<Entries>(a, n, ld, v, ldv);
+  lengths(a, n, ld, s, place);
   double* longer = (tall ? all.u : all.v) + at * m * n;
   double* shorter = (tall ? all.v : all.u) + at * n * n;
-  for (int i = threadIdx.x; i < m * n; i += blockDim.x) {
+  for (int i = threadIdx.x; i < n * n; i += blockDim.x) {
     const int j = i % n, row = i / n;
-    longer[row * n + place[j]] = s[j] > 0 ? a[j * ld + row] / s[j] : s[j];
+    shorter[row * n + place[j]] = s[j] > 0 ? a[j * ld + row] / s[j] : s[j];
   }
-  for (int i = threadIdx.x; i < n * n; i += blockDim.x)
-    shorter[i / n * n + place[i % n]] = v[i % n * ldv + i / n];
+  const int lane = threadIdx.x % kLanes, groups = blockDim.x / kLanes;
+  for (int j0 = 0; j0 < n; j0 += groups) {
+    const int j = j0 + threadIdx.x / kLanes, own = j < n ? j : 0;
+    double x[Entries];
+    load(v + own * ldv, 0, n, x);
+    for (int k = n - 1; k >= 0; --k) {
+      double reflection[Entries];
+      load(reflections + k * (m + 1), k, m, reflection);
+      reflect(reflection, reflections[k * (m + 1) + m], x);
+    }
+#pragma unroll
+    for (int e = 0; e < Entries; ++e) {
+      const int i = e * kLanes + lane;
+      if (j < n && i < m) longer[i * n + place[own]] = x[e];
+    }
+  }
   for (int j = threadIdx.x; j < n; j += blockDim.x) all.s[at * n + place[j]] = ldexp(s[j], e);
 }
 
@@ -78,11 +95,14 @@ std::vector<Tensor> spectra_svd(const Tensor& matrices) {
   const Tensor rotations =
       device_tensor(current, matrices, {fits ? 0 : count * n * jacobi_ld(n)}, ScalarType::Double);
   if (fits) bytes += more;
+  const Tensor reflections =
+      device_tensor(current, matrices, {count * n * (m + 1)}, ScalarType::Double);
   const Matrices all{static_cast<const double*>(matrices.const_data_ptr()),
                      static_cast<double*>(u.data_ptr()),
                      static_cast<double*>(s.data_ptr()),
                      static_cast<double*>(v.data_ptr()),
                      fits ? nullptr : static_cast<double*>(rotations.data_ptr()),
+                     static_cast<double*>(reflections.data_ptr()),
                      static_cast<int>(p),
                      static_cast<int>(q)};
   if (m <= 16)

@@ -23,7 +23,7 @@
 // The product of two triangular factors has its row (i, j) begin at column max(i, j). Rows are
 // taken from the back, by strips of first columns, and none touches columns that are zero in it:
 // n^4 / 3 operations instead of 2 n^4. T is kept as strips too, without what is below the diagonal:
-// at n = 64 two blocks fit on a multiprocessor (88 KB each), at n = 128 one (205 KB). Where shared
+// at n = 64 two blocks fit on a multiprocessor (95 KB each), at n = 128 one (215 KB). Where shared
 // memory is less (163 KB on compute capability 8.0) chunks have 64 rows.
 //
 // A level of few nodes gives each several blocks: block p takes the chunks p, p + parts .. into a

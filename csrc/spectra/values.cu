@@ -49,7 +49,7 @@ __device__ int64_t product(const SpectraTask& k, const SpectraData& d, bool tall
 }
 
 template <int Entries>
-__global__ void __launch_bounds__(kLanes * Entries * 4)
+__global__ void __launch_bounds__(kLanes * Entries * 4, 1)
     values_kernel(SpectraData d, double* values, int64_t* exponents, int size, int widest) {
   const SpectraTask k = d.task[blockIdx.x];
   const bool tall = k.x_rows >= k.y_rows;
@@ -62,8 +62,9 @@ __global__ void __launch_bounds__(kLanes * Entries * 4)
   const int64_t most = product(k, d, tall, m, n, ld, a, sums, powers);
   const int e = exponent_of(largest_of(a, m, n, ld, powers));
   scale_down(a, m, n, ld, e);
-  jacobi<Entries>(a, m, n, ld, nullptr, 0);
-  lengths(a, m, n, ld, s, place);
+  to_triangle<Entries>(a, m, n, ld, nullptr);
+  jacobi<Entries>(a, n, ld, nullptr, 0);
+  lengths(a, n, ld, s, place);
   double first = s[0];
   for (int j = 1; j < n; ++j) first = place[j] == 0 ? s[j] : first;
   const int own = exponent_of(first);
