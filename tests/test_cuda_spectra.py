@@ -267,6 +267,21 @@ def test_svd_of_graded_columns():
     assert float((s[0].cpu() / sizes - 1).abs().max()) <= ACCURACY["qr"]
 
 
+@pytest.mark.parametrize("lowest", [-4, -15, -100])
+@pytest.mark.parametrize("size", [33, 64])
+def test_svd_of_steep_matrices(size, lowest):
+    """Rotations alone would need more sweeps than there are."""
+    q, r = (torch.linalg.qr(torch.randn(size, size, dtype=F64)).Q for _ in range(2))
+    sizes = torch.logspace(0, lowest, size, dtype=F64)
+    matrix = (q * sizes) @ r
+    u, s, v = (t[0].cpu() for t in ops.svd(matrix[None].to(ON)))
+    eye = torch.eye(size, dtype=F64)
+    assert float((s - torch.linalg.svdvals(matrix)).abs().max()) <= ACCURACY["qr"] / 10
+    for x in (u, v):
+        assert float((x.T @ x - eye).abs().max()) <= ACCURACY["qr"] / 10
+    assert float((u * s @ v.T - matrix).abs().max()) <= ACCURACY["qr"] / 10
+
+
 @pytest.mark.parametrize("what", [math.nan, math.inf])
 def test_svd_of_what_is_no_number_ends(what):
     matrices = torch.randn(2, 7, 5, dtype=F64)

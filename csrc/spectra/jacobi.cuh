@@ -141,7 +141,7 @@ template <int Entries>
 __device__ void jacobi(double* a, int n, int ld, double* v, int ldv) {
   const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
   const int groups = blockDim.x / kLanes, players = n + n % 2, pairs = players / 2;
-  const double tolerance = (n > 16 ? sqrt(static_cast<double>(n)) : 4.0) * 2.220446049250313e-16;
+  constexpr double tolerance = (Entries / 2 + 4) * 2.220446049250313e-16;  // above a dot's rounding
   for (int sweep = 0; sweep < kSweeps; ++sweep) {
     bool turned = false;
     for (int round = 0; round < players - 1; ++round) {

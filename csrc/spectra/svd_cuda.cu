@@ -31,19 +31,19 @@ __global__ void __launch_bounds__(kLanes * Entries * 4, 1) svd_kernel(Matrices a
   const int m = tall ? all.p : all.q, n = tall ? all.q : all.p;
   const int ld = jacobi_ld(m), ldv = jacobi_ld(n);
   const int64_t at = blockIdx.x;
-  double* a = shared_memory<double>();  // [n][ld]
-  double *s = a + n * ld, *red = s + kWidest;
+  double *s = shared_memory<double>(), *red = s + kWidest;
   int* place = reinterpret_cast<int*>(red + kWidest);
-  double* v = all.rotations == nullptr ? red + 2 * kWidest : all.rotations + at * n * ldv;
+  double* a = red + 2 * kWidest;  // [n][ld]
+  double* v = all.rotations == nullptr ? a + n * ld : all.rotations + at * n * ldv;
   const double* x = all.x + at * m * n;
   for (int i = threadIdx.x; i < m * n; i += blockDim.x)
     a[tall ? i % n * ld + i / n : i / m * ld + i % m] = x[i];
   for (int i = threadIdx.x; i < n * ldv; i += blockDim.x) v[i] = i / ldv == i % ldv ? 1.0 : 0.0;
   __syncthreads();
-  const int e = exponent_of(largest_of(a, m, n, ld, red));
-  scale_down(a, m, n, ld, e);
-  double* reflections = all.reflections + at * n * (m + 1);
-  to_triangle<Entries>(a, m, n, ld, reflections);
+  const int exponent = exponent_of(largest_of(a, m, n, ld, red));
+  scale_down(a, m, n, ld, exponent);
+  if (threadIdx.x == 0) red[0] = exponent;  // registers are scarce until it is read again
+  to_triangle<Entries>(a, m, n, ld, all.reflections + at * n * (m + 1));
   jacobi<Entries>(a, n, ld, v, ldv);
   lengths(a, n, ld, s, place);
   double* longer = (tall ? all.u : all.v) + at * m * n;
@@ -52,11 +52,13 @@ __global__ void __launch_bounds__(kLanes * Entries * 4, 1) svd_kernel(Matrices a
     const int j = i % n, row = i / n;
     shorter[row * n + place[j]] = s[j] > 0 ? a[j * ld + row] / s[j] : s[j];
   }
+  const double* reflections = all.reflections + at * n * (m + 1);
   const int lane = threadIdx.x % kLanes, groups = blockDim.x / kLanes;
   for (int j0 = 0; j0 < n; j0 += groups) {
     const int j = j0 + threadIdx.x / kLanes, own = j < n ? j : 0;
     double x[Entries];
     load(v + own * ldv, 0, n, x);
+#pragma unroll 1
     for (int k = n - 1; k >= 0; --k) {
       double reflection[Entries];
       load(reflections + k * (m + 1), k, m, reflection);
@@ -68,7 +70,8 @@ __global__ void __launch_bounds__(kLanes * Entries * 4, 1) svd_kernel(Matrices a
       if (j < n && i < m) longer[i * n + place[own]] = x[e];
     }
   }
-  for (int j = threadIdx.x; j < n; j += blockDim.x) all.s[at * n + place[j]] = ldexp(s[j], e);
+  for (int j = threadIdx.x; j < n; j += blockDim.x)
+    all.s[at * n + place[j]] = ldexp(s[j], static_cast<int>(red[0]));
 }
 
 template <int Entries>
