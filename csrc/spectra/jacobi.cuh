@@ -14,7 +14,7 @@
 // sweep. It ends when a sweep has turned no pair, or after 60.
 //
 // At n = 64 a round is 64^2 * 12 flops and about 900 cycles by count, a matrix 10 sweeps or 300 us,
-// with three blocks on a multiprocessor; its QR takes as long as half of a sweep. Columns whose
+// with two blocks on a multiprocessor; its QR takes as long as half of a sweep. Columns whose
 // lengths' product is below 1e-140 of the largest are not turned; nor is what is no number.
 #pragma once
 
