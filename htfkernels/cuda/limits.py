@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from htfkernels.cuda import tree
+from htfkernels.cuda import spectra, tree
 from htfkernels.layout import Layout
 
 __all__ = ["OPS", "why_not"]
@@ -22,6 +22,7 @@ OPS: dict[str, tuple[frozenset[torch.dtype], Limit]] = {
     "evaluate": (tree.DTYPES, tree.why_not),
     "evaluate_at": (tree.DTYPES, tree.why_not_at),
     "evaluate_at_planned": (tree.DTYPES, _any_layout),
+    "spectra": (spectra.DTYPES, spectra.why_not),
 }
 """For each operation its dtypes, and why a layout is not computed, or None."""
 
