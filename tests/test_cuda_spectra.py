@@ -151,12 +151,15 @@ def test_zero_tensors(method):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("what", [math.nan, math.inf])
-def test_what_is_no_number_ends(what, method):
-    model = module(hk.Layout.make(ModeTree.balanced(4), 3, [5, 4]))
+@pytest.mark.parametrize("dim", [3, 9])
+def test_what_is_no_number_ends(dim, what, method):
+    """And shows: it is in every matricization."""
+    model = module(hk.Layout.make(ModeTree.balanced(4), dim, [5, 4]))
     with torch.no_grad():
         model.weights[0].view(-1)[3] = what
     found = spectra_of(model, method=method)
     assert len(found) == len(model.tree.nodes)
+    assert not any(bool(s.isfinite().all()) for s in found.values())
 
 
 def test_some_nodes():
@@ -356,6 +359,7 @@ SPLIT = hk.Layout.make(ModeTree.balanced(2), [1500, 900], 24)
 
 def test_several_blocks_for_a_matrix():
     assert max(launch[3] for launch in launches(SPLIT)) > 2
+    assert max(launch[3] for launch in launches(WIDER[0], gram=True)) > 2  # of columns alone
     model = module(SPLIT)
     for method in METHODS:
         assert_same(spectra_of(model, method=method), reference_of(model), method)

@@ -26,12 +26,13 @@
 // at n = 64 two blocks fit on a multiprocessor (95 KB each), at n = 128 one (215 KB). Where shared
 // memory is less (163 KB on compute capability 8.0) chunks have 64 rows.
 //
-// A level of few nodes gives each several blocks: block p takes the chunks p, p + parts .. into a
-// triangle of its own; the block that comes last takes all of these into the first, in their order
-// whoever it is. At n = 64 a chunk of 128 rows is 1 Mflop and eight strips, each of about 5000
-// cycles by count, most of them the eight columns' chain of shuffles, barrier, root and quotient:
-// the two blocks of a multiprocessor fill each other's gaps. A pair's 4096 rows are 120 such strips
-// on one block, and about 40, or 100 us, on four.
+// A level of few nodes gives each several blocks. In modes 0 and 2 they share the columns. In mode
+// 1 block p takes the chunks p, p + parts .. into a triangle of its own; the block that comes last
+// takes all of these into the first, in their order whoever it is. At n = 64 a chunk of 128 rows is
+// 1 Mflop and eight strips, each of about 5000 cycles by count, most of them the eight columns'
+// chain of shuffles, barrier, root and quotient: the two blocks of a multiprocessor fill each
+// other's gaps. A pair's 4096 rows are 120 such strips on one block, and about 40, or 100 us, on
+// four.
 //
 // A matrix with something that is no number in it gives such a triangle; nothing loops for that.
 #include <algorithm>
@@ -312,12 +313,14 @@ __device__ bool combine(const Shared& s, double* triangles, int64_t size, int* a
 }
 
 // Columns with their largest entry between a half and 1, and the exponents; a warp for each row.
-// scratch: a row of n for each warp.
+// Block `part` of `parts` writes every parts-th 32 columns. scratch: a row of n for each warp.
 template <class Entry>
 __device__ __forceinline__ void write_scaled(const SpectraTask& k, const SpectraData& d,
-                                             double* scratch, int rows, int n, const Entry& entry) {
+                                             double* scratch, int rows, int n, int part, int parts,
+                                             const Entry& entry) {
+  constexpr int kAtOnce = 4;  // rows whose reading a write does not hold up
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  for (int j = lane; j < n; j += kWarp) {
+  for (int j = part * kWarp + lane; j < n; j += parts * kWarp) {
     double most = 0;
     for (int i = warp; i < rows; i += warps) {
       const double x = fabs(entry(i, j));
@@ -326,14 +329,25 @@ __device__ __forceinline__ void write_scaled(const SpectraTask& k, const Spectra
     scratch[warp * n + j] = most;
   }
   __syncthreads();
-  for (int j = lane; j < n; j += kWarp) {
+  for (int j = part * kWarp + lane; j < n; j += parts * kWarp) {
     double most = 0;
     for (int w = 0; w < warps; ++w) most = scratch[w * n + j] > most ? scratch[w * n + j] : most;
     const int e = exponent_of(most);
     // In two steps: 2^-e itself may be out of range.
     const double half = ldexp(1.0, -e / 2), rest = ldexp(1.0, -e - -e / 2);
-    for (int i = warp; i < rows; i += warps)
-      d.memory[k.out + static_cast<int64_t>(i) * n + j] = entry(i, j) * half * rest;
+    for (int i0 = warp; i0 < rows; i0 += kAtOnce * warps) {
+      double x[kAtOnce];
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        const int i = i0 + u * warps;
+        x[u] = i < rows ? entry(i, j) * half * rest : 0.0;
+      }
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        const int i = i0 + u * warps;
+        if (i < rows) d.memory[k.out + static_cast<int64_t>(i) * n + j] = x[u];
+      }
+    }
     if (warp == 0)
       d.exponents[k.out_exponents + j] = exponent_at(d.exponents, k.x_exponents, j) +
                                          exponent_at(d.exponents, k.y_exponents, j) + e;
@@ -346,11 +360,10 @@ __global__ void __launch_bounds__(kThreads)
   const int part = blockIdx.y, parts = gridDim.y;
   const int n = static_cast<int>(k.columns), n8 = round_up(n, kStrip);
   if (k.mode != 1) {
-    if (part != 0) return;
     const double *x = d.memory + k.x, *y = k.y < 0 ? nullptr : d.memory + k.y;
     const int y_rows = static_cast<int>(k.y_rows);
     const int count = k.mode == 2 ? n : static_cast<int>(k.x_rows) * y_rows;
-    write_scaled(k, d, shared_memory<double>(), count, n, [&](int i, int j) {
+    write_scaled(k, d, shared_memory<double>(), count, n, part, parts, [&](int i, int j) {
       if (k.mode == 2) return i == j ? 1.0 : 0.0;
       const double first = x[static_cast<int64_t>(i / y_rows) * n + j];
       return y == nullptr ? first : first * y[static_cast<int64_t>(i % y_rows) * n + j];
@@ -366,7 +379,7 @@ __global__ void __launch_bounds__(kThreads)
     double* triangles = d.parts + static_cast<int64_t>(blockIdx.x) * parts * size;
     if (!combine(s, triangles, size, d.arrived + blockIdx.x, n8, part, parts)) return;
   }
-  write_scaled(k, d, s.chunk, n, n, [&](int i, int j) {
+  write_scaled(k, d, s.chunk, n, n, 0, 1, [&](int i, int j) {
     const int begin = i / kStrip * kStrip;
     return j < i ? 0.0 : s.t[strip_at(n8, begin) + i % kStrip * (n8 - begin) + j - begin];
   });
@@ -386,7 +399,7 @@ void launch_triangles(const Current& current, const SpectraData& data, const Spe
   int rows = std::min(n8 <= 16 ? 64 : n8 <= 32 || !alone ? 128 : 256, round_up(most, kWarp));
   const auto bytes = [&] { return Shared::size(n8, ld, rows) * sizeof(double); };
   while (rows > kWarp && bytes() > static_cast<std::size_t>(current.device().shared_bytes))
-    rows /= 2;
+    rows = round_up(rows / 2, kStrip);
   const int threads = l.widest <= 16 ? 64 : l.widest <= 32 ? 128 : kThreads;
   const std::size_t scratch = kWarps * static_cast<std::size_t>(l.widest) * sizeof(double);
   launch<triangle_kernel>("spectra's triangles", current,

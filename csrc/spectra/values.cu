@@ -36,7 +36,9 @@ __device__ int64_t product(const SpectraTask& k, const SpectraData& d, bool tall
     const double* p = shorter + (j < n ? j : 0) * inner;
     const double* q = longer + (i < m ? i : 0) * inner;
     double sum[2] = {};
-    for (int c = t; c - t < inner; c += 4) {
+#pragma unroll 4  // so that loads of several steps are under way
+    for (int step = 0; step < inner; step += 4) {
+      const int c = step + t;
       const bool there = c < inner;
       mma_f64(sum, there && j < n ? p[c] * powers[c] : 0.0, there && i < m ? q[c] : 0.0);
     }

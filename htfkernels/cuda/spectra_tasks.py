@@ -197,14 +197,16 @@ def _work(x: Side, y: Side | None) -> int:
 
 
 def _parts(tasks: Sequence[_Task], processors: int) -> int:
-    """Blocks for each task: its own strips and those of putting the triangles together, where
-    multiprocessors are idle otherwise."""
+    """Blocks for each task, where multiprocessors are idle otherwise: the time is that of its own
+    strips and those of putting the triangles together. What is only scaled is shared by columns."""
     most = max(tasks, key=lambda t: t.work)
+    allowed = min(_MOST_PARTS, max(1, 2 * processors // len(tasks)))
+    if most.work == 0:
+        return min(allowed, max(-(-t.columns // 32) for t in tasks))
     strips = -(-most.columns // 8)
 
     def time(parts: int) -> float:
         together = -(-((parts - 1) * most.columns) // _CHUNK) * strips
         return most.work / parts + together
 
-    allowed = min(_MOST_PARTS, max(1, 2 * processors // len(tasks)))
     return min(range(1, allowed + 1), key=time)
