@@ -24,6 +24,7 @@ constexpr int kTile = 64;       // columns of a block
 constexpr int kDepth = 128;     // rows of S at a time
 constexpr int kLd = kTile + 4;  // see padded_row
 constexpr int kGroups = kThreads / kTile;
+constexpr int kAtOnce = 4;  // rows of W that a thread has under way
 constexpr int64_t kNothing = -(int64_t{1} << 40);
 constexpr int64_t kLeast = -(int64_t{1} << 30);
 
@@ -33,6 +34,22 @@ struct Weight {
 
   __device__ double operator()(int i, int j) const {
     return w == nullptr ? 1.0 : w[static_cast<int64_t>(i) * row + static_cast<int64_t>(j) * column];
+  }
+};
+
+// A column's part in rows first, first + kGroups, ..; zeros from row `end` on.
+struct Rows {
+  double w[kAtOnce];
+  int64_t exponent[kAtOnce];
+
+  __device__ __forceinline__ Rows(const Weight& weight, const SpectraData& d, int64_t exponents,
+                                  int first, int end, int column) {
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int i = first + u * kGroups;
+      w[u] = i < end ? weight(i, column) : 0.0;
+      exponent[u] = i < end ? exponent_at(d.exponents, exponents, i) : 0;
+    }
   }
 };
 
@@ -65,9 +82,13 @@ __global__ void __launch_bounds__(kThreads) multiply_kernel(SpectraData d) {
   const int j = threadIdx.x % kTile, group = threadIdx.x / kTile, column = first + j;
   int64_t top = kNothing;
   if (column < n)
-    for (int i = group; i < inner; i += kGroups) {
-      const int64_t e = split(w(i, column), exponent_at(d.exponents, k.x_exponents, i)).exponent;
-      top = e > top ? e : top;
+    for (int i = group; i < inner; i += kGroups * kAtOnce) {
+      const Rows rows(w, d, k.x_exponents, i, inner, column);
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        const int64_t e = split(rows.w[u], rows.exponent[u]).exponent;
+        top = e > top ? e : top;
+      }
     }
   tops[group * kTile + j] = top;
   __syncthreads();
@@ -81,9 +102,14 @@ __global__ void __launch_bounds__(kThreads) multiply_kernel(SpectraData d) {
   double* out = d.memory + k.out;
   if (k.x < 0) {
     if (column >= n) return;
-    for (int i = group; i < inner; i += kGroups)
-      out[static_cast<int64_t>(i) * n + column] =
-          scaled(w(i, column), exponent_at(d.exponents, k.x_exponents, i), top);
+    for (int i = group; i < inner; i += kGroups * kAtOnce) {
+      const Rows rows(w, d, k.x_exponents, i, inner, column);
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u)
+        if (i + u * kGroups < inner)
+          out[static_cast<int64_t>(i + u * kGroups) * n + column] =
+              scaled(rows.w[u], rows.exponent[u], top);
+    }
     return;
   }
   double* s = shared_memory<double>();  // [kDepth at most, a multiple of 4][kLd]
@@ -93,22 +119,24 @@ __global__ void __launch_bounds__(kThreads) multiply_kernel(SpectraData d) {
   for (int i0 = 0; i0 < rows; i0 += kThreads / kWarp * 8) {
     const int i = i0 + threadIdx.x / kWarp * 8 + g;
     const bool there = i < rows;
-    const double* own = x + static_cast<int64_t>(there ? i : 0) * inner;
+    const double* row = x + static_cast<int64_t>(there ? i : 0) * inner;
     double sum[kTile / 8][2] = {};
     for (int c0 = 0; c0 < inner; c0 += kDepth) {
       const int depth = inner - c0 < kDepth ? inner - c0 : kDepth;
       if (i0 == 0 || inner > kDepth) {
         __syncthreads();
-        for (int r = group; r < round_up(depth, 4); r += kGroups)
-          s[r * kLd + j] =
-              r < depth && column < n
-                  ? scaled(w(c0 + r, column), exponent_at(d.exponents, k.x_exponents, c0 + r), top)
-                  : 0.0;
+        for (int r = group; r < round_up(depth, 4); r += kGroups * kAtOnce) {
+          const Rows own(w, d, k.x_exponents, c0 + r, column < n ? c0 + depth : 0, column);
+#pragma unroll
+          for (int u = 0; u < kAtOnce; ++u)
+            if (r + u * kGroups < round_up(depth, 4))
+              s[(r + u * kGroups) * kLd + j] = scaled(own.w[u], own.exponent[u], top);
+        }
         __syncthreads();
       }
 #pragma unroll 4
       for (int c = 0; c < depth; c += 4) {
-        const double a = there && c + t < depth ? own[c0 + c + t] : 0.0;
+        const double a = there && c + t < depth ? row[c0 + c + t] : 0.0;
         const double* b = s + (c + t) * kLd + g;
 #pragma unroll
         for (int tile = 0; tile < kTile / 8; ++tile) mma_f64(sum[tile], a, b[8 * tile]);

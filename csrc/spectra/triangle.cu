@@ -253,11 +253,16 @@ __device__ __forceinline__ int begun(int64_t triangular, int rows, int column) {
 template <class Row>
 __device__ __forceinline__ void fill(const Shared& s, int first, int n, int n8, int rows,
                                      const Row& row) {
-  const int lane = threadIdx.x % kWarp;
-  for (int r = threadIdx.x / kWarp; r < round_up(rows, 8); r += blockDim.x / kWarp) {
-    const auto at = row(r < rows ? r : 0);
-    for (int c = first + lane; c < n8; c += kWarp)
-      s.chunk[r * s.ld + c] = r < rows && c < n ? at(c) : 0.0;
+  const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp, all = round_up(rows, 8);
+  for (int r = threadIdx.x / kWarp; r < all; r += 2 * warps) {
+    const int other = r + warps;  // both are under way at once
+    const auto at = row(r < rows ? r : 0), at_other = row(other < rows ? other : 0);
+    for (int c = first + lane; c < n8; c += kWarp) {
+      const double x = r < rows && c < n ? at(c) : 0.0;
+      const double y = other < rows && c < n ? at_other(c) : 0.0;
+      s.chunk[r * s.ld + c] = x;
+      if (other < all) s.chunk[other * s.ld + c] = y;
+    }
   }
   __syncthreads();
 }
