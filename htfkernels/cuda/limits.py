@@ -12,7 +12,16 @@ __all__ = ["OPS", "why_not"]
 
 Limit = Callable[[Layout, torch.dtype], str | None]
 
-OPS: dict[str, tuple[frozenset[torch.dtype], Limit]] = {}
+_FLOATS = frozenset({torch.float32, torch.float64})
+
+OPS: dict[str, tuple[frozenset[torch.dtype], Limit]] = {
+    "group_rmsprop": (_FLOATS | {torch.bfloat16}, lambda layout, dtype: None),
+    # A step is this operation, its backward and the optimizer's.
+    "completion_step": (
+        _FLOATS,
+        lambda layout, dtype: why_not("evaluate_at_planned", layout, dtype),
+    ),
+}
 """For each operation its dtypes, and why a layout is not computed, or None."""
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from htfkernels.cuda.module import device_type
+from htfkernels.cuda.train import group_rmsprop_
 from htfkernels.dispatch import Spec, requested, why_not
 from htfkernels.ops.autograd import call
 
@@ -40,10 +42,11 @@ class GroupRMSprop(Optimizer):
     float64 with float64 parameters, and the same run has the same bits again.
 
     A capturable step keeps average and count as tensors beside the parameters and waits for
-    nothing, so that a CUDA graph can hold it: the same formula in PyTorch's operations, with the
-    factor of ``v`` in float64. The first step, which makes these tensors, cannot be captured. What
-    a graph has captured keeps the settings of that moment, but for an ``lr`` that is a tensor on
-    the parameters' device. A state dict fits optimizers of either kind, on any device.
+    nothing, so that a CUDA graph can hold it: on a GPU, for tensors as above, two launches of the
+    ``"cuda"`` backend, elsewhere the same formula in PyTorch's operations, with the factor of ``v``
+    in float64. The first step, which makes these tensors, cannot be captured. What a graph has
+    captured keeps the settings of that moment, but for an ``lr`` that is a tensor on the
+    parameters' device. A state dict fits optimizers of either kind, on any device.
 
     Args:
         params: parameters, or groups of them, which may differ in ``lr`` and ``weight_decay``.
@@ -134,7 +137,24 @@ class GroupRMSprop(Optimizer):
         """The same for a CUDA graph: what changes is written where it was, and the host neither
         reads nor counts."""
         gradients = [g for _, grads in groups for g in grads]
-        device, dtype = gradients[0].device, _average_dtype(gradients)
+        dtype = _average_dtype(gradients)
+        average, count = self._state_on(gradients[0].device, dtype)
+        if average.dtype == dtype and _kernels_take(groups, self.param_groups):
+            lr, weight_decay = self._settings([len(params) for params, _ in groups])
+            params = [p for params, _ in groups for p in params]
+            first, arrived = self.param_groups[0], self._counter(average.device)
+            group_rmsprop_(
+                params, gradients, average, count, arrived, lr, weight_decay,
+                first["alpha"], first["eps"],
+            )  # fmt: skip
+            torch.autograd.graph.increment_version(params)
+            return
+        count += 1
+        average.copy_(self._advance(groups, average, count))
+
+    def _state_on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Average and count of a capturable step."""
+        shared: dict[str, Any] = cast(Any, self.state)[_SHARED]
         average, count = shared.get("average"), shared.get("step")
         if average is None or not isinstance(count, Tensor) or count.device != device:
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -145,8 +165,26 @@ class GroupRMSprop(Optimizer):
             count = torch.tensor(float(count or 0), dtype=torch.float64, device=device)
             average = torch.tensor(float(average or 0), dtype=dtype, device=device)
             shared["step"], shared["average"] = count, average
-        count += 1
-        average.copy_(self._advance(groups, average, count))
+        return average, count
+
+    def _settings(self, counts: list[int]) -> tuple[list[float | Tensor], list[float]]:
+        """Step size and weight decay of each parameter, of so many in every group; a step size that
+        is a tensor on the CPU as the number it is now."""
+        lr: list[float | Tensor] = []
+        decay: list[float] = []
+        for group, count in zip(self.param_groups, counts, strict=True):
+            size = group["lr"]
+            on_device = isinstance(size, Tensor) and size.device.type == device_type()
+            lr += [size if on_device else float(size)] * count
+            decay += [float(group["weight_decay"])] * count
+        return lr, decay
+
+    def _counter(self, device: torch.device) -> Tensor:
+        """What blocks of a launch count themselves with."""
+        counters: dict[torch.device, Tensor] = self.__dict__.setdefault("_counters", {})
+        if device not in counters:
+            counters[device] = torch.zeros(1, dtype=torch.int32, device=device)
+        return counters[device]
 
     def _advance(self, groups: list[_Group], average: Tensor | None, count: int | Tensor) -> Tensor:
         """Moves the parameters; returns the new average."""
@@ -240,16 +278,31 @@ def _decayed(params: list[Tensor], grads: list[Tensor], weight_decay: float) -> 
 def _compiled(groups: list[_Group]) -> bool:
     """Whether the compiled operator can take the step: ordinary contiguous tensors of one dtype
     that it computes in, on the CPU, and neither another backend asked for nor a trace under way."""
+    return requested() in ("auto", "cpp") and _ordinary(groups, "cpp", torch.device("cpu"))
+
+
+def _kernels_take(groups: list[_Group], settings: list[dict[str, Any]]) -> bool:
+    """Whether CUDA kernels can take the step: the same, on one GPU."""
+    device = next(t.device for group in groups for some in group for t in some)
+    # Emulated kernels run only when asked for by name.
+    asked = ("auto", "cuda") if device.type == "cuda" else ("cuda",)
+    sizes = [group["lr"] for group in settings if isinstance(group["lr"], Tensor)]
+    return (
+        requested() in asked
+        and _ordinary(groups, "cuda", device)
+        and all(s.dtype in (torch.float32, torch.float64) for s in sizes)
+    )
+
+
+def _ordinary(groups: list[_Group], backend: str, device: torch.device) -> bool:
     if torch.compiler.is_compiling():
         return False
     tensors = [t for group in groups for some in group for t in some]
-    spec = Spec("group_rmsprop", tensors[0].dtype, "cpu")
-    if requested() not in ("auto", "cpp") or why_not("cpp", spec) is not None:
-        return False
-    return all(
+    spec = Spec("group_rmsprop", tensors[0].dtype, device.type)
+    return why_not(backend, spec) is None and all(
         type(t) in (Tensor, Parameter)
         and t.dtype == spec.dtype
-        and t.device.type == "cpu"
+        and t.device == device
         and t.is_contiguous()
         for t in tensors
     )
