@@ -138,9 +138,10 @@ class GroupRMSprop(Optimizer):
         reads nor counts."""
         gradients = [g for _, grads in groups for g in grads]
         dtype = _average_dtype(gradients)
-        average, count = self._state_on(gradients[0].device, dtype)
+        average, count = self.state_on(gradients[0].device, dtype)
         if average.dtype == dtype and _kernels_take(groups, self.param_groups):
-            lr, weight_decay = self._settings([len(params) for params, _ in groups])
+            each = zip(self.param_groups, groups, strict=True)
+            lr, weight_decay = self.settings([g for g, (ps, _) in each for _ in ps])
             params = [p for params, _ in groups for p in params]
             first, arrived = self.param_groups[0], self._counter(average.device)
             group_rmsprop_(
@@ -152,32 +153,42 @@ class GroupRMSprop(Optimizer):
         count += 1
         average.copy_(self._advance(groups, average, count))
 
-    def _state_on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Average and count of a capturable step."""
+    def state_on(
+        self, device: torch.device, dtype: torch.dtype, exactly: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Average and count of a capturable step, ``[]`` each, as they are in the state; made where
+        they are not on the device yet. ``exactly``: also where the average is of another dtype.
+
+        Raises:
+            RuntimeError: they are not, and a step is being captured.
+        """
         shared: dict[str, Any] = cast(Any, self.state)[_SHARED]
         average, count = shared.get("average"), shared.get("step")
-        if average is None or not isinstance(count, Tensor) or count.device != device:
-            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    "GroupRMSprop: take a step before one is captured: the average that steps "
-                    "share is not on the device yet"
-                )
-            count = torch.tensor(float(count or 0), dtype=torch.float64, device=device)
-            average = torch.tensor(float(average or 0), dtype=dtype, device=device)
-            shared["step"], shared["average"] = count, average
+        if (
+            isinstance(average, Tensor)
+            and isinstance(count, Tensor)
+            and count.device == device
+            and (average.dtype == dtype or not exactly)
+        ):
+            return average, count
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "GroupRMSprop: take a step before one is captured: the average that steps share is "
+                "not on the device yet"
+            )
+        count = torch.tensor(float(count or 0), dtype=torch.float64, device=device)
+        average = torch.tensor(float(average or 0), dtype=dtype, device=device)
+        shared["step"], shared["average"] = count, average
         return average, count
 
-    def _settings(self, counts: list[int]) -> tuple[list[float | Tensor], list[float]]:
-        """Step size and weight decay of each parameter, of so many in every group; a step size that
-        is a tensor on the CPU as the number it is now."""
-        lr: list[float | Tensor] = []
-        decay: list[float] = []
-        for group, count in zip(self.param_groups, counts, strict=True):
-            size = group["lr"]
-            on_device = isinstance(size, Tensor) and size.device.type == device_type()
-            lr += [size if on_device else float(size)] * count
-            decay += [float(group["weight_decay"])] * count
-        return lr, decay
+    @staticmethod
+    def settings(groups: list[dict[str, Any]]) -> tuple[list[float | Tensor], list[float]]:
+        """Step size and weight decay of each parameter, given the group of each. A step size that
+        is a tensor elsewhere than on the kernels' device is the number it is now."""
+        sizes = [group["lr"] for group in groups]
+        there = device_type()
+        lr = [s if isinstance(s, Tensor) and s.device.type == there else float(s) for s in sizes]
+        return lr, [float(group["weight_decay"]) for group in groups]
 
     def _counter(self, device: torch.device) -> Tensor:
         """What blocks of a launch count themselves with."""
