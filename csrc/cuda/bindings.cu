@@ -59,10 +59,13 @@ PyObject* build_info(PyObject*, PyObject*) {
                        "torch", TORCH_VERSION);
 }
 
+PyObject* launches(PyObject*, PyObject*) { return PyLong_FromLongLong(htf::gpu::launches.load()); }
+
 PyMethodDef methods[] = {
     {"build_info", build_info, METH_NOARGS,
      "The compiler, the GPU architectures compiled for, and the PyTorch compiled against."},
     {"why_not", why_not, METH_NOARGS, "Why there is no device to run on, or None."},
+    {"launches", launches, METH_NOARGS, "How many kernels this process has launched."},
 #ifdef HTF_EMULATE
     {"set_backward", set_backward, METH_O,
      "Whether blocks, warps and lanes are taken in descending order."},

@@ -83,6 +83,9 @@ void allow_shared(int device, std::size_t bytes, const char* name) {
 }
 #endif
 
+// How many kernels this process has launched.
+inline std::atomic<int64_t> launches{0};
+
 // kernel<<<grid, block, shared_bytes, the current stream>>>(args...). No waiting; an empty grid
 // launches nothing. name is what errors call the kernel.
 template <auto kernel, class... Args>
@@ -92,6 +95,7 @@ void launch(const char* name, const Current& current, dim3 grid, dim3 block,
   check(shared_bytes <= static_cast<std::size_t>(current.device().shared_bytes),
         "htfkernels: ", name, " needs ", shared_bytes,
         " bytes of shared memory, and a block of this device has ", current.device().shared_bytes);
+  launches.fetch_add(1, std::memory_order_relaxed);
 #ifdef HTF_EMULATE
   emulate::run(grid, block, shared_bytes, [&] { kernel(args...); });
 #else

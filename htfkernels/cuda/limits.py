@@ -12,13 +12,18 @@ __all__ = ["OPS", "why_not"]
 
 Limit = Callable[[Layout, torch.dtype], str | None]
 
-_FLOATS = frozenset({torch.float32, torch.float64})
-
 OPS: dict[str, tuple[frozenset[torch.dtype], Limit]] = {
-    "group_rmsprop": (_FLOATS | {torch.bfloat16}, lambda layout, dtype: None),
-    # A step is this operation, its backward and the optimizer's.
+    "evaluate_at_planned": (
+        frozenset({torch.float32, torch.float64, torch.bfloat16}),
+        lambda layout, dtype: None,
+    ),
+    "group_rmsprop": (
+        frozenset({torch.float32, torch.float64, torch.bfloat16}),
+        lambda layout, dtype: None,
+    ),
+    # A step is planned evaluation, its backward and the optimizer's step.
     "completion_step": (
-        _FLOATS,
+        frozenset({torch.float32, torch.float64}),
         lambda layout, dtype: why_not("evaluate_at_planned", layout, dtype),
     ),
 }

@@ -1,0 +1,1 @@
+#include "evaluate_at/planned_cuda.cu"

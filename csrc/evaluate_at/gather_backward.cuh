@@ -1,0 +1,299 @@
+// Gradients of one level of the nodes of planned evaluation, in two launches that follow each
+// other; both of 256 threads.
+//
+// products_level
+//   kRows    dp = g W^T, the gradient of p, formed once
+//   kWeight  p^T g, in square tiles, over up to 1024 rows a part: parts are summed later
+//   They do not depend on each other and fill the GPU together: 64 rows of rank 512 are 64 sliced
+//   tiles of the first kind and 64 square ones of the second, with equally many multiply-adds.
+//
+// segments_level
+//   out[j, :] = sum over the rows i of segment j, in their order, of dp[i, :] * the others' rows
+//   the gradient of an operand's frame: row j of it was read for the rows of segment j. Where the
+//   node has one column, dp = g w^T is not formed: w comes in at the end, and with the sum Z that
+//   is there before it the weight's gradient is sum over j of own[j, :] * Z[j, :], of which each
+//   block leaves its part. A row has 1 to 32 lanes of 16 bytes, a segment `groups` of them that
+//   take every groups-th row, four rows in flight each; what groups have is added through shared
+//   memory ([256] chunks of Acc), ascending. Sums of parts are segments too: one, of all rows.
+#pragma once
+
+#include "evaluate_at/gather_forward.cuh"
+
+namespace htf::gpu::planned {
+
+template <Mode mode, Config config>
+using RowsTile = BlockTile<mode, config, true, true, false>;
+template <Mode mode>
+using WeightTile = BlockTile<mode, kSquare, false, false, true>;
+constexpr std::size_t kIdsBytes = 2 * kIdsTogether * sizeof(int);
+
+template <Mode mode, Config config>
+constexpr std::size_t kProductsShared =
+    RowsTile<mode, config>::kBytes > kIdsBytes + WeightTile<mode>::kBytes
+        ? RowsTile<mode, config>::kBytes
+        : kIdsBytes + WeightTile<mode>::kBytes;
+
+template <Mode mode, Config config>
+__device__ __forceinline__ typename Numbers<mode>::Acc rows_tile(const ProductJob& job, int block) {
+  using Tile = RowsTile<mode, config>;
+  using S = typename Numbers<mode>::S;
+  using Acc = typename Numbers<mode>::Acc;
+  const int row = block / job.across * Tile::kRows, column = block % job.across * Tile::kColumns;
+  const S* const grad = static_cast<const S*>(job.grad);
+  const S* const weight = static_cast<const S*>(job.weight);
+  const auto row_of = [cols = job.cols](const S* from) {
+    return [=](int i) { return from + static_cast<int64_t>(i) * cols; };
+  };
+  Acc squares = 0;
+  Tile::run(
+      shared_memory<S>(), 0, job.cols,
+      [&](int k, S* a, S*, S* b) {
+        fill_rows<Tile::kARows, Tile::kAColumns, Tile::kAStride>(a, row, job.rows, k, job.cols,
+                                                                 job.aligned_n, row_of(grad));
+        fill_rows<Tile::kBRows, Tile::kBColumns, Tile::kBStride>(b, column, job.width, k, job.cols,
+                                                                 job.aligned_n, row_of(weight));
+      },
+      [](int, S*, const S*) {},
+      [&](int r, int c, Acc sum) {
+        if (row + r < job.rows && column + c < job.width)
+          squares += put<S, Acc>(job.out, static_cast<int64_t>(row + r) * job.width + column + c,
+                                 sum, job.parts);
+      });
+  return squares;
+}
+
+template <Mode mode>
+__device__ __forceinline__ typename Numbers<mode>::Acc weight_tile(const ProductJob& job,
+                                                                   int block) {
+  using Tile = WeightTile<mode>;
+  using S = typename Numbers<mode>::S;
+  using Acc = typename Numbers<mode>::Acc;
+  int* const ids = shared_memory<int>();  // [2][kIdsTogether]
+  S* const memory = reinterpret_cast<S*>(shared_memory<unsigned char>() + kIdsBytes);
+  const int part = block / job.tiles, tile = block % job.tiles;
+  const int row = tile / job.across * Tile::kRows, column = tile % job.across * Tile::kColumns;
+  const int64_t start = static_cast<int64_t>(part) * job.each;
+  const int first = static_cast<int>(start < job.rows ? start : job.rows);
+  const int end = job.rows - first > job.each ? first + job.each : job.rows;
+  read_ids<kIdsTogether>(job, ids, first, end);
+  const auto of = [&](int o) {
+    return [frame = static_cast<const S*>(job.operand[o].frame), mine = ids + o * kIdsTogether,
+            first, width = job.width](int i) {
+      return frame + static_cast<int64_t>(mine[i - first]) * width;
+    };
+  };
+  const S* const grad = static_cast<const S*>(job.grad);
+  Acc squares = 0;
+  Tile::run(
+      memory, first, end,
+      [&](int i, S* a, S* second, S* b) {
+        fill_rows<Tile::kARows, Tile::kAColumns, Tile::kAStride>(a, i, end, row, job.width,
+                                                                 job.aligned_k, of(0));
+        if (job.count > 1)
+          fill_rows<Tile::kARows, Tile::kAColumns, Tile::kAStride>(second, i, end, row, job.width,
+                                                                   job.aligned_k, of(1));
+        fill_rows<Tile::kBRows, Tile::kBColumns, Tile::kBStride>(
+            b, i, end, column, job.cols, job.aligned_n,
+            [&](int q) { return grad + static_cast<int64_t>(q) * job.cols; });
+      },
+      [&](int i, S* a, const S* second) {
+        multiply_rows<Tile::kARows, Tile::kAColumns, Tile::kAStride, Acc>(job, a, second, i, end,
+                                                                          row, job.width);
+      },
+      [&](int r, int c, Acc sum) {
+        if (row + r >= job.width || column + c >= job.cols) return;
+        const int64_t at =
+            (static_cast<int64_t>(part) * job.width + row + r) * job.cols + column + c;
+        squares += put<S, Acc>(job.out, at, sum, job.parts);
+      });
+  return squares;
+}
+
+template <Mode mode, Config config>
+__global__ void __launch_bounds__(kPlannedThreads, 2)
+    products_level(const __grid_constant__ Jobs<ProductJob> jobs) {
+  using Acc = typename Numbers<mode>::Acc;
+  const ProductJob& job = jobs.mine();
+  const int block = static_cast<int>(blockIdx.x) - job.first;
+  const Acc squares = job.kind == ProductJob::kRows ? rows_tile<mode, config>(job, block)
+                                                    : weight_tile<mode>(job, block);
+  leave_squares(jobs.squares, job.final ? squares : Acc{0}, shared_memory<Acc>());
+}
+
+// -- segments -------------------------------------------------------------------------------------
+
+constexpr int kTogether = 4;  // rows in flight of a thread
+
+// The sum over rows `low + group, low + group + groups, ..` below high.
+template <Mode mode, bool Parts>
+__device__ __forceinline__ void segment_sum(
+    typename Numbers<mode>::Acc (&total)[kVector<typename Numbers<mode>::S>], const SegmentJob& job,
+    int64_t low, int64_t high, int groups, int k, int n) {
+  using S = typename Numbers<mode>::S;
+  using Acc = typename Numbers<mode>::Acc;
+  constexpr int V = kVector<S>;
+  for (int64_t q = low; q < high; q += static_cast<int64_t>(kTogether) * groups) {
+    int64_t i[kTogether];
+    int there[kTogether];  // of the row's numbers
+    Acc term[kTogether][V];
+#pragma unroll
+    for (int u = 0; u < kTogether; ++u) {
+      const int64_t at = q + static_cast<int64_t>(u) * groups;
+      there[u] = at < high ? n : 0;
+      i[u] = at < high ? (job.order == nullptr ? at : job.order[at]) : 0;
+    }
+    if (job.source == SegmentJob::kColumn) {
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u) {
+        const Acc g =
+            there[u] > 0 ? static_cast<Acc>(static_cast<const S*>(job.grad)[i[u]]) : Acc{0};
+#pragma unroll
+        for (int e = 0; e < V; ++e) term[u][e] = e < there[u] ? g : Acc{0};
+      }
+    } else {
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u) {
+        const int64_t at = i[u] * job.width + k;
+        if constexpr (Parts) {
+#pragma unroll
+          for (int e = 0; e < V; ++e)
+            term[u][e] = e < there[u] ? static_cast<const Acc*>(job.grad)[at + e] : Acc{0};
+        } else {
+          read_chunk<Acc, S>(term[u], static_cast<const S*>(job.grad) + at, there[u], job.aligned);
+        }
+      }
+    }
+#pragma unroll
+    for (int o = 0; o < kOperands - 1; ++o) {
+      if (o >= job.count) break;
+      const Operand& other = job.other[o];
+      int64_t row[kTogether];
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u)
+        row[u] = other.ids == nullptr || there[u] == 0 ? i[u] : other.ids[i[u]];
+      Acc x[kTogether][V];
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u)
+        read_chunk<Acc, S>(x[u], static_cast<const S*>(other.frame) + row[u] * job.width + k,
+                           there[u], job.aligned);
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u)
+#pragma unroll
+        for (int e = 0; e < V; ++e) term[u][e] *= x[u][e];
+    }
+#pragma unroll
+    for (int u = 0; u < kTogether; ++u)
+#pragma unroll
+      for (int e = 0; e < V; ++e) total[e] += term[u][e];
+  }
+}
+
+template <Mode mode>
+constexpr std::size_t kSegmentsShared =
+    static_cast<std::size_t>(kPlannedThreads) * kVector<typename Numbers<mode>::S> *
+    sizeof(typename Numbers<mode>::Acc);
+
+// Adds what the threads tid, tid + step, .. below end have, ascending; for all threads together,
+// and the result only where `mine`.
+template <int V, class Acc>
+__device__ __forceinline__ void add_threads(Acc (&x)[V], Acc* memory, bool mine, int step,
+                                            int count) {
+  __syncthreads();
+#pragma unroll
+  for (int e = 0; e < V; ++e) memory[e * kPlannedThreads + threadIdx.x] = x[e];
+  __syncthreads();
+  if (!mine) return;
+  for (int q = 1; q < count; ++q)
+#pragma unroll
+    for (int e = 0; e < V; ++e) x[e] += memory[e * kPlannedThreads + threadIdx.x + q * step];
+}
+
+template <Mode mode>
+__global__ void __launch_bounds__(kPlannedThreads)
+    segments_level(const __grid_constant__ Jobs<SegmentJob> jobs) {
+  using S = typename Numbers<mode>::S;
+  using Acc = typename Numbers<mode>::Acc;
+  constexpr int V = kVector<S>;
+  const SegmentJob& job = jobs.mine();
+  Acc* const memory = shared_memory<Acc>();
+  const int block = static_cast<int>(blockIdx.x) - job.first;
+  const int part = block / job.chunks / job.blocks;  // of the rows of each segment
+  const int place = block / job.chunks % job.blocks;
+  const int lanes = 1 << job.lane_bits, groups = 1 << job.group_bits;
+  const int lane = threadIdx.x & (lanes - 1);
+  const int group = threadIdx.x >> job.lane_bits & (groups - 1);
+  const int beside = threadIdx.x >> (job.lane_bits + job.group_bits);
+  const int together = kPlannedThreads >> (job.lane_bits + job.group_bits);
+  const int k = (block % job.chunks * lanes + lane) * V, n = clamped(job.width - k, V);
+  Acc of_weight[V] = {}, squares = 0;
+  for (int repeat = 0; repeat < job.repeats; ++repeat) {
+    const int64_t j = (static_cast<int64_t>(place) * job.repeats + repeat) * together + beside;
+    const bool there = j < job.segments && n > 0;
+    Acc total[V] = {};
+    if (there) {
+      int64_t low = j, high = j + 1;
+      if (job.start != nullptr)
+        low = job.start[j], high = job.start[j + 1];
+      else if (job.segments == 1)
+        high = job.rows;
+      if (job.splits > 1) {
+        const int64_t each = (high - low + job.splits - 1) / job.splits;
+        low += part * each;
+        high = low + each < high ? low + each : high;
+      }
+      if (job.source == SegmentJob::kParts)
+        segment_sum<mode, true>(total, job, low + group, high, groups, k, n);
+      else
+        segment_sum<mode, false>(total, job, low + group, high, groups, k, n);
+      if (job.weight_parts != nullptr) {
+        Acc own[V];
+        read_chunk<Acc, S>(own, static_cast<const S*>(job.own) + j * job.width + k, n, job.aligned);
+#pragma unroll
+        for (int e = 0; e < V; ++e) of_weight[e] += own[e] * total[e];
+      }
+    }
+    if (job.out == nullptr) continue;
+    if (groups > 1) add_threads<V>(total, memory, group == 0, lanes, groups);
+    if (!there || group != 0) continue;
+    if (job.source == SegmentJob::kColumn && job.weight != nullptr) {
+      Acc w[V];
+      read_chunk<Acc, S>(w, static_cast<const S*>(job.weight) + k, n, job.aligned);
+#pragma unroll
+      for (int e = 0; e < V; ++e) total[e] *= w[e];
+    }
+    const int64_t at = (static_cast<int64_t>(part) * job.segments + j) * job.width + k;
+#pragma unroll
+    for (int e = 0; e < V; ++e)
+      if (e < n) squares += put<S, Acc>(job.out, at + e, total[e], job.parts);
+  }
+  if (job.weight_parts != nullptr) {
+    const bool mine = static_cast<int>(threadIdx.x) < lanes;
+    add_threads<V>(of_weight, memory, mine, lanes, kPlannedThreads >> job.lane_bits);
+    Acc* const to = static_cast<Acc*>(job.weight_parts) +
+                    (static_cast<int64_t>(part) * job.blocks + place) * job.width + k;
+#pragma unroll
+    for (int e = 0; e < V; ++e)
+      if (mine && e < n) to[e] = of_weight[e];
+  }
+  leave_squares(jobs.squares, job.final ? squares : Acc{0}, memory);
+}
+
+template <Mode mode>
+void launch_products(const Current& current, int64_t config, int blocks,
+                     const Jobs<ProductJob>& jobs) {
+  constexpr const char* kName = "evaluate_at_planned_backward";
+  if (config == kSliced)
+    launch<products_level<mode, kSliced>>(kName, current, blocks, kPlannedThreads,
+                                          kProductsShared<mode, kSliced>, jobs);
+  else
+    launch<products_level<mode, kSquare>>(kName, current, blocks, kPlannedThreads,
+                                          kProductsShared<mode, kSquare>, jobs);
+}
+
+template <Mode mode>
+void launch_segments(const Current& current, int blocks, const Jobs<SegmentJob>& jobs) {
+  launch<segments_level<mode>>("evaluate_at_planned_backward", current, blocks, kPlannedThreads,
+                               kSegmentsShared<mode>, jobs);
+}
+
+}  // namespace htf::gpu::planned

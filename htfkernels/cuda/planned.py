@@ -1,0 +1,436 @@
+"""What planned evaluation launches, written down once for a plan, a dtype and the needed gradients.
+
+The format is that of ``csrc/evaluate_at/planned_cuda_jobs.h``: a header, then launches with their
+jobs, addresses as a space and an offset in bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from htfkernels.cuda.planned_nodes import MOST_OPERANDS, Node, Nodes, Read, planned_nodes
+
+__all__ = ["Schedule", "schedule"]
+
+VERSION = 1
+HEADER = 16
+MODES = ("ieee", "tf32", "tf32x3", "bf16", "f64")
+PRODUCT, DOT, ROWS = range(3)  # forward
+TO_ROWS, TO_WEIGHT = range(2)  # products
+STORED, PARTS, COLUMN = range(3)  # segments
+FORWARD, PRODUCTS, SEGMENTS = range(3)
+SLICED, SQUARE = range(2)
+SQUARE_SIDE = 64
+THREADS = 256
+IDS_TOGETHER = 1024
+NOWHERE, FRAMES, WORKSPACE, RESULT, GRAD = range(5)
+WEIGHTS, GRADIENTS = 16, 1 << 32
+PENDING = -1000
+# Blocks a launch should have: two for each processor of an H100.
+WANTED_BLOCKS = 264
+MOST_WEIGHT_PARTS = 256  # that blocks leave of a column's gradient, and a later launch sums
+
+_MOST_KEPT = 16  # schedules of one plan
+
+Address = tuple[int, int]
+NULL: Address = (NOWHERE, 0)
+
+
+class Schedule(NamedTuple):
+    """What the operators and ``planned_forward``, ``planned_backward`` of C++ take.
+
+    Attributes:
+        table: int64, on the CPU.
+        lists: the plan's, int32, on its device; longer where a backward pass needs orders that
+            the plan lacks.
+    """
+
+    table: Tensor
+    lists: Tensor
+
+
+_schedules: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_regrouped: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def schedule(
+    program: Tensor,
+    table: Tensor,
+    lists: Tensor,
+    like: Tensor,
+    precision: str,
+    needs: Sequence[bool] = (),
+) -> Schedule:
+    """The schedule of a plan, made at the first call and kept as long as the plan's table lives.
+
+    Args:
+        program: the layout's.
+        table, lists: the plan's; lists on the device.
+        like: a weight: its dtype is that of the computation.
+        precision: ``"ieee"``, ``"tf32"`` or ``"tf32x3"``, of float32.
+        needs: for each group of weights, whether a backward pass is to give its gradient; without
+            any there is a forward pass alone.
+    """
+    kept: dict[tuple[object, ...], tuple[Tensor, Nodes]] = _schedules.setdefault(table, {})
+    mode = {torch.bfloat16: "bf16", torch.float64: "f64"}.get(like.dtype, precision)
+    key = (mode, tuple(bool(n) for n in needs))
+    found = kept.get(key)
+    if found is None:
+        if len(kept) >= _MOST_KEPT:
+            kept.pop(next(iter(kept)))
+        nodes = planned_nodes(program, table)
+        made = _Maker(program, table, nodes, mode, key[1]).made()
+        found = kept[key] = (made, nodes)
+    if any(key[1]) and found[1].regrouped:
+        lists = _with_orders(found[1], int(table[1]), lists)
+    return Schedule(found[0], lists)
+
+
+def _with_orders(nodes: Nodes, batch: int, lists: Tensor) -> Tensor:
+    """A plan's lists, longer by the orders that its cuts lack; made once, on the device."""
+    longer = _regrouped.get(lists)
+    if longer is None:
+        pieces = [lists]
+        for ids, rows, _, _ in nodes.regrouped:
+            listed, order = lists[ids : ids + batch].sort(stable=True)
+            every = torch.arange(rows + 1, dtype=lists.dtype, device=lists.device)
+            pieces += [torch.searchsorted(listed, every, out_int32=True), order.to(lists.dtype)]
+        longer = _regrouped[lists] = torch.cat(pieces)
+    return longer
+
+
+def _over(n: int, each: int) -> int:
+    return -(-n // each)
+
+
+def _tiles(rows: int, cols: int) -> int:
+    return _over(rows, SQUARE_SIDE) * _over(cols, SQUARE_SIDE)
+
+
+def _power_over(n: int) -> int:
+    """The least power of two that is at least ``n``."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+class _Segments(NamedTuple):
+    """Sums over the rows of a node, for one operand."""
+
+    node: Node
+    operand: int
+    source: int
+    grad: Address
+    wanted: bool  # the operand's gradient
+    weight: bool  # the gradient of the node's own weight too
+
+
+class _Maker:
+    def __init__(
+        self, program: Tensor, table: Tensor, nodes: Nodes, mode: str, needs: tuple[bool, ...]
+    ) -> None:
+        self.nodes, self.mode = nodes, mode
+        self.groups, self.outputs = int(program[2]), int(program[4])
+        self.batch = int(table[1])
+        self.needs = needs or (False,) * self.groups
+        self.size = {"bf16": 2, "f64": 8}.get(mode, 4)
+        self.part_size = 8 if mode == "f64" else 4
+        self.vector = 16 // self.size
+        self.last = len(nodes.nodes) - 1
+        self.frames = 0  # elements
+        self.frame_at: list[int] = []
+        for node in nodes.nodes[: self.last]:
+            self.frame_at.append(self.frames)
+            self.frames += _over(node.rows * node.cols, 16) * 16
+        self.workspace = 0  # bytes
+        self.gradient_at: dict[int, int] = {}  # of a node's frame
+        self.launches: list[tuple[int, int, list[tuple[int, ...]]]] = []
+        self.uses: dict[tuple[int, int], int] = {}
+        for step in nodes.steps:
+            key = (step.group, step.slot)
+            self.uses[key] = self.uses.get(key, 0) + 1
+        # Of gradients that are sums of parts: how many, and which launch writes the last. Where
+        # each group of parts is, is known once all are: until then its space is PENDING - place.
+        self.copies: dict[tuple[int, int], int] = {}
+        self.written: dict[tuple[int, int], int] = {}
+        self.pending: list[tuple[tuple[int, int], int]] = []
+
+    def made(self) -> Tensor:
+        levels: dict[int, list[int]] = {}
+        for k, node in enumerate(self.nodes.nodes):
+            levels.setdefault(node.level, []).append(k)
+        for level in sorted(levels):
+            self.forward(levels[level])
+        forward = len(self.launches)
+        if any(self.needs):
+            self.needed = self.what_is_needed()
+            for level in sorted(levels, reverse=True):
+                self.backward(levels[level])
+            self.add_parts()
+        numbers: list[int] = []
+        for kind, config, jobs in self.launches:
+            numbers += [kind, config, len(jobs)]
+            for job in jobs:
+                numbers += job
+        header = [
+            VERSION, MODES.index(self.mode), self.groups, self.batch, self.outputs,
+            HEADER + len(numbers), self.frames, self.workspace,
+            forward, len(self.launches) - forward, *[0] * 6,
+        ]  # fmt: skip
+        return torch.tensor(header + numbers, dtype=torch.int64)
+
+    # -- addresses --------------------------------------------------------------------------------
+
+    def reserve(self, size: int) -> int:
+        at = self.workspace
+        self.workspace += _over(size, 128) * 128
+        return at
+
+    def weight(self, step: int, space: int = WEIGHTS) -> Address:
+        """Of a program step's weight, or its gradient; null for the root of a sum."""
+        s = self.nodes.steps[step]
+        if s.group < 0:
+            return NULL
+        return space + s.group, s.slot * s.rows * s.cols * self.size
+
+    def frame(self, source: int) -> Address:
+        if source < 0:
+            return self.weight(-(source + 1))
+        if source == self.last:
+            return RESULT, 0
+        return FRAMES, self.frame_at[source] * self.size
+
+    def gradient(self, k: int) -> Address:
+        """Of a node's frame."""
+        return (GRAD, 0) if k == self.last else (WORKSPACE, self.gradient_at[k])
+
+    def read(self, read: Read) -> tuple[int, ...]:
+        return (*self.frame(read.source), read.ids)
+
+    def operands(self, reads: Sequence[Read], count: int = MOST_OPERANDS) -> list[int]:
+        flat: list[int] = []
+        for read in reads:
+            flat += self.read(read)
+        return flat + [NOWHERE, 0, -1] * (count - len(reads))
+
+    # -- forward ----------------------------------------------------------------------------------
+
+    def kind(self, node: Node) -> int:
+        if node.step < 0:
+            return ROWS
+        return DOT if node.cols == 1 else PRODUCT
+
+    def forward(self, level: Sequence[int]) -> None:
+        jobs, tiles = [], 0
+        for k in level:
+            node = self.nodes.nodes[k]
+            kind = self.kind(node)
+            if kind == PRODUCT:
+                tiles += _tiles(node.rows, node.cols)
+            weight = self.weight(node.step) if node.step >= 0 else NULL
+            sizes = (kind, len(node.operands), node.rows, node.width, node.cols)
+            jobs.append((*sizes, *weight, *self.frame(k), *self.operands(node.operands)))
+        self.launches.append((FORWARD, self.config(tiles), jobs))
+
+    def config(self, square_tiles: int) -> int:
+        """Small tiles where there are too few large ones to give every processor one."""
+        return SLICED if square_tiles < WANTED_BLOCKS // 2 else SQUARE
+
+    # -- backward ---------------------------------------------------------------------------------
+
+    def what_is_needed(self) -> list[bool]:
+        """For each node, whether the gradient of its frame is needed for anything."""
+        needed: list[bool] = []
+        for node in self.nodes.nodes:
+            own = self.step_needed(node.step)
+            needed.append(own or any(self.below(read, needed) for read in node.operands))
+        return needed
+
+    def step_needed(self, step: int) -> bool:
+        return step >= 0 and self.nodes.steps[step].group >= 0 and self.group_needed(step)
+
+    def group_needed(self, step: int) -> bool:
+        return self.needs[self.nodes.steps[step].group]
+
+    def below(self, read: Read, needed: list[bool]) -> bool:
+        return needed[read.source] if read.source >= 0 else self.group_needed(-(read.source + 1))
+
+    def to(self, read: Read, copies: int, launch: int) -> tuple[Address, bool, bool]:
+        """Where an operand's gradient goes that so many copies are the sum of; whether as parts;
+        whether it is done with that."""
+        rows, cols = self.nodes.shape(read.source)
+        if read.source < 0:
+            return self.to_weight(-(read.source + 1), copies, launch)
+        at = self.gradient_at[read.source] = self.reserve(rows * cols * self.size)
+        if copies == 1:
+            return (WORKSPACE, at), False, False
+        return (WORKSPACE, self.reserve(rows * cols * copies * self.part_size)), True, False
+
+    def to_weight(self, step: int, copies: int, launch: int) -> tuple[Address, bool, bool]:
+        s = self.nodes.steps[step]
+        if self.uses[s.group, s.slot] == 1 and copies == 1:
+            return self.weight(step, GRADIENTS), False, True
+        return self.part(step, copies, launch), True, False
+
+    def part(self, step: int, copies: int, launch: int) -> Address:
+        s = self.nodes.steps[step]
+        key = (s.group, s.slot)
+        before = self.copies.get(key, 0)
+        self.copies[key] = before + copies
+        self.written[key] = launch
+        self.pending.append((key, before * s.rows * s.cols * self.part_size))
+        return PENDING - len(self.pending) + 1, 0
+
+    def backward(self, level: Sequence[int]) -> None:
+        products: list[tuple[int, ...]] = []
+        segments: list[_Segments] = []
+        level = [k for k in level if self.needed[k]]
+        through = [k for k in level if self.kind(self.nodes.nodes[k]) == PRODUCT]
+        row_tiles = weight_tiles = 0
+        for k in through:
+            node = self.nodes.nodes[k]
+            row_tiles += _tiles(node.rows, node.width)
+            weight_tiles += _tiles(node.width, node.cols)
+        here = len(self.launches)  # the products' launch, if there are any
+        for k in level:
+            node = self.nodes.nodes[k]
+            kind = self.kind(node)
+            wanted = [c for c, r in enumerate(node.operands) if self.below(r, self.needed)]
+            if kind == DOT:
+                # The sums over one operand's rows give the weight's gradient too.
+                own = self.step_needed(node.step)
+                for c in wanted or [0]:
+                    dp = self.gradient(k)
+                    segments.append(_Segments(node, c, COLUMN, dp, bool(wanted), own))
+                    own = False
+                continue
+            dp = self.gradient(k)
+            if kind == PRODUCT:
+                if self.step_needed(node.step):
+                    products.append(self.weight_product(k, weight_tiles, here))
+                direct = len(node.operands) == 1 and node.operands[0].ids < 0
+                if wanted and direct:
+                    out = self.to(node.operands[0], 1, here)
+                    products.append(self.rows_product(k, *out))
+                    continue
+                if wanted:
+                    dp = WORKSPACE, self.reserve(node.rows * node.width * self.size)
+                    products.append(self.rows_product(k, dp, False, False))
+            for c in wanted:
+                segments.append(_Segments(node, c, STORED, dp, True, False))
+        if products:
+            self.launches.append((PRODUCTS, self.config(row_tiles), products))
+        self.sum_segments(segments)
+
+    def rows_product(self, k: int, out: Address, parts: bool, final: bool) -> tuple[int, ...]:
+        node = self.nodes.nodes[k]
+        sizes = (TO_ROWS, 0, node.rows, node.width, node.cols, 1, int(parts), int(final))
+        where = (*self.weight(node.step), *self.gradient(k), *out)
+        return (*sizes, *where, *self.operands(()))
+
+    def weight_product(self, k: int, tiles: int, launch: int) -> tuple[int, ...]:
+        node = self.nodes.nodes[k]
+        splits = min(_over(node.rows, SQUARE_SIDE), _over(WANTED_BLOCKS, 2 * tiles))
+        splits = max(1, splits, _over(node.rows, IDS_TOGETHER))
+        each = max(1, _over(_over(node.rows, splits), 32) * 32)
+        splits = max(1, _over(node.rows, each))
+        out, parts, final = self.to_weight(node.step, splits, launch)
+        count = len(node.operands)
+        sizes = (TO_WEIGHT, count, node.rows, node.width, node.cols, each, int(parts), int(final))
+        return (*sizes, *NULL, *self.gradient(k), *out, *self.operands(node.operands))
+
+    def sum_segments(self, segments: Sequence[_Segments]) -> None:
+        """A launch, and one more where sums over many rows are split."""
+        jobs: list[tuple[int, ...]] = []
+        more: list[tuple[int, ...]] = []
+        here = len(self.launches)
+        for one in segments:
+            read, node = one.node.operands[one.operand], one.node
+            rows = self.nodes.shape(read.source)[0]
+            shape = self.segment_shape(rows, node.width, node.rows, len(segments), one.weight)
+            splits, blocks = shape[3], shape[4]
+            out, parts, final = NULL, False, False
+            if one.wanted:
+                out, parts, final = self.to(read, splits, here)
+                if parts and read.source >= 0:
+                    whole = WORKSPACE, self.gradient_at[read.source]
+                    more.append(self.sum_of_parts(out, splits, rows * node.width, whole, False))
+            weight_parts = self.part(node.step, splits * blocks, here) if one.weight else NULL
+            weight = self.weight(node.step) if one.source == COLUMN else NULL
+            others = [r for o, r in enumerate(node.operands) if o != one.operand]
+            jobs.append((
+                one.source, len(others), rows, node.width, node.rows, *shape[:4], int(parts),
+                int(final), read.start, read.order, *one.grad, *weight, *self.frame(read.source),
+                *weight_parts, *out, *self.operands(others, MOST_OPERANDS - 1),
+            ))  # fmt: skip
+        for launch in (jobs, more):
+            if launch:
+                self.launches.append((SEGMENTS, 0, launch))
+
+    def segment_shape(
+        self, segments: int, width: int, rows: int, beside: int, weight: bool
+    ) -> tuple[int, int, int, int, int]:
+        """``(lane bits, group bits, segments one after the other, splits, blocks)`` of sums over
+        ``rows`` rows in so many segments, in a launch of ``beside`` such jobs."""
+        wanted, mean = _over(WANTED_BLOCKS, beside), rows // max(1, segments)
+        lanes = min(32, _power_over(_over(width, self.vector)))
+        chunks, most = _over(width, self.vector * lanes), THREADS // lanes
+        groups = min(most, _power_over(_over(mean, 4)))
+
+        def blocks(groups: int) -> int:
+            return _over(segments, most // groups)
+
+        while 2 * groups <= min(most, mean) and blocks(groups) * chunks < wanted:
+            groups *= 2
+        splits = 1
+        if blocks(groups) * chunks < wanted and mean > 64 * groups:
+            splits = min(64, _over(wanted, blocks(groups) * chunks), mean // (16 * groups))
+        repeats = _over(blocks(groups), MOST_WEIGHT_PARTS) if weight else 1
+        repeats = max(1, repeats)
+        bits = lanes.bit_length() - 1, groups.bit_length() - 1
+        return (*bits, repeats, splits, _over(segments, most // groups * repeats))
+
+    def sum_of_parts(
+        self, parts: Address, copies: int, size: int, out: Address, final: bool
+    ) -> tuple[int, ...]:
+        lanes = min(32, _power_over(_over(size, self.vector)))
+        groups = min(THREADS // lanes, _power_over(_over(copies, 4)))
+        bits = lanes.bit_length() - 1, groups.bit_length() - 1
+        return (
+            PARTS, 0, 1, size, copies, *bits, 1, 1, 0, int(final), -1, -1,
+            *parts, *NULL, *NULL, *NULL, *out, *self.operands((), MOST_OPERANDS - 1),
+        )  # fmt: skip
+
+    def add_parts(self) -> None:
+        """Sums the parts of gradients, in the last launch if that comes after them all."""
+        at: dict[tuple[int, int], int] = {}
+        jobs = []
+        for step in self.nodes.steps:
+            key = (step.group, step.slot)
+            if key in at or key not in self.copies:
+                continue
+            size, copies = step.rows * step.cols, self.copies[key]
+            at[key] = self.reserve(size * copies * self.part_size)
+            out = GRADIENTS + step.group, step.slot * size * self.size
+            jobs.append(self.sum_of_parts((WORKSPACE, at[key]), copies, size, out, True))
+        if not jobs:
+            return
+        last = len(self.launches) - 1
+        if self.launches[last][0] == SEGMENTS and max(self.written.values()) < last:
+            self.launches[last][2].extend(jobs)
+        else:
+            self.launches.append((SEGMENTS, 0, jobs))
+        for _, _, launch in self.launches:
+            launch[:] = [self.placed(job, at) for job in launch]
+
+    def placed(self, job: tuple[int, ...], at: dict[tuple[int, int], int]) -> tuple[int, ...]:
+        """A job whose pending spaces are places in the workspace."""
+        numbers = list(job)
+        for i, number in enumerate(numbers):
+            if number <= PENDING:
+                key, offset = self.pending[PENDING - number]
+                numbers[i : i + 2] = [WORKSPACE, at[key] + offset]
+        return tuple(numbers)
