@@ -5,17 +5,17 @@
 
 namespace htf::gpu {
 
-// In thread 0; what the others return is of no use. For all threads together; `shared` has a number
-// for each warp and may be used again after a __syncthreads().
+// In the first warp; what the others return is of no use. For all threads together; `shared` has a
+// number for each warp and may be used again after a __syncthreads().
 template <int Threads>
 __device__ __forceinline__ double block_sum(double x, double* shared) {
+  constexpr int kWarps = Threads / kWarp;
+  static_assert(Threads % kWarp == 0 && kWarps <= kWarp);
   x = warp_sum(x);
   if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = x;
   __syncthreads();
-  double sum = 0;
-  if (threadIdx.x == 0)
-    for (int w = 0; w < Threads / kWarp; ++w) sum += shared[w];
-  return sum;
+  if (threadIdx.x >= kWarp) return 0;
+  return warp_sum(threadIdx.x < kWarps ? shared[threadIdx.x] : 0.0);
 }
 
 }  // namespace htf::gpu

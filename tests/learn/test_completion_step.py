@@ -6,7 +6,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +117,10 @@ def test_the_numbers_of_ordinary_steps(name: str) -> None:
     fused, plain = (Problem(layout, batch, spread=spread) for _ in range(2))
     step = fused.step()
     assert step.why_not is None
-    losses = [float(step()) for _ in range(20)]
-    np.testing.assert_allclose(losses, ordinary(plain, 20), rtol=1e-10)
+    losses = [float(step()) for _ in range(60)]
+    np.testing.assert_allclose(losses, ordinary(plain, 60), rtol=1e-9)
     for a, b in zip(fused.weights(), plain.weights(), strict=True):
-        assert float((a - b).norm()) <= 1e-11 * float(b.norm())
+        assert float((a - b).norm()) <= 1e-10 * float(b.norm())
     assert all(p.grad is None for p in fused.model.parameters())
 
 
@@ -210,6 +211,25 @@ def test_the_order_of_threads_changes_nothing(name: str, dtype: torch.dtype) -> 
             if module.emulated():
                 _C_emulated.set_backward(False)
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def launches(run: Callable[[], Any]) -> int:
+    counted = import_module("htfkernels._C_emulated" if module.emulated() else "htfkernels._C_cuda")
+    before = counted.launches()
+    run()
+    return int(counted.launches() - before)
+
+
+def test_the_number_of_launches() -> None:
+    """In the paper's setting: 2 forward, the loss, 3 backward, the optimizer; a weight decay takes
+    one more."""
+    layout = balanced(4, 8, 512)
+    problem = Problem(layout, 2048, torch.float32)
+    flat = torch.randperm(8**4)[:2048]
+    problem.indices = torch.stack(torch.unravel_index(flat, (8,) * 4), 1).to(ON)
+    assert launches(problem.step()) <= 7
+    assert launches(problem.step(weight_decay=0.1)) <= 8
+    assert launches(Problem(*CASES["order 8"][:2]).step()) <= 12
 
 
 def test_losses_are_tensors_of_their_own() -> None:
