@@ -110,6 +110,10 @@ def test_more_parameters_than_a_launch_has() -> None:
     Step(torch.float32, [(i % 7, 3) for i in range(101)]).check(torch.float32)
 
 
+def test_more_partial_sums_than_every_block_adds_up() -> None:
+    Step(torch.float32, [(1,)] * 4200).check(torch.float32)
+
+
 def test_more_elements_than_blocks_have_in_a_round() -> None:
     """Two rounds, and an end within 16 bytes."""
     step = Step(torch.float64, [(1024 * 512 + 1027,), (5,)])

@@ -17,7 +17,8 @@
 // the L2 cache) in one order while its piece of p and g is on its way into registers, so that no
 // launch, no waiting among blocks and no atomic on floating-point numbers is needed for the norm.
 // One thread of a block reads v and t, tells by an atomic counter that it has, and the last of all
-// writes them.
+// writes them. (Of more than 4096 numbers, from thousands of parameters or from a large backward
+// pass that left them, one more launch makes 256.)
 //
 // Bytes: g once and then g and p read, p written: 4 (5 with a decay) times the parameters, 2.2 MB
 // each in the paper's HTF panel, which stay in the L2 cache; 265 blocks, one wave; each launch is
@@ -37,6 +38,8 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kTensors = 48;  // of a launch: what arguments of 4 KB hold
 constexpr int kPacks = 2;     // 16-byte packs of a thread in a round
+constexpr int kRead = 4096;   // partial sums that every block adds up
+constexpr int kFolded = 256;  // where there are more, so many are made of them
 constexpr int kPieces = 512;  // blocks at most, and one more for each parameter
 
 struct Entry {
@@ -158,6 +161,16 @@ __global__ void __launch_bounds__(kThreads)
   }
   sum = block_sum<kThreads>(sum, shared_memory<double>());
   if (threadIdx.x == 0) partials[blockIdx.x] = sum;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    fold(const double* partials, int64_t count, int64_t piece, double* sums) {
+  const int64_t begin = blockIdx.x * piece;
+  const int64_t end = begin + piece < count ? begin + piece : count;
+  double sum = 0;
+  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) sum += partials[i];
+  sum = block_sum<kThreads>(sum, shared_memory<double>());
+  if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
 template <class T>
@@ -326,10 +339,11 @@ void group_rmsprop(const std::vector<Tensor>& params, const std::vector<Tensor>&
   }
   const Current current(params[0]);
   const int64_t parts = squares_count(step);
-  const Tensor partials = device_tensor(current, params[0], {parts}, ScalarType::Double);
+  const Tensor partials =
+      device_tensor(current, params[0], {partials_room(parts)}, ScalarType::Double);
   auto* sums = static_cast<double*>(partials.mutable_data_ptr());
   sum_squares(current, step, sums);
-  move_parameters(current, step, sums, parts);
+  move_parameters(current, step, folded(current, sums, parts));
 }
 
 }  // namespace
@@ -392,11 +406,26 @@ void sum_squares(const Current& current, const GroupRMSprop& step, double* parti
   });
 }
 
-void move_parameters(const Current& current, const GroupRMSprop& step, const double* partials,
-                     int64_t count) {
-  State state{
-      step.average, step.count,           step.arrived, partials, static_cast<int>(count), 0,
-      step.alpha,   std::log(step.alpha), step.eps};
+int64_t partials_room(int64_t count) { return count <= kRead ? count : count + kFolded; }
+
+Partials folded(const Current& current, double* partials, int64_t count) {
+  if (count <= kRead) return {partials, count};
+  const int64_t piece = (count + kFolded - 1) / kFolded, pieces = (count + piece - 1) / piece;
+  launch<fold>("fold", current, static_cast<unsigned>(pieces), kThreads, kWarps * sizeof(double),
+               partials, count, piece, partials + count);
+  return {partials + count, pieces};
+}
+
+void move_parameters(const Current& current, const GroupRMSprop& step, const Partials& partials) {
+  State state{step.average,
+              step.count,
+              step.arrived,
+              partials.sums,
+              static_cast<int>(partials.count),
+              0,
+              step.alpha,
+              std::log(step.alpha),
+              step.eps};
   with_number(step.dtype, [&](auto number) {
     using T = decltype(number);
     // Parameters that share memory change one after the other.

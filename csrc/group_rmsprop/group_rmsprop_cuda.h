@@ -45,9 +45,17 @@ int64_t squares_count(const GroupRMSprop& step);
 // partials[i] = a part of the sum of |d|^2, squares_count of them.
 void sum_squares(const Current& current, const GroupRMSprop& step, double* partials);
 
+// Where there are so many partial sums that not every block should read all of them: fewer of the
+// same sum, behind them, by one launch; else these. Partials have room for partials_room(count).
+struct Partials {
+  const double* sums;
+  int64_t count;
+};
+int64_t partials_room(int64_t count);
+Partials folded(const Current& current, double* partials, int64_t count);
+
 // The new v, t and p. The partial sums may come from anywhere: every block adds all of them up in
 // the same order, so there is no launch in between. One launch for up to 48 parameters.
-void move_parameters(const Current& current, const GroupRMSprop& step, const double* partials,
-                     int64_t count);
+void move_parameters(const Current& current, const GroupRMSprop& step, const Partials& partials);
 
 }  // namespace htf::gpu

@@ -108,7 +108,7 @@ Tensor completion_step(const std::vector<Tensor>& params, const std::vector<int6
   for (std::size_t i = 0; i < params.size(); ++i) weights[i] = step.parameters[i].values;
   step.parameters = moved;
   const int64_t parts = decays ? squares_count(step) : sizes.squares;
-  const int64_t squares = arena.add(parts * 8);
+  const int64_t squares = arena.add(partials_room(parts) * 8);
 
   const Current current(params[0]);
   arena.allocate(current, params[0]);
@@ -130,7 +130,7 @@ Tensor completion_step(const std::vector<Tensor>& params, const std::vector<int6
             arrivals);
   planned_backward(current, call, predictions, gradients.data(), decays ? nullptr : sums);
   if (decays) sum_squares(current, step, sums);
-  move_parameters(current, step, sums, parts);
+  move_parameters(current, step, folded(current, sums, parts));
   return loss;
 }
 
