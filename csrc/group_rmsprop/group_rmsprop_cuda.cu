@@ -1,28 +1,27 @@
 // group_rmsprop_ on the device, in two launches: the squares of the gradients, and the step.
 //
-//   group_rmsprop_(params, grads, average, count, arrived, lr, lr_at, weight_decay, alpha, eps)
+//   group_rmsprop_(params, grads, average, count, lr, lr_at, weight_decay, alpha, eps)
 //
 //   params, grads     contiguous tensors of one dtype: float32, float64 or bfloat16
 //   average           v, [], float64 for float64 parameters, float32 for the others; written
 //   count             t, [], float64; written
-//   arrived           int32 [1], 0 before and after
 //   lr, weight_decay  a number for each parameter
 //   lr_at             empty, or a tensor for each parameter: [], float32 or float64 on the device,
 //                     a factor of lr that is read when the kernel runs; or [0] for none
 //
 // A block has a piece of one parameter, of as many elements as every other; the parameters' table
-// is the kernel's argument, so that a captured launch needs no memory of the host's. Squares of 16
-// to 32 bytes are summed in the parameters' dtype (bfloat16: float32), these sums in float64: a
-// block leaves one number. In the second launch every block adds these numbers (at most 560, from
+// is the kernel's argument, so that a captured launch needs no memory of the host's. The squares of
+// 32 bytes are summed in the parameters' dtype (bfloat16: float32), these sums in float64: a block
+// leaves one number. In the second launch every block adds these numbers (at most 560, from
 // the L2 cache) in one order while its piece of p and g is on its way into registers, so that no
-// launch, no waiting among blocks and no atomic on floating-point numbers is needed for the norm.
-// One thread of a block reads v and t, tells by an atomic counter that it has, and the last of all
-// writes them. (Of more than 4096 numbers, from thousands of parameters or from a large backward
-// pass that left them, one more launch makes 256.)
+// launch, no waiting among blocks and no atomic is needed for the norm. What all blocks need of v
+// and t the launch before has copied (begin.h), so that a block of this one can write them. (Of
+// more than 4096 numbers, from thousands of parameters or from a large backward pass that left
+// them, one more launch makes 256.)
 //
 // Bytes: g once and then g and p read, p written: 4 (5 with a decay) times the parameters, 2.2 MB
 // each in the paper's HTF panel, which stay in the L2 cache; 265 blocks, one wave; each launch is
-// about as long as a launch takes. No shared memory but for 10 numbers.
+// about as long as a launch takes. No shared memory but for 9 numbers.
 #include "group_rmsprop/group_rmsprop_cuda.h"
 
 #include <algorithm>
@@ -61,11 +60,11 @@ struct Table {
 struct State {
   void* average;
   double* count;
-  int* arrived;
+  const double* begun;
   const double* partials;
   int partial_count;
   int last;  // whether this launch writes average and count
-  double alpha, log_alpha, eps;
+  double alpha, eps;
 };
 
 template <class T>
@@ -130,18 +129,20 @@ __device__ __forceinline__ void store(T* to, const Pack<T>& from, int64_t at, in
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    squares(const __grid_constant__ Table table, double* partials) {
+    squares(const __grid_constant__ Table table, const __grid_constant__ Begin begin,
+            double* partials) {
   using C = typename Accumulate<T>::type;
+  if (begin.begun != nullptr && blockIdx.x == 0 && threadIdx.x == kThreads - 1) begin_step(begin);
   constexpr int W = Pack<T>::kSize;
   const Entry& e = table.entry[tensor_of(table, blockIdx.x)];
   const T* g = static_cast<const T*>(e.grad);
   const T* p = static_cast<const T*>(e.values);
   const bool whole = on_16_bytes(g) && on_16_bytes(p);
   const C decay = static_cast<C>(e.weight_decay);
-  const int64_t begin = (blockIdx.x - e.first) * table.piece;
-  const int64_t end = begin + table.piece < e.size ? begin + table.piece : e.size;
+  const int64_t from = (blockIdx.x - e.first) * table.piece;
+  const int64_t end = from + table.piece < e.size ? from + table.piece : e.size;
   double sum = 0;
-  for (int64_t round = begin; round < end; round += kRound<T>) {
+  for (int64_t round = from; round < end; round += kRound<T>) {
     Pack<T> grad[kPacks] = {}, values[kPacks] = {};
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
@@ -165,10 +166,10 @@ __global__ void __launch_bounds__(kThreads)
 
 __global__ void __launch_bounds__(kThreads)
     fold(const double* partials, int64_t count, int64_t piece, double* sums) {
-  const int64_t begin = blockIdx.x * piece;
-  const int64_t end = begin + piece < count ? begin + piece : count;
+  const int64_t from = blockIdx.x * piece;
+  const int64_t end = from + piece < count ? from + piece : count;
   double sum = 0;
-  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) sum += partials[i];
+  for (int64_t i = from + threadIdx.x; i < end; i += kThreads) sum += partials[i];
   sum = block_sum<kThreads>(sum, shared_memory<double>());
   if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
@@ -183,8 +184,8 @@ __global__ void __launch_bounds__(kThreads)
   const T* g = static_cast<const T*>(e.grad);
   T* p = static_cast<T*>(e.values);
   const bool whole = on_16_bytes(g) && on_16_bytes(p);
-  const int64_t begin = (blockIdx.x - e.first) * table.piece;
-  const int64_t end = begin + table.piece < e.size ? begin + table.piece : e.size;
+  const int64_t from = (blockIdx.x - e.first) * table.piece;
+  const int64_t end = from + table.piece < e.size ? from + table.piece : e.size;
 
   Pack<T> grad[kPacks] = {}, values[kPacks] = {};
   const auto fetch = [&](int64_t round) {
@@ -195,33 +196,28 @@ __global__ void __launch_bounds__(kThreads)
       load<T>(values[k], p, at, end, whole);
     }
   };
-  fetch(begin);
+  fetch(from);
 
-  double sum = 0;
-  for (int i = threadIdx.x; i < state.partial_count; i += kThreads) sum += state.partials[i];
-  sum = block_sum<kThreads>(sum, shared);
+  double sum = 0, decayed = 0, correction = 1, lr = e.lr;
   if (threadIdx.x == 0) {
-    C* average = static_cast<C*>(state.average);
-    const double before = *average, count = *state.count + 1;
-    const C now = static_cast<C>(state.alpha * before + (1 - state.alpha) * sum);
-    const double corrected = now / -expm1(count * state.log_alpha);
-    double lr = e.lr;
+    decayed = state.begun[0], correction = state.begun[1];
     if (e.lr_at != nullptr)
       lr *= e.lr_double ? *static_cast<const double*>(e.lr_at)
                         : static_cast<double>(*static_cast<const float*>(e.lr_at));
-    shared[kWarps] = lr / (sqrt(corrected) + state.eps);
-    if (state.last) {
-      __threadfence();
-      if (atomicAdd(state.arrived, 1) == static_cast<int>(gridDim.x) - 1) {
-        *state.arrived = 0;
-        *average = now;
-        *state.count = count;
-      }
+  }
+  for (int i = threadIdx.x; i < state.partial_count; i += kThreads) sum += state.partials[i];
+  sum = block_sum<kThreads>(sum, shared);
+  if (threadIdx.x == 0) {
+    const C now = static_cast<C>(decayed + (1 - state.alpha) * sum);
+    shared[kWarps] = lr / (sqrt(now / correction) + state.eps);
+    if (state.last && blockIdx.x == 0) {
+      *static_cast<C*>(state.average) = now;
+      *state.count = state.begun[2];
     }
   }
   __syncthreads();
   const C size = static_cast<C>(-shared[kWarps]), decay = static_cast<C>(e.weight_decay);
-  for (int64_t round = begin; round < end;) {
+  for (int64_t round = from; round < end;) {
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
 #pragma unroll
@@ -274,13 +270,14 @@ bool disjoint(const GroupRMSprop& step, int64_t width) {
   return true;
 }
 
-// run(table, blocks, first block of all, whether it is the last) for each launch.
+// run(table, blocks, first block of all, whether it is the first launch, and the last).
 template <class Run>
 void for_each_launch(const GroupRMSprop& step, std::size_t tensors, const Run& run) {
   Table table{};
   table.piece = piece_of(step, round_of(step.dtype));
   int blocks = 0;
   int64_t before = 0;
+  bool first = true;
   const std::size_t all = step.parameters.size();
   for (std::size_t i = 0; i < all; ++i) {
     const Parameter& p = step.parameters[i];
@@ -289,10 +286,10 @@ void for_each_launch(const GroupRMSprop& step, std::size_t tensors, const Run& r
     blocks += static_cast<int>((p.size + table.piece - 1) / table.piece);
     const bool last = i + 1 == all;
     if (table.tensors == static_cast<int>(tensors) || last) {
-      // Average and count move even where there are no elements.
-      run(table, last ? std::max(blocks, 1) : blocks, before, last);
+      run(table, blocks, before, first, last);
       before += blocks;
       table.tensors = blocks = 0;
+      first = false;
     }
   }
 }
@@ -322,13 +319,11 @@ void check_number(const char* op, const char* name, const Tensor& t, ScalarType 
 }
 
 void group_rmsprop(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
-                   const Tensor& average, const Tensor& count, const Tensor& arrived,
-                   const std::vector<double>& lr, const std::vector<Tensor>& lr_at,
-                   const std::vector<double>& weight_decay, double alpha, double eps) {
+                   const Tensor& average, const Tensor& count, const std::vector<double>& lr,
+                   const std::vector<Tensor>& lr_at, const std::vector<double>& weight_decay,
+                   double alpha, double eps) {
   GroupRMSprop step =
       group_rmsprop_step(kOp, params, average, count, lr, lr_at, weight_decay, alpha, eps);
-  check_number(kOp, "arrived", arrived, ScalarType::Int);
-  step.arrived = static_cast<int*>(arrived.mutable_data_ptr());
   check(grads.size() == params.size(), kOp, ": grads must have an entry for each of the ",
         params.size(), " params, got ", grads.size());
   for (std::size_t i = 0; i < params.size(); ++i) {
@@ -340,8 +335,9 @@ void group_rmsprop(const std::vector<Tensor>& params, const std::vector<Tensor>&
   const Current current(params[0]);
   const int64_t parts = squares_count(step);
   const Tensor partials =
-      device_tensor(current, params[0], {partials_room(parts)}, ScalarType::Double);
-  auto* sums = static_cast<double*>(partials.mutable_data_ptr());
+      device_tensor(current, params[0], {3 + partials_room(parts)}, ScalarType::Double);
+  step.begun = static_cast<double*>(partials.mutable_data_ptr());
+  double* sums = step.begun + 3;
   sum_squares(current, step, sums);
   move_parameters(current, step, folded(current, sums, parts));
 }
@@ -395,18 +391,27 @@ int64_t squares_count(const GroupRMSprop& step) {
   return count;
 }
 
+Begin begin_of(const GroupRMSprop& step) {
+  return {step.average, step.count,           step.begun,
+          step.alpha,   std::log(step.alpha), step.dtype == ScalarType::Double};
+}
+
 void sum_squares(const Current& current, const GroupRMSprop& step, double* partials) {
-  if (squares_count(step) == 0) return;
   with_number(step.dtype, [&](auto number) {
     using T = decltype(number);
-    for_each_launch(step, kTensors, [&](const Table& table, int blocks, int64_t before, bool) {
-      launch<squares<T>>("squares", current, blocks, kThreads, kWarps * sizeof(double), table,
-                         partials + before);
-    });
+    for_each_launch(step, kTensors,
+                    [&](const Table& table, int blocks, int64_t before, bool first, bool) {
+                      // A step begins even where there are no elements.
+                      launch<squares<T>>("squares", current, first ? std::max(blocks, 1) : blocks,
+                                         kThreads, kWarps * sizeof(double), table,
+                                         first ? begin_of(step) : Begin{}, partials + before);
+                    });
   });
 }
 
-int64_t partials_room(int64_t count) { return count <= kRead ? count : count + kFolded; }
+int64_t partials_room(int64_t count) {
+  return count <= kRead ? std::max<int64_t>(count, 1) : count + kFolded;
+}
 
 Partials folded(const Current& current, double* partials, int64_t count) {
   if (count <= kRead) return {partials, count};
@@ -417,21 +422,17 @@ Partials folded(const Current& current, double* partials, int64_t count) {
 }
 
 void move_parameters(const Current& current, const GroupRMSprop& step, const Partials& partials) {
-  State state{step.average,
-              step.count,
-              step.arrived,
-              partials.sums,
-              static_cast<int>(partials.count),
-              0,
-              step.alpha,
-              std::log(step.alpha),
-              step.eps};
+  State state{
+      step.average, step.count, step.begun, partials.sums, static_cast<int>(partials.count), 0,
+      step.alpha,   step.eps};
   with_number(step.dtype, [&](auto number) {
     using T = decltype(number);
     // Parameters that share memory change one after the other.
     const std::size_t tensors = disjoint(step, sizeof(T)) ? kTensors : 1;
-    for_each_launch(step, tensors, [&](const Table& table, int blocks, int64_t, bool last) {
+    for_each_launch(step, tensors, [&](const Table& table, int blocks, int64_t, bool, bool last) {
       state.last = last;
+      // Average and count move even where there are no elements.
+      if (last) blocks = std::max(blocks, 1);
       launch<move<T>>("move", current, blocks, kThreads, (kWarps + 1) * sizeof(double), table,
                       state);
     });
@@ -443,7 +444,6 @@ void move_parameters(const Current& current, const GroupRMSprop& step, const Par
 HTF_CUDA_LIBRARY(m) {
   m.def(
       "group_rmsprop_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) average, Tensor(c!) count, "
-      "Tensor(d!) arrived, float[] lr, Tensor[] lr_at, float[] weight_decay, float alpha, float "
-      "eps) -> ()");
+      "float[] lr, Tensor[] lr_at, float[] weight_decay, float alpha, float eps) -> ()");
 }
 HTF_CUDA_KERNELS(m) { m.impl("group_rmsprop_", TORCH_BOX(&htf::gpu::group_rmsprop)); }

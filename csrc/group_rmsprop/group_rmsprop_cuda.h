@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cuda/launch.h"
+#include "group_rmsprop/begin.h"
 
 namespace htf::gpu {
 
@@ -28,10 +29,10 @@ struct GroupRMSprop {
   double alpha = 0, eps = 0;
   void* average = nullptr;  // v: float64 with float64 parameters, else float32
   double* count = nullptr;  // t
-  int* arrived = nullptr;   // 0 before and after
+  double* begun = nullptr;  // [3], of the step alone
 };
 
-// What there is to do, but for the gradients and `arrived`; sentences of errors begin with op.
+// What there is to do, but for the gradients and `begun`; sentences of errors begin with op.
 // Lists have an entry for each parameter, lr_at may be empty, and so may be its tensors (see
 // group_rmsprop_cuda.cu).
 GroupRMSprop group_rmsprop_step(const char* op, const std::vector<Tensor>& params,
@@ -39,10 +40,13 @@ GroupRMSprop group_rmsprop_step(const char* op, const std::vector<Tensor>& param
                                 const std::vector<double>& lr, const std::vector<Tensor>& lr_at,
                                 const std::vector<double>& weight_decay, double alpha, double eps);
 
+// For a kernel before move_parameters: what it begins the step with, see begin.h.
+Begin begin_of(const GroupRMSprop& step);
+
 // How many partial sums sum_squares leaves.
 int64_t squares_count(const GroupRMSprop& step);
 
-// partials[i] = a part of the sum of |d|^2, squares_count of them.
+// partials[i] = a part of the sum of |d|^2, squares_count of them. Begins the step.
 void sum_squares(const Current& current, const GroupRMSprop& step, double* partials);
 
 // Where there are so many partial sums that not every block should read all of them: fewer of the
@@ -54,8 +58,9 @@ struct Partials {
 int64_t partials_room(int64_t count);
 Partials folded(const Current& current, double* partials, int64_t count);
 
-// The new v, t and p. The partial sums may come from anywhere: every block adds all of them up in
-// the same order, so there is no launch in between. One launch for up to 48 parameters.
+// The new v, t and p, after the step has begun. The partial sums may come from anywhere: every
+// block adds all of them up in the same order, so there is no launch in between. One launch for up
+// to 48 parameters.
 void move_parameters(const Current& current, const GroupRMSprop& step, const Partials& partials);
 
 }  // namespace htf::gpu

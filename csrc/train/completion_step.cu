@@ -8,7 +8,7 @@
 //                     the CPU, int32 on the device; out_features 1
 //   targets           y [B]
 //   which             the loss, see train/loss_cuda.h
-//   arrived           int32 [2], 0 before and after
+//   arrived           int32 [1], 0 before and after
 //   the others        as of group_rmsprop_ (group_rmsprop/group_rmsprop_cuda.cu), lists for all
 //                     params
 //
@@ -83,10 +83,8 @@ Tensor completion_step(const std::vector<Tensor>& params, const std::vector<int6
         kOp, ": targets must be contiguous [", sizes.batch, "] of dtype ", toString(dtype),
         " on the device, got ", describe(targets));
   check(which >= 0 && which <= 2, kOp, ": which must be 0, 1 or 2, got ", which);
-  check(on_device(arrived) && arrived.scalar_type() == ScalarType::Int && arrived.numel() == 2, kOp,
-        ": arrived must be two Ints on the device, got ", describe(arrived));
-  auto* arrivals = static_cast<int*>(arrived.mutable_data_ptr());
-  step.arrived = arrivals + 1;
+  check(on_device(arrived) && arrived.scalar_type() == ScalarType::Int && arrived.numel() == 1, kOp,
+        ": arrived must be one Int on the device, got ", describe(arrived));
 
   const int64_t width = dtype == ScalarType::Double ? 8 : 4;
   Arena arena;
@@ -94,6 +92,7 @@ Tensor completion_step(const std::vector<Tensor>& params, const std::vector<int6
   const int64_t workspace = arena.add(sizes.workspace_bytes);
   const int64_t values = arena.add(sizes.batch * width);
   const int64_t partials = arena.add(loss_partials(sizes.batch) * 8);
+  const int64_t begun = arena.add(3 * 8);
   std::vector<int64_t> gradient(params.size(), -1);
   std::vector<Parameter> moved;
   bool decays = false;
@@ -112,6 +111,7 @@ Tensor completion_step(const std::vector<Tensor>& params, const std::vector<int6
 
   const Current current(params[0]);
   arena.allocate(current, params[0]);
+  step.begun = arena.at<double>(begun);
   Tensor loss = device_tensor(current, params[0], {}, dtype);
   std::vector<void*> gradients(params.size(), nullptr);
   for (std::size_t i = 0, k = 0; i < params.size(); ++i) {
@@ -127,7 +127,7 @@ Tensor completion_step(const std::vector<Tensor>& params, const std::vector<int6
   planned_forward(current, call, predictions);
   mean_loss(current, static_cast<Loss>(which), dtype, predictions, targets.const_data_ptr(),
             sizes.batch, predictions, loss.mutable_data_ptr(), arena.at<double>(partials),
-            arrivals);
+            static_cast<int*>(arrived.mutable_data_ptr()), begin_of(step));
   planned_backward(current, call, predictions, gradients.data(), decays ? nullptr : sums);
   if (decays) sum_squares(current, step, sums);
   move_parameters(current, step, folded(current, sums, parts));

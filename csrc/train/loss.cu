@@ -35,7 +35,9 @@ __device__ __forceinline__ T sign(T d) {
 template <class T, Loss which>
 __global__ void __launch_bounds__(kThreads)
     mean_loss(const T* predictions, const T* targets, int64_t batch, int64_t piece, T* grad,
-              T* loss, double* partials, int* arrived) {
+              T* loss, double* partials, int* arrived, Begin begin_with) {
+  if (begin_with.begun != nullptr && blockIdx.x == 0 && threadIdx.x == kThreads - 1)
+    begin_step(begin_with);
   double* shared = shared_memory<double>();  // [kWarps]
   const int64_t begin = blockIdx.x * piece;
   const int64_t end = begin + piece < batch ? begin + piece : batch;
@@ -77,12 +79,13 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T>
 void run(const Current& current, Loss which, const T* predictions, const T* targets, int64_t batch,
-         T* grad, T* loss, double* partials, int* arrived) {
+         T* grad, T* loss, double* partials, int* arrived, const Begin& begin) {
   const int64_t piece = piece_of(batch);
   const auto with = [&]<Loss kind>() {
-    launch<mean_loss<T, kind>>(
-        "mean_loss", current, static_cast<unsigned>((batch + piece - 1) / piece), kThreads,
-        kWarps * sizeof(double), predictions, targets, batch, piece, grad, loss, partials, arrived);
+    launch<mean_loss<T, kind>>("mean_loss", current,
+                               static_cast<unsigned>((batch + piece - 1) / piece), kThreads,
+                               kWarps * sizeof(double), predictions, targets, batch, piece, grad,
+                               loss, partials, arrived, begin);
   };
   if (which == Loss::squared) with.template operator()<Loss::squared>();
   if (which == Loss::absolute) with.template operator()<Loss::absolute>();
@@ -126,11 +129,11 @@ int64_t loss_partials(int64_t batch) {
 
 void mean_loss(const Current& current, Loss which, ScalarType dtype, const void* predictions,
                const void* targets, int64_t batch, void* grad, void* loss, double* partials,
-               int* arrived) {
+               int* arrived, const Begin& begin) {
   const auto as = [&](auto number) {
     using T = decltype(number);
     run<T>(current, which, static_cast<const T*>(predictions), static_cast<const T*>(targets),
-           batch, static_cast<T*>(grad), static_cast<T*>(loss), partials, arrived);
+           batch, static_cast<T*>(grad), static_cast<T*>(loss), partials, arrived, begin);
   };
   if (dtype == ScalarType::Double)
     as(double{});

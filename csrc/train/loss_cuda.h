@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cuda/launch.h"
+#include "group_rmsprop/begin.h"
 
 namespace htf::gpu {
 
@@ -17,9 +18,9 @@ int64_t loss_partials(int64_t batch);
 
 // All of one dtype, float32 or float64, on the device: predictions, targets, grad [batch], loss one
 // number; grad may be the predictions. partials: loss_partials(batch) float64. arrived: 0 before
-// and after.
+// and after. begin: of the optimizer's step that comes after it, or nothing.
 void mean_loss(const Current& current, Loss which, ScalarType dtype, const void* predictions,
                const void* targets, int64_t batch, void* grad, void* loss, double* partials,
-               int* arrived);
+               int* arrived, const Begin& begin = {});
 
 }  // namespace htf::gpu

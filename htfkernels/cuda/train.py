@@ -32,7 +32,6 @@ def group_rmsprop_(
     grads: Sequence[Tensor],
     average: Tensor,
     count: Tensor,
-    arrived: Tensor,
     lr: Sequence[float | Tensor],
     weight_decay: Sequence[float],
     alpha: float,
@@ -51,7 +50,6 @@ def group_rmsprop_(
         grads: of the same shapes and dtype, contiguous.
         average: ``v``, ``[]``, float64 with float64 parameters, else float32.
         count: ``t``, ``[]``, float64.
-        arrived: int32, ``[1]``, 0 before and after.
         lr: for each parameter; a tensor (``[]``, float32 or float64, on the device) is read when
             the kernel runs.
         weight_decay: for each parameter.
@@ -67,7 +65,6 @@ def group_rmsprop_(
         list(grads),
         average,
         count,
-        arrived,
         *step_sizes(lr, average),
         list(weight_decay),
         alpha,
@@ -114,7 +111,7 @@ def completion_step_(
         targets: ``[B]``, contiguous, of the weights' dtype.
         loss: one of :data:`LOSSES`.
         average, count, alpha, eps: as in :func:`group_rmsprop_`.
-        arrived: int32, ``[2]``, 0 before and after.
+        arrived: int32, ``[1]``, 0 before and after.
         lr, weight_decay: for each weight.
         precision: of float32 products.
 

@@ -38,6 +38,9 @@ class CompletionStep:
     (:attr:`why_not`), it is the ordinary one: ``loss.backward()`` and ``optimizer.step()``. Which
     it is, is decided when the object is made, on the backend that is asked for then.
 
+    In a loop of one's own, steps are captured after the first one: each replay of the graph is a
+    step then, and writes its loss into the tensor that the captured call returned.
+
     A fused step moves the weights in place, counts and averages in the optimizer's state as the
     optimizer does (its ``state_dict`` is the same), and reads ``lr`` and ``weight_decay`` of its
     groups, the weights' ``requires_grad`` and the values at each call. Gradients stay in its own
@@ -115,7 +118,7 @@ class CompletionStep:
         groups = [group_of.get(id(p), optimizer.param_groups[0]) for p in weights]
         average, count = optimizer.state_on(first.device, first.dtype, exactly=True)
         if self._arrived is None or self._arrived.device != first.device:
-            self._arrived = torch.zeros(2, dtype=torch.int32, device=first.device)
+            self._arrived = torch.zeros(1, dtype=torch.int32, device=first.device)
         lr, weight_decay = optimizer.settings(groups)
         loss = completion_step_(
             self.model.layout,

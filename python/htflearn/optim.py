@@ -143,9 +143,9 @@ class GroupRMSprop(Optimizer):
             each = zip(self.param_groups, groups, strict=True)
             lr, weight_decay = self.settings([g for g, (ps, _) in each for _ in ps])
             params = [p for params, _ in groups for p in params]
-            first, arrived = self.param_groups[0], self._counter(average.device)
+            first = self.param_groups[0]
             group_rmsprop_(
-                params, gradients, average, count, arrived, lr, weight_decay,
+                params, gradients, average, count, lr, weight_decay,
                 first["alpha"], first["eps"],
             )  # fmt: skip
             torch.autograd.graph.increment_version(params)
@@ -189,13 +189,6 @@ class GroupRMSprop(Optimizer):
         there = device_type()
         lr = [s if isinstance(s, Tensor) and s.device.type == there else float(s) for s in sizes]
         return lr, [float(group["weight_decay"]) for group in groups]
-
-    def _counter(self, device: torch.device) -> Tensor:
-        """What blocks of a launch count themselves with."""
-        counters: dict[torch.device, Tensor] = self.__dict__.setdefault("_counters", {})
-        if device not in counters:
-            counters[device] = torch.zeros(1, dtype=torch.int32, device=device)
-        return counters[device]
 
     def _advance(self, groups: list[_Group], average: Tensor | None, count: int | Tensor) -> Tensor:
         """Moves the parameters; returns the new average."""
