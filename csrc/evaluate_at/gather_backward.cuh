@@ -23,15 +23,15 @@ namespace htf::gpu::planned {
 
 template <Mode mode, Config config>
 using RowsTile = BlockTile<mode, config, true, true, false>;
-template <Mode mode>
-using WeightTile = BlockTile<mode, kSquare, false, false, true>;
+template <Mode mode, Config config>
+using WeightTile = BlockTile<mode, tile_of_weights(config), false, false, true>;
 constexpr std::size_t kIdsBytes = 2 * kIdsTogether * sizeof(int);
 
 template <Mode mode, Config config>
 constexpr std::size_t kProductsShared =
-    RowsTile<mode, config>::kBytes > kIdsBytes + WeightTile<mode>::kBytes
+    RowsTile<mode, config>::kBytes > kIdsBytes + WeightTile<mode, config>::kBytes
         ? RowsTile<mode, config>::kBytes
-        : kIdsBytes + WeightTile<mode>::kBytes;
+        : kIdsBytes + WeightTile<mode, config>::kBytes;
 
 template <Mode mode, Config config>
 __device__ __forceinline__ typename Numbers<mode>::Acc rows_tile(const ProductJob& job, int block) {
@@ -62,10 +62,10 @@ __device__ __forceinline__ typename Numbers<mode>::Acc rows_tile(const ProductJo
   return squares;
 }
 
-template <Mode mode>
+template <Mode mode, Config config>
 __device__ __forceinline__ typename Numbers<mode>::Acc weight_tile(const ProductJob& job,
                                                                    int block) {
-  using Tile = WeightTile<mode>;
+  using Tile = WeightTile<mode, config>;
   using S = typename Numbers<mode>::S;
   using Acc = typename Numbers<mode>::Acc;
   int* const ids = shared_memory<int>();  // [2][kIdsTogether]
@@ -110,13 +110,13 @@ __device__ __forceinline__ typename Numbers<mode>::Acc weight_tile(const Product
 }
 
 template <Mode mode, Config config>
-__global__ void __launch_bounds__(kPlannedThreads, 2)
+__global__ void __launch_bounds__(kPlannedThreads, kBlocksBeside<mode, config>)
     products_level(const __grid_constant__ Jobs<ProductJob> jobs) {
   using Acc = typename Numbers<mode>::Acc;
   const ProductJob& job = jobs.mine();
   const int block = static_cast<int>(blockIdx.x) - job.first;
   const Acc squares = job.kind == ProductJob::kRows ? rows_tile<mode, config>(job, block)
-                                                    : weight_tile<mode>(job, block);
+                                                    : weight_tile<mode, config>(job, block);
   leave_squares(jobs.squares, job.final ? squares : Acc{0}, shared_memory<Acc>());
 }
 
@@ -128,17 +128,17 @@ constexpr int kTogether = 4;  // rows in flight of a thread
 template <Mode mode, bool Parts>
 __device__ __forceinline__ void segment_sum(
     typename Numbers<mode>::Acc (&total)[kVector<typename Numbers<mode>::S>], const SegmentJob& job,
-    int64_t low, int64_t high, int groups, int k, int n) {
+    int low, int high, int groups, int k, int n) {
   using S = typename Numbers<mode>::S;
   using Acc = typename Numbers<mode>::Acc;
   constexpr int V = kVector<S>;
-  for (int64_t q = low; q < high; q += static_cast<int64_t>(kTogether) * groups) {
-    int64_t i[kTogether];
+  for (int q = low; q < high; q += kTogether * groups) {
+    int i[kTogether];
     int there[kTogether];  // of the row's numbers
     Acc term[kTogether][V];
 #pragma unroll
     for (int u = 0; u < kTogether; ++u) {
-      const int64_t at = q + static_cast<int64_t>(u) * groups;
+      const int at = q + u * groups;
       there[u] = at < high ? n : 0;
       i[u] = at < high ? (job.order == nullptr ? at : job.order[at]) : 0;
     }
@@ -153,7 +153,7 @@ __device__ __forceinline__ void segment_sum(
     } else {
 #pragma unroll
       for (int u = 0; u < kTogether; ++u) {
-        const int64_t at = i[u] * job.width + k;
+        const int64_t at = static_cast<int64_t>(i[u]) * job.width + k;
         if constexpr (Parts) {
 #pragma unroll
           for (int e = 0; e < V; ++e)
@@ -167,15 +167,16 @@ __device__ __forceinline__ void segment_sum(
     for (int o = 0; o < kOperands - 1; ++o) {
       if (o >= job.count) break;
       const Operand& other = job.other[o];
-      int64_t row[kTogether];
+      int row[kTogether];
 #pragma unroll
       for (int u = 0; u < kTogether; ++u)
         row[u] = other.ids == nullptr || there[u] == 0 ? i[u] : other.ids[i[u]];
       Acc x[kTogether][V];
 #pragma unroll
       for (int u = 0; u < kTogether; ++u)
-        read_chunk<Acc, S>(x[u], static_cast<const S*>(other.frame) + row[u] * job.width + k,
-                           there[u], job.aligned);
+        read_chunk<Acc, S>(
+            x[u], static_cast<const S*>(other.frame) + static_cast<int64_t>(row[u]) * job.width + k,
+            there[u], job.aligned);
 #pragma unroll
       for (int u = 0; u < kTogether; ++u)
 #pragma unroll
@@ -209,7 +210,7 @@ __device__ __forceinline__ void add_threads(Acc (&x)[V], Acc* memory, bool mine,
 }
 
 template <Mode mode>
-__global__ void __launch_bounds__(kPlannedThreads)
+__global__ void __launch_bounds__(kPlannedThreads, mode == Mode::bf16 ? 2 : 3)
     segments_level(const __grid_constant__ Jobs<SegmentJob> jobs) {
   using S = typename Numbers<mode>::S;
   using Acc = typename Numbers<mode>::Acc;
@@ -227,17 +228,17 @@ __global__ void __launch_bounds__(kPlannedThreads)
   const int k = (block % job.chunks * lanes + lane) * V, n = clamped(job.width - k, V);
   Acc of_weight[V] = {}, squares = 0;
   for (int repeat = 0; repeat < job.repeats; ++repeat) {
-    const int64_t j = (static_cast<int64_t>(place) * job.repeats + repeat) * together + beside;
+    const int j = (place * job.repeats + repeat) * together + beside;
     const bool there = j < job.segments && n > 0;
     Acc total[V] = {};
     if (there) {
-      int64_t low = j, high = j + 1;
+      int low = j, high = j + 1;
       if (job.start != nullptr)
         low = job.start[j], high = job.start[j + 1];
       else if (job.segments == 1)
         high = job.rows;
       if (job.splits > 1) {
-        const int64_t each = (high - low + job.splits - 1) / job.splits;
+        const int each = (high - low + job.splits - 1) / job.splits;
         low += part * each;
         high = low + each < high ? low + each : high;
       }
@@ -247,7 +248,9 @@ __global__ void __launch_bounds__(kPlannedThreads)
         segment_sum<mode, false>(total, job, low + group, high, groups, k, n);
       if (job.weight_parts != nullptr) {
         Acc own[V];
-        read_chunk<Acc, S>(own, static_cast<const S*>(job.own) + j * job.width + k, n, job.aligned);
+        read_chunk<Acc, S>(own,
+                           static_cast<const S*>(job.own) + static_cast<int64_t>(j) * job.width + k,
+                           n, job.aligned);
 #pragma unroll
         for (int e = 0; e < V; ++e) of_weight[e] += own[e] * total[e];
       }
@@ -282,12 +285,10 @@ template <Mode mode>
 void launch_products(const Current& current, int64_t config, int blocks,
                      const Jobs<ProductJob>& jobs) {
   constexpr const char* kName = "evaluate_at_planned_backward";
-  if (config == kSliced)
-    launch<products_level<mode, kSliced>>(kName, current, blocks, kPlannedThreads,
-                                          kProductsShared<mode, kSliced>, jobs);
-  else
-    launch<products_level<mode, kSquare>>(kName, current, blocks, kPlannedThreads,
-                                          kProductsShared<mode, kSquare>, jobs);
+  with_config(config, [&](auto c) {
+    launch<products_level<mode, c>>(kName, current, blocks, kPlannedThreads,
+                                    kProductsShared<mode, c>, jobs);
+  });
 }
 
 template <Mode mode>

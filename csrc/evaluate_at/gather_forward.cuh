@@ -148,7 +148,7 @@ __device__ __forceinline__ void product_tile(const ForwardJob& job, int block) {
 }
 
 template <Mode mode, Config config>
-__global__ void __launch_bounds__(kPlannedThreads, 2)
+__global__ void __launch_bounds__(kPlannedThreads, kBlocksBeside<mode, config>)
     forward_level(const __grid_constant__ Jobs<ForwardJob> jobs) {
   const ForwardJob& job = jobs.mine();
   const int block = static_cast<int>(blockIdx.x) - job.first;
@@ -160,16 +160,24 @@ __global__ void __launch_bounds__(kPlannedThreads, 2)
     copy_rows<mode>(job, block);
 }
 
+template <class Do>
+void with_config(int64_t config, Do&& run) {
+  if (config == kSliced)
+    run(std::integral_constant<Config, kSliced>{});
+  else if (config == kSquare)
+    run(std::integral_constant<Config, kSquare>{});
+  else
+    run(std::integral_constant<Config, kLarge>{});
+}
+
 template <Mode mode>
 void launch_forward(const Current& current, int64_t config, int blocks,
                     const Jobs<ForwardJob>& jobs) {
   constexpr const char* kName = "evaluate_at_planned";
-  if (config == kSliced)
-    launch<forward_level<mode, kSliced>>(kName, current, blocks, kPlannedThreads,
-                                         ForwardTile<mode, kSliced>::kShared, jobs);
-  else
-    launch<forward_level<mode, kSquare>>(kName, current, blocks, kPlannedThreads,
-                                         ForwardTile<mode, kSquare>::kShared, jobs);
+  with_config(config, [&](auto c) {
+    launch<forward_level<mode, c>>(kName, current, blocks, kPlannedThreads,
+                                   ForwardTile<mode, c>::kShared, jobs);
+  });
 }
 
 }  // namespace htf::gpu::planned

@@ -4,9 +4,13 @@
 //   sliced   32 x 16, the inner dimension 64 numbers at a time (of 4 bytes), a slice of 8 a warp:
 //            for few rows. 64 rows times 512 x 512 are 64 tiles, each of whose eight warps has a
 //            product of its own to sum; the eight are added through shared memory in fixed order.
-//   square   64 x 64, the inner dimension 32 numbers at a time, 2 x 4 warps
+//   square   64 x 64, the inner dimension 32 numbers at a time, 2 x 4 warps of 32 x 16
+//   large    128 x 128, the inner dimension 16 numbers at a time, 2 x 4 warps of 64 x 32: for so
+//   many
+//            rows that the GPU is full of them. A number read from shared memory is used twice as
+//            often as in the other two.
 //
-// In both a warp has 32 x 16 numbers. Shared memory: a ring of stages, each with a tile of the
+// Shared memory: a ring of stages, each with a tile of the
 // first operand, of the second (as they are in memory) and of the right factor, filled by
 // asynchronous copies of 16 bytes. What a thread has copied it also multiplies, so that the product
 // needs no barrier of its own: a stage costs one __syncthreads. A tile is stored as its rows are in
@@ -56,14 +60,14 @@ __device__ __forceinline__ void each_chunk(Do&& run) {
 
 __device__ __forceinline__ int clamped(int n, int most) { return n < 0 ? 0 : n < most ? n : most; }
 
-// -- a warp's 32 x 16 -----------------------------------------------------------------------------
+// -- a warp's X times 32 x Y times 16 -------------------------------------------------------------
 
-// Lane l of 8 x 4 has 4 x 4 numbers: neighbours where four of them are read at once, else every
-// eighth (fourth) row (column).
-template <Mode mode>
+// Of 32 x 16 numbers, lane l of 8 x 4 has 4 x 4: neighbours where four of them are read at once,
+// else every eighth (fourth) row (column).
+template <Mode mode, int X, int Y>
 struct WarpTile {
   static constexpr int kStep = 4;  // of the inner dimension at once
-  float sum[4][4] = {};
+  float sum[X][Y][4][4] = {};
 
   template <bool InnerFirst, int Stride, int Lanes>
   static __device__ __forceinline__ void load(float (&to)[4][4], const float* tile, int outer,
@@ -83,39 +87,53 @@ struct WarpTile {
   template <bool AInner, int AStride, bool BInner, int BStride>
   __device__ __forceinline__ void step(const float* a, const float* b, int m, int n, int k) {
     const int lane = threadIdx.x % kWarp;
-    float x[4][4], y[4][4];
-    load<AInner, AStride, 8>(x, a, m, k, lane / 4);
-    load<BInner, BStride, 4>(y, b, n, k, lane % 4);
+    float y[Y][4][4];
 #pragma unroll
-    for (int q = 0; q < 4; ++q)
+    for (int v = 0; v < Y; ++v) load<BInner, BStride, 4>(y[v], b, n + 16 * v, k, lane % 4);
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
+    for (int u = 0; u < X; ++u) {
+      float x[4][4];
+      load<AInner, AStride, 8>(x, a, m + 32 * u, k, lane / 4);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sum[i][j] = __fmaf_rn(x[i][q], y[j][q], sum[i][j]);
+      for (int v = 0; v < Y; ++v)
+#pragma unroll
+        for (int q = 0; q < 4; ++q)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+              sum[u][v][i][j] = __fmaf_rn(x[i][q], y[v][j][q], sum[u][v][i][j]);
+    }
   }
   template <bool AInner, bool BInner, int Stride>
   __device__ __forceinline__ void store(float* to) const {
     const int lane = threadIdx.x % kWarp, lm = lane / 4, ln = lane % 4;
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
+    for (int u = 0; u < X; ++u)
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
-        to[(AInner ? lm + 8 * i : 4 * lm + i) * Stride + (BInner ? ln + 4 * j : 4 * ln + j)] =
-            sum[i][j];
+      for (int v = 0; v < Y; ++v)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+#pragma unroll
+          for (int j = 0; j < 4; ++j)
+            to[(32 * u + (AInner ? lm + 8 * i : 4 * lm + i)) * Stride + 16 * v +
+               (BInner ? ln + 4 * j : 4 * ln + j)] = sum[u][v][i][j];
   }
 };
 
-// 2 x 2 instructions' tiles of 16 x 8.
+// Instructions' tiles of 16 x 8.
+template <int X, int Y>
 struct TensorCoreTile {
-  float sum[2][2][4] = {};
+  static constexpr int kM = 2 * X, kN = 2 * Y;
+  float sum[kM][kN][4] = {};
 
   template <bool, bool, int Stride>
   __device__ __forceinline__ void store(float* to) const {
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
+    for (int i = 0; i < kM; ++i)
 #pragma unroll
-      for (int j = 0; j < 2; ++j)
+      for (int j = 0; j < kN; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e)
           to[(16 * i + g + e / 2 * 8) * Stride + 8 * j + 2 * t + e % 2] = sum[i][j][e];
@@ -127,9 +145,12 @@ __device__ __forceinline__ S entry(const S* tile, int outer, int k) {
   return InnerFirst ? tile[outer * Stride + k] : tile[k * Stride + outer];
 }
 
-template <bool Split>
-struct Tf32Tile : TensorCoreTile {
+template <bool Split, int X, int Y>
+struct Tf32Tile : TensorCoreTile<X, Y> {
   static constexpr int kStep = 8;
+  using TensorCoreTile<X, Y>::kM;
+  using TensorCoreTile<X, Y>::kN;
+  using TensorCoreTile<X, Y>::sum;
 
   static __device__ __forceinline__ void part(float x, uint32_t& high, uint32_t& low) {
     high = to_tf32(x);
@@ -138,22 +159,22 @@ struct Tf32Tile : TensorCoreTile {
   template <bool AInner, int AStride, bool BInner, int BStride>
   __device__ __forceinline__ void step(const float* a, const float* b, int m, int n, int k) {
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-    uint32_t x[2][4], y[2][2], x_low[2][4] = {}, y_low[2][2] = {};
+    uint32_t x[kM][4], y[kN][2], x_low[kM][4] = {}, y_low[kN][2] = {};
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
+    for (int i = 0; i < kM; ++i)
 #pragma unroll
       for (int e = 0; e < 4; ++e)
         part(entry<AInner, AStride>(a, m + 16 * i + g + e % 2 * 8, k + t + e / 2 * 4), x[i][e],
              x_low[i][e]);
 #pragma unroll
-    for (int j = 0; j < 2; ++j)
+    for (int j = 0; j < kN; ++j)
 #pragma unroll
       for (int e = 0; e < 2; ++e)
         part(entry<BInner, BStride>(b, n + 8 * j + g, k + t + e * 4), y[j][e], y_low[j][e]);
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
+    for (int i = 0; i < kM; ++i)
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
+      for (int j = 0; j < kN; ++j) {
         if constexpr (Split) {
           mma_tf32(sum[i][j], x_low[i], y[j]);
           mma_tf32(sum[i][j], x[i], y_low[j]);
@@ -162,14 +183,17 @@ struct Tf32Tile : TensorCoreTile {
       }
   }
 };
-template <>
-struct WarpTile<Mode::tf32> : Tf32Tile<false> {};
-template <>
-struct WarpTile<Mode::tf32x3> : Tf32Tile<true> {};
+template <int X, int Y>
+struct WarpTile<Mode::tf32, X, Y> : Tf32Tile<false, X, Y> {};
+template <int X, int Y>
+struct WarpTile<Mode::tf32x3, X, Y> : Tf32Tile<true, X, Y> {};
 
-template <>
-struct WarpTile<Mode::bf16> : TensorCoreTile {
+template <int X, int Y>
+struct WarpTile<Mode::bf16, X, Y> : TensorCoreTile<X, Y> {
   static constexpr int kStep = 16;
+  using TensorCoreTile<X, Y>::kM;
+  using TensorCoreTile<X, Y>::kN;
+  using TensorCoreTile<X, Y>::sum;
 
   // Two neighbours along the inner dimension.
   template <bool InnerFirst, int Stride>
@@ -182,50 +206,50 @@ struct WarpTile<Mode::bf16> : TensorCoreTile {
   template <bool AInner, int AStride, bool BInner, int BStride>
   __device__ __forceinline__ void step(const BFloat16* a, const BFloat16* b, int m, int n, int k) {
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-    uint32_t x[2][4], y[2][2];
+    uint32_t x[kM][4], y[kN][2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
+    for (int i = 0; i < kM; ++i)
 #pragma unroll
       for (int e = 0; e < 4; ++e)
         x[i][e] = pair<AInner, AStride>(a, m + 16 * i + g + e % 2 * 8, k + 2 * t + e / 2 * 8);
 #pragma unroll
-    for (int j = 0; j < 2; ++j)
+    for (int j = 0; j < kN; ++j)
 #pragma unroll
       for (int e = 0; e < 2; ++e)
         y[j][e] = pair<BInner, BStride>(b, n + 8 * j + g, k + 2 * t + e * 8);
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
+    for (int i = 0; i < kM; ++i)
 #pragma unroll
-      for (int j = 0; j < 2; ++j) mma_bf16(sum[i][j], x[i], y[j]);
+      for (int j = 0; j < kN; ++j) mma_bf16(sum[i][j], x[i], y[j]);
   }
 };
 
-// 4 x 2 instructions' tiles of 8 x 8.
-template <>
-struct WarpTile<Mode::f64> {
-  static constexpr int kStep = 4;
-  double sum[4][2][2] = {};
+// Instructions' tiles of 8 x 8.
+template <int X, int Y>
+struct WarpTile<Mode::f64, X, Y> {
+  static constexpr int kStep = 4, kM = 4 * X, kN = 2 * Y;
+  double sum[kM][kN][2] = {};
 
   template <bool AInner, int AStride, bool BInner, int BStride>
   __device__ __forceinline__ void step(const double* a, const double* b, int m, int n, int k) {
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-    double x[4], y[2];
+    double x[kM], y[kN];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = entry<AInner, AStride>(a, m + 8 * i + g, k + t);
+    for (int i = 0; i < kM; ++i) x[i] = entry<AInner, AStride>(a, m + 8 * i + g, k + t);
 #pragma unroll
-    for (int j = 0; j < 2; ++j) y[j] = entry<BInner, BStride>(b, n + 8 * j + g, k + t);
+    for (int j = 0; j < kN; ++j) y[j] = entry<BInner, BStride>(b, n + 8 * j + g, k + t);
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < kM; ++i)
 #pragma unroll
-      for (int j = 0; j < 2; ++j) mma_f64(sum[i][j], x[i], y[j]);
+      for (int j = 0; j < kN; ++j) mma_f64(sum[i][j], x[i], y[j]);
   }
   template <bool, bool, int Stride>
   __device__ __forceinline__ void store(double* to) const {
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < kM; ++i)
 #pragma unroll
-      for (int j = 0; j < 2; ++j)
+      for (int j = 0; j < kN; ++j)
 #pragma unroll
         for (int e = 0; e < 2; ++e) to[(8 * i + g) * Stride + 8 * j + 2 * t + e] = sum[i][j][e];
   }
@@ -241,26 +265,31 @@ struct BlockTile {
   using Acc = typename Numbers<mode>::Acc;
   static constexpr int kRows = tile_size(config).rows, kColumns = tile_size(config).cols;
   static constexpr int kSlices = config == kSliced ? 8 : 1;
-  static constexpr int kWarpColumns = config == kSliced ? 1 : 4;
-  static constexpr int kInner = (config == kSliced ? 256 : 128) / static_cast<int>(sizeof(S));
+  static constexpr int kTimes = config == kLarge ? 2 : 1;
+  using Warp = WarpTile<mode, kTimes, kTimes>;
+  static constexpr int kInner = (config == kSliced   ? 256
+                                 : config == kSquare ? 128
+                                                     : 64) /
+                                static_cast<int>(sizeof(S));
   static constexpr int kStages = config == kSliced ? 4 : 3;
-  static constexpr int kAcrossPad = sizeof(S) == 4 ? 8 : sizeof(S) == 2 ? 8 : 4;
   static constexpr int kV = kVector<S>;
+  static constexpr int kAcrossPad = sizeof(S) == 8 ? 4 : 8;
+  static constexpr int kInnerPad = sizeof(S) == 8 && kInner == 8 ? 4 : kV;
 
   static constexpr int kARows = AInner ? kRows : kInner, kAColumns = AInner ? kInner : kRows;
   static constexpr int kBRows = BInner ? kColumns : kInner, kBColumns = BInner ? kInner : kColumns;
-  static constexpr int kAStride = kAColumns + (AInner ? kV : kAcrossPad);
-  static constexpr int kBStride = kBColumns + (BInner ? kV : kAcrossPad);
+  static constexpr int kAStride = kAColumns + (AInner ? kInnerPad : kAcrossPad);
+  static constexpr int kBStride = kBColumns + (BInner ? kInnerPad : kAcrossPad);
   static constexpr int kA = kARows * kAStride, kB = kBRows * kBStride;
   static constexpr int kStage = (Gathered ? 2 : 1) * kA + kB;
+  // The sums go through shared memory in parts, so that they take no more of it than the stages.
   static constexpr int kOutStride = kColumns + kAcrossPad;
-  static constexpr std::size_t kBytes = std::size_t{kStages} * kStage * sizeof(S) >
-                                                std::size_t{kSlices} * kRows * kOutStride *
-                                                    sizeof(Acc)
-                                            ? std::size_t{kStages} * kStage * sizeof(S)
-                                            : std::size_t{kSlices} * kRows * kOutStride *
-                                                  sizeof(Acc);
-  static_assert(kInner % (kSlices * WarpTile<mode>::kStep) == 0);
+  static constexpr int kOutParts = config == kLarge ? 2 : 1, kOutRows = kRows / kOutParts;
+  static constexpr std::size_t kOutBytes =
+      std::size_t{kSlices} * kOutRows * kOutStride * sizeof(Acc);
+  static constexpr std::size_t kStageBytes = std::size_t{kStages} * kStage * sizeof(S);
+  static constexpr std::size_t kBytes = kStageBytes > kOutBytes ? kStageBytes : kOutBytes;
+  static_assert(kInner % (kSlices * Warp::kStep) == 0);
 
   // The sums over the inner dimension `from .. to - 1`, then write(row, column, sum) for each
   // number of the tile, neighbours by neighbours.
@@ -273,10 +302,10 @@ struct BlockTile {
     const auto a_of = [&](int s) { return memory + s % kStages * kStage; };
     const auto b_of = [&](int s) { return a_of(s) + kStage - kB; };
     const int warp = threadIdx.x / kWarp;
-    const int m = kSlices > 1 ? 0 : warp / kWarpColumns * 32;
-    const int n = kSlices > 1 ? 0 : warp % kWarpColumns * 16;
+    const int m = kSlices > 1 ? 0 : warp / 4 * 32 * kTimes;
+    const int n = kSlices > 1 ? 0 : warp % 4 * 16 * kTimes;
     const int slice = kSlices > 1 ? warp : 0;
-    WarpTile<mode> tile;
+    Warp tile;
 #pragma unroll
     for (int s = 0; s < kStages - 1; ++s) {
       if (s < count) fill(from + s * kInner, a_of(s), a_of(s) + kA, b_of(s));
@@ -294,23 +323,34 @@ struct BlockTile {
       copy_commit();
       constexpr int kOfSlice = kInner / kSlices;
 #pragma unroll
-      for (int k = 0; k < kOfSlice; k += WarpTile<mode>::kStep)
+      for (int k = 0; k < kOfSlice; k += Warp::kStep)
         tile.template step<AInner, kAStride, BInner, kBStride>(a, b, m, n, slice * kOfSlice + k);
     }
     copy_wait<0>();
-    __syncthreads();
     Acc* const sums = reinterpret_cast<Acc*>(memory);
-    tile.template store<AInner, BInner, kOutStride>(sums + (slice * kRows + m) * kOutStride + n);
-    __syncthreads();
-    for (int at = threadIdx.x; at < kRows * kColumns; at += kPlannedThreads) {
-      const int row = at / kColumns, column = at % kColumns;
-      Acc sum = 0;
 #pragma unroll
-      for (int q = 0; q < kSlices; ++q) sum += sums[(q * kRows + row) * kOutStride + column];
-      write(row, column, sum);
+    for (int part = 0; part < kOutParts; ++part) {
+      const int first = part * kOutRows;
+      __syncthreads();
+      if (m >= first && m < first + kOutRows)
+        tile.template store<AInner, BInner, kOutStride>(
+            sums + (slice * kOutRows + m - first) * kOutStride + n);
+      __syncthreads();
+      for (int at = threadIdx.x; at < kOutRows * kColumns; at += kPlannedThreads) {
+        const int row = at / kColumns, column = at % kColumns;
+        Acc sum = 0;
+#pragma unroll
+        for (int q = 0; q < kSlices; ++q) sum += sums[(q * kOutRows + row) * kOutStride + column];
+        write(first + row, column, sum);
+      }
     }
   }
 };
+
+// Blocks of a processor at once, for which registers are left.
+template <Mode mode, Config config>
+constexpr int kBlocksBeside =
+    config == kLarge && (mode == Mode::ieee || mode == Mode::tf32x3 || mode == Mode::f64) ? 1 : 2;
 
 // Rows first .. end - 1 and columns of a matrix into a tile; row(i) is where row i starts.
 template <int Rows, int Columns, int Stride, class S, class Row>

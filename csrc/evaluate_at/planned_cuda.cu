@@ -1,7 +1,8 @@
 // A schedule's launches, and the operators
 //
 //   evaluate_at_planned(weights, schedule, lists) -> [result, frames]
-//   evaluate_at_planned_backward(grad, weights, frames, schedule, lists, needs) -> gradients
+//   evaluate_at_planned_backward(grad, weights, frames, schedule, lists, needs, squares)
+//     -> gradients, and with `squares` the partial sums of their squares behind them
 #include "evaluate_at/planned_cuda.h"
 
 #include "evaluate_at/planned_cuda_jobs.h"
@@ -37,8 +38,9 @@ int64_t tiles_of(int64_t rows, int64_t cols, int64_t config) {
   const TileSize tile = tile_size(config);
   return blocks_over(rows, tile.rows) * blocks_over(cols, tile.cols);
 }
+// Kernels go a little further than the last row before they look.
 int narrow(int64_t n) {
-  check(n >= 0 && n <= INT32_MAX, "evaluate_at_planned: ", n,
+  check(n >= 0 && n <= INT32_MAX - 65536, "evaluate_at_planned: ", n,
         " rows, columns or blocks are too many");
   return static_cast<int>(n);
 }
@@ -107,7 +109,7 @@ template <class S>
 int64_t fill(const ProductRecord& r, int64_t config, const Places* places, ProductJob& job) {
   constexpr int V = 16 / sizeof(S);
   const bool rows = r.kind == ProductJob::kRows;
-  const int64_t used = rows ? config : int64_t{kSquare};
+  const int64_t used = rows ? config : int64_t{tile_of_weights(config)};
   const int64_t tiles = tiles_of(rows ? r.rows : r.width, rows ? r.width : r.cols, used);
   const int64_t blocks = tiles * (rows ? 1 : std::max<int64_t>(1, blocks_over(r.rows, r.each)));
   if (places == nullptr) return blocks;
@@ -246,7 +248,9 @@ using namespace planned;
 
 PlannedSizes planned_sizes(const int64_t* schedule, int64_t length) {
   check(length >= kPlannedHeader && header_of(schedule).version == kPlannedVersion &&
-            header_of(schedule).length == length && header_of(schedule).mode >= 0 &&
+            header_of(schedule).length == length &&
+            header_of(schedule).needed + header_of(schedule).groups == length &&
+            header_of(schedule).mode >= 0 &&
             header_of(schedule).mode <= static_cast<int64_t>(Mode::f64),
         "evaluate_at_planned: the schedule is not of this version of htfkernels");
   const PlannedHeader& h = header_of(schedule);
@@ -335,7 +339,7 @@ std::vector<Tensor> evaluate(const std::vector<Tensor>& weights, const Tensor& s
 
 std::vector<Tensor> gradients(const Tensor& grad, const std::vector<Tensor>& weights,
                               const Tensor& frames, const Tensor& schedule, const Tensor& lists,
-                              const std::vector<int64_t>& needs) {
+                              const std::vector<int64_t>& needs, bool squares) {
   const char* op = "evaluate_at_planned_backward";
   const Arguments args(op, weights, schedule, lists);
   const PlannedSizes& n = args.sizes;
@@ -348,6 +352,9 @@ std::vector<Tensor> gradients(const Tensor& grad, const std::vector<Tensor>& wei
         describe(frames));
   check(static_cast<int64_t>(needs.size()) == n.groups, op, ": needs must have ", n.groups,
         " entries, got ", needs.size());
+  const int64_t* needed = args.schedule + header_of(args.schedule).needed;
+  for (std::size_t g = 0; g < needs.size(); ++g)
+    check((needs[g] != 0) == (needed[g] != 0), op, ": the schedule was made for other gradients");
   const Current current(weights[0]);
   const Tensor workspace =
       device_tensor(current, weights[0], {n.workspace_bytes}, ScalarType::Byte);
@@ -362,7 +369,12 @@ std::vector<Tensor> gradients(const Tensor& grad, const std::vector<Tensor>& wei
   }
   const PlannedCall call{args.schedule, args.weights.data(), lists.const_data_ptr<int32_t>(),
                          const_cast<void*>(frames.const_data_ptr()), workspace.mutable_data_ptr()};
-  planned_backward(current, call, grad.const_data_ptr(), pointers.data());
+  double* sums = nullptr;
+  if (squares) {
+    made.push_back(device_tensor(current, weights[0], {n.squares}, ScalarType::Double));
+    sums = static_cast<double*>(made.back().mutable_data_ptr());
+  }
+  planned_backward(current, call, grad.const_data_ptr(), pointers.data(), sums);
   return made;
 }
 
@@ -373,7 +385,7 @@ HTF_CUDA_LIBRARY(m) {
   m.def("evaluate_at_planned(Tensor[] weights, Tensor schedule, Tensor lists) -> Tensor[]");
   m.def(
       "evaluate_at_planned_backward(Tensor grad, Tensor[] weights, Tensor frames, Tensor schedule, "
-      "Tensor lists, int[] needs) -> Tensor[]");
+      "Tensor lists, int[] needs, bool squares) -> Tensor[]");
 }
 HTF_CUDA_KERNELS(m) {
   m.impl("evaluate_at_planned", TORCH_BOX(&htf::gpu::evaluate));

@@ -117,7 +117,8 @@ constexpr int64_t kPlannedHeader = 16;
 struct PlannedHeader {
   int64_t version, mode, groups, batch, outputs, length, frame_elements, workspace_bytes;
   int64_t forward, backward;  // launches
-  int64_t unused[6];
+  int64_t needed;             // where, for each group, 1 stands if its gradient is given, else 0
+  int64_t unused[5];
 };
 static_assert(sizeof(PlannedHeader) == kPlannedHeader * sizeof(int64_t));
 
@@ -155,14 +156,18 @@ struct SegmentRecord {
 
 // -- launches, one file of instances for each mode ------------------------------------------------
 
-// Tiles of a matrix product: in slices of its inner dimension, or 64 x 64.
-enum Config : int64_t { kSliced, kSquare };
+// Tiles of a matrix product, see gather_tile.cuh.
+enum Config : int64_t { kSliced, kSquare, kLarge };
 struct TileSize {
   int rows, cols;
 };
 constexpr TileSize tile_size(int64_t config) {
-  return config == kSliced ? TileSize{32, 16} : TileSize{64, 64};
+  return config == kSliced   ? TileSize{32, 16}
+         : config == kSquare ? TileSize{64, 64}
+                             : TileSize{128, 128};
 }
+
+constexpr Config tile_of_weights(int64_t config) { return config == kLarge ? kLarge : kSquare; }
 
 template <Mode mode>
 void launch_forward(const Current& current, int64_t config, int blocks,

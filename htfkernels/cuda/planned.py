@@ -24,8 +24,8 @@ PRODUCT, DOT, ROWS = range(3)  # forward
 TO_ROWS, TO_WEIGHT = range(2)  # products
 STORED, PARTS, COLUMN = range(3)  # segments
 FORWARD, PRODUCTS, SEGMENTS = range(3)
-SLICED, SQUARE = range(2)
-SQUARE_SIDE = 64
+SLICED, SQUARE, LARGE = range(3)
+SIDES = {SQUARE: 64, LARGE: 128}
 THREADS = 256
 IDS_TOGETHER = 1024
 NOWHERE, FRAMES, WORKSPACE, RESULT, GRAD = range(5)
@@ -108,8 +108,18 @@ def _over(n: int, each: int) -> int:
     return -(-n // each)
 
 
-def _tiles(rows: int, cols: int) -> int:
-    return _over(rows, SQUARE_SIDE) * _over(cols, SQUARE_SIDE)
+def _tiles(shapes: Sequence[tuple[int, int]], config: int) -> int:
+    side = SIDES[config]
+    return sum(_over(rows, side) * _over(cols, side) for rows, cols in shapes)
+
+
+def _config(shapes: Sequence[tuple[int, int]]) -> int:
+    """The largest tiles of which there is one for every processor, and which are not mostly
+    margin."""
+    square, large = _tiles(shapes, SQUARE), _tiles(shapes, LARGE)
+    if square < WANTED_BLOCKS // 2:
+        return SLICED
+    return LARGE if large >= WANTED_BLOCKS // 2 and 16 * large <= 5 * square else SQUARE
 
 
 def _power_over(n: int) -> int:
@@ -177,10 +187,11 @@ class _Maker:
                 numbers += job
         header = [
             VERSION, MODES.index(self.mode), self.groups, self.batch, self.outputs,
-            HEADER + len(numbers), self.frames, self.workspace,
-            forward, len(self.launches) - forward, *[0] * 6,
+            HEADER + len(numbers) + self.groups, self.frames, self.workspace,
+            forward, len(self.launches) - forward, HEADER + len(numbers), *[0] * 5,
         ]  # fmt: skip
-        return torch.tensor(header + numbers, dtype=torch.int64)
+        needed = [int(n) for n in self.needs]
+        return torch.tensor(header + numbers + needed, dtype=torch.int64)
 
     # -- addresses --------------------------------------------------------------------------------
 
@@ -224,20 +235,16 @@ class _Maker:
         return DOT if node.cols == 1 else PRODUCT
 
     def forward(self, level: Sequence[int]) -> None:
-        jobs, tiles = [], 0
+        jobs, shapes = [], []
         for k in level:
             node = self.nodes.nodes[k]
             kind = self.kind(node)
             if kind == PRODUCT:
-                tiles += _tiles(node.rows, node.cols)
+                shapes.append((node.rows, node.cols))
             weight = self.weight(node.step) if node.step >= 0 else NULL
             sizes = (kind, len(node.operands), node.rows, node.width, node.cols)
             jobs.append((*sizes, *weight, *self.frame(k), *self.operands(node.operands)))
-        self.launches.append((FORWARD, self.config(tiles), jobs))
-
-    def config(self, square_tiles: int) -> int:
-        """Small tiles where there are too few large ones to give every processor one."""
-        return SLICED if square_tiles < WANTED_BLOCKS // 2 else SQUARE
+        self.launches.append((FORWARD, _config(shapes), jobs))
 
     # -- backward ---------------------------------------------------------------------------------
 
@@ -289,11 +296,9 @@ class _Maker:
         segments: list[_Segments] = []
         level = [k for k in level if self.needed[k]]
         through = [k for k in level if self.kind(self.nodes.nodes[k]) == PRODUCT]
-        row_tiles = weight_tiles = 0
-        for k in through:
-            node = self.nodes.nodes[k]
-            row_tiles += _tiles(node.rows, node.width)
-            weight_tiles += _tiles(node.width, node.cols)
+        config = _config([(self.nodes.nodes[k].rows, self.nodes.nodes[k].width) for k in through])
+        weights = [(self.nodes.nodes[k].width, self.nodes.nodes[k].cols) for k in through]
+        weight_tiles = _tiles(weights, max(config, SQUARE))
         here = len(self.launches)  # the products' launch, if there are any
         for k in level:
             node = self.nodes.nodes[k]
@@ -322,7 +327,7 @@ class _Maker:
             for c in wanted:
                 segments.append(_Segments(node, c, STORED, dp, True, False))
         if products:
-            self.launches.append((PRODUCTS, self.config(row_tiles), products))
+            self.launches.append((PRODUCTS, config, products))
         self.sum_segments(segments)
 
     def rows_product(self, k: int, out: Address, parts: bool, final: bool) -> tuple[int, ...]:
@@ -333,7 +338,7 @@ class _Maker:
 
     def weight_product(self, k: int, tiles: int, launch: int) -> tuple[int, ...]:
         node = self.nodes.nodes[k]
-        splits = min(_over(node.rows, SQUARE_SIDE), _over(WANTED_BLOCKS, 2 * tiles))
+        splits = min(_over(node.rows, 64), WANTED_BLOCKS // tiles)
         splits = max(1, splits, _over(node.rows, IDS_TOGETHER))
         each = max(1, _over(_over(node.rows, splits), 32) * 32)
         splits = max(1, _over(node.rows, each))

@@ -69,7 +69,7 @@ def evaluate_at_planned_backward(
         kept = module.call("evaluate_at_planned", pieces, *made)[1]
     wanted = [int(n) for n in needs]
     found: list[Tensor] = module.call(
-        "evaluate_at_planned_backward", grad.contiguous(), pieces, kept, *made, wanted
+        "evaluate_at_planned_backward", grad.contiguous(), pieces, kept, *made, wanted, False
     )
     return found
 
