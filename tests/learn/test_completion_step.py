@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import logging
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -457,3 +459,28 @@ def test_bad_values() -> None:
     problem = Problem(*CASES["order 4"][:2])
     with pytest.raises(ValueError, match=r"values must be \[50\], one for each index tuple"):
         CompletionStep(problem.model, problem.indices, problem.values[1:], problem.optimizer())
+
+
+# -- the benchmark --------------------------------------------------------------------------------
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    script = Path(__file__).parents[2] / "bench" / "train_step.py"
+    command = [sys.executable, str(script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_benchmark_without_a_gpu() -> None:
+    done = bench()
+    assert done.returncode != 0
+    assert done.stderr == "train_step: there is no CUDA device, and this measures one\n"
+
+
+@pytest.mark.skipif(not module.emulated(), reason="kernels are emulated only when asked for")
+def test_the_benchmark_runs(tmp_path: Path) -> None:
+    done = bench("--dry", "--precision", "tf32x3", "--out", str(tmp_path / "rows.json"))
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["implementation"] for row in found["rows"]] == ["fused, launched"]
+    assert found["provenance"]["command"].endswith("rows.json")
