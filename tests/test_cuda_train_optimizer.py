@@ -226,6 +226,21 @@ def test_the_optimizer_takes_it(
     assert float(ours["average"]) == pytest.approx(float(theirs["average"]), rel=1e-2)
 
 
+def test_without_memory() -> None:
+    """alpha = 0: the average is the last sum of squares."""
+    found = []
+    for backend in ("cuda", "reference"):
+        p = nn.Parameter(torch.ones(5, dtype=torch.float64, device=ON))
+        optimizer = GroupRMSprop([p], lr=0.1, alpha=0.0, capturable=True)
+        with hk.use_backend(backend):
+            for number in range(3):
+                p.grad = torch.full_like(p, number + 1.0)
+                optimizer.step()
+        found.append(p.detach())
+    assert torch.allclose(*found, rtol=1e-14)
+    assert torch.allclose(found[0], torch.full_like(found[0], 1 - 0.3 / 5**0.5), rtol=1e-5)
+
+
 # -- the loss -------------------------------------------------------------------------------------
 
 

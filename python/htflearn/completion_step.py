@@ -49,14 +49,15 @@ class CompletionStep:
     that run after it, but for those with an attribute ``reads_gradients`` that is False.
 
     Args:
-        model: on the device it is trained on.
+        model: on the device where it is trained.
         indices: ``[M, N]`` int64, or an :class:`htfkernels.IndexPlan` of them.
         values: ``[M]``, of the dtype of the model's weights.
         optimizer: of the model's weights.
         loss: a name of :data:`htflearn.LOSSES`, or ``(prediction, target) -> scalar``.
 
     Raises:
-        ValueError: there is no loss of that name, or the numbers of indices and values differ.
+        ValueError: there is no loss of that name, the numbers of indices and values differ, or the
+            index plan is of another tree or on another device than the model.
 
     Attributes:
         why_not: why steps are not fused, in one sentence, or None where they are.
@@ -76,6 +77,12 @@ class CompletionStep:
         loss: str | Loss = "l2",
     ) -> None:
         self.plan = indices if isinstance(indices, hk.IndexPlan) else model.index_plan(indices)
+        device = model.weights[0].device
+        if self.plan.layout != model.layout or self.plan.lists.device != device:
+            raise ValueError(
+                "CompletionStep: the index plan is of another tree, other dimensions or another "
+                f"device ({self.plan.lists.device}) than the model ({device})"
+            )
         if values.dim() != 1 or len(values) != len(self.plan):
             raise ValueError(
                 f"CompletionStep: values must be [{len(self.plan)}], one for each index tuple, got "
@@ -111,7 +118,7 @@ class CompletionStep:
 
     def _fused(self) -> Tensor:
         optimizer: Any = self.optimizer
-        weights = self.model._folded()
+        weights = list(self.model.weights)
         first = weights[0]
         group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         needs = [p.requires_grad for p in weights]

@@ -459,6 +459,12 @@ def test_bad_values() -> None:
     problem = Problem(*CASES["order 4"][:2])
     with pytest.raises(ValueError, match=r"values must be \[50\], one for each index tuple"):
         CompletionStep(problem.model, problem.indices, problem.values[1:], problem.optimizer())
+    other = Problem(*CASES["paper"][:2])
+    plan = other.model.index_plan(other.indices)
+    with pytest.raises(ValueError, match="the index plan is of another tree, other dimensions or"):
+        CompletionStep(problem.model, plan, other.values, problem.optimizer())
+    with pytest.raises(ValueError, match="loss: expected one of l2, l1, huber"):
+        problem.step("l3")
 
 
 # -- the benchmark --------------------------------------------------------------------------------
