@@ -118,6 +118,10 @@ class _State:
 class Trainer:
     """Trains a model on a task.
 
+    On a GPU a full-batch step of a completion with :class:`htflearn.GroupRMSprop` is one operator
+    where nothing else takes part in it (:class:`htflearn.CompletionStep`, which says when); it
+    leaves no gradients in the parameters. The log, at level ``INFO``, tells whether it is.
+
     Args:
         model: any module the task can evaluate.
         task: see :class:`htflearn.tasks.Task`.
