@@ -146,8 +146,9 @@ def test_the_papers_setting_takes_five_launches():
 
 
 SHAPES = {
-    # Sums over the rows of a weight's gradient in parts, a segment's rows in parts.
     "two indices a mode": (hk.Layout.make(hk.ModeTree.balanced(4), 2, [20, 9]), 700),
+    # A leaf's and a frame's rows are read so often that their sums are split.
+    "split sums": (hk.Layout.make(hk.ModeTree.balanced(3), [1, 2, 900], [100, 90]), 2600),
     "walked": (hk.Layout.make(hk.ModeTree.balanced(4), [40, 50, 3, 60], [5, 12]), 1100),
     "walked, outputs": (hk.Layout.make(hk.ModeTree.balanced(3), [50, 40, 60], [24, 17], 3), 300),
     "nine operands": (hk.Layout.make(hk.ModeTree.flat(9), 3, 20, 2), 90),

@@ -45,7 +45,7 @@ def function_of(case, indices):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_values_and_gradients(target, case, dtype):
-    target.require("evaluate_at", dtype)
+    target.require("evaluate_at_planned", dtype)
     inputs = testing.make_inputs(case, dtype, target.device)
     for name, indices in index_sets(case.layout).items():
         if name == "random" and dtype == torch.bfloat16 and target.backend == "reference":

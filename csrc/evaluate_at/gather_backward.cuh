@@ -47,13 +47,13 @@ __device__ __forceinline__ typename Numbers<mode>::Acc rows_tile(const ProductJo
   Acc squares = 0;
   Tile::run(
       shared_memory<S>(), 0, job.cols,
-      [&](int k, S* a, S*, S* b) {
+      [&](int k, S* a, S* b) {
         fill_rows<Tile::kARows, Tile::kAColumns, Tile::kAStride>(a, row, job.rows, k, job.cols,
                                                                  job.aligned_n, row_of(grad));
         fill_rows<Tile::kBRows, Tile::kBColumns, Tile::kBStride>(b, column, job.width, k, job.cols,
                                                                  job.aligned_n, row_of(weight));
       },
-      [](int, S*, const S*) {},
+      [](int) {}, [](int, S*) {},
       [&](int r, int c, Acc sum) {
         if (row + r < job.rows && column + c < job.width)
           squares += put<S, Acc>(job.out, static_cast<int64_t>(row + r) * job.width + column + c,
@@ -76,30 +76,18 @@ __device__ __forceinline__ typename Numbers<mode>::Acc weight_tile(const Product
   const int first = static_cast<int>(start < job.rows ? start : job.rows);
   const int end = job.rows - first > job.each ? first + job.each : job.rows;
   read_ids<kIdsTogether>(job, ids, first, end);
-  const auto of = [&](int o) {
-    return [frame = static_cast<const S*>(job.operand[o].frame), mine = ids + o * kIdsTogether,
-            first, width = job.width](int i) {
-      return frame + static_cast<int64_t>(mine[i - first]) * width;
-    };
-  };
+  Gather<Tile::kARows, Tile::kAColumns, Tile::kAStride, kIdsTogether, S, Acc, ProductJob> p(
+      job, ids, first);
   const S* const grad = static_cast<const S*>(job.grad);
   Acc squares = 0;
   Tile::run(
       memory, first, end,
-      [&](int i, S* a, S* second, S* b) {
-        fill_rows<Tile::kARows, Tile::kAColumns, Tile::kAStride>(a, i, end, row, job.width,
-                                                                 job.aligned_k, of(0));
-        if (job.count > 1)
-          fill_rows<Tile::kARows, Tile::kAColumns, Tile::kAStride>(second, i, end, row, job.width,
-                                                                   job.aligned_k, of(1));
+      [&](int i, S*, S* b) {
         fill_rows<Tile::kBRows, Tile::kBColumns, Tile::kBStride>(
             b, i, end, column, job.cols, job.aligned_n,
             [&](int q) { return grad + static_cast<int64_t>(q) * job.cols; });
       },
-      [&](int i, S* a, const S* second) {
-        multiply_rows<Tile::kARows, Tile::kAColumns, Tile::kAStride, Acc>(job, a, second, i, end,
-                                                                          row, job.width);
-      },
+      [&](int i) { p.load(i, end, row); }, [&](int i, S* a) { p.store(a, i, end, row); },
       [&](int r, int c, Acc sum) {
         if (row + r >= job.width || column + c >= job.cols) return;
         const int64_t at =
@@ -125,7 +113,8 @@ __global__ void __launch_bounds__(kPlannedThreads, kBlocksBeside<mode, config>)
 constexpr int kTogether = 4;  // rows in flight of a thread
 
 // The sum over rows `low + group, low + group + groups, ..` below high.
-template <Mode mode, bool Parts>
+enum class Read { parts, single, together };
+template <Mode mode, Read how>
 __device__ __forceinline__ void segment_sum(
     typename Numbers<mode>::Acc (&total)[kVector<typename Numbers<mode>::S>], const SegmentJob& job,
     int low, int high, int groups, int k, int n) {
@@ -134,49 +123,48 @@ __device__ __forceinline__ void segment_sum(
   constexpr int V = kVector<S>;
   for (int q = low; q < high; q += kTogether * groups) {
     int i[kTogether];
-    int there[kTogether];  // of the row's numbers
+    const int rows = ((high - q - 1) >> job.group_bits) + 1;  // there are
+    const auto there = [&](int u) { return u < rows ? n : 0; };
     Acc term[kTogether][V];
 #pragma unroll
     for (int u = 0; u < kTogether; ++u) {
       const int at = q + u * groups;
-      there[u] = at < high ? n : 0;
-      i[u] = at < high ? (job.order == nullptr ? at : job.order[at]) : 0;
+      i[u] = u < rows ? (job.order == nullptr ? at : job.order[at]) : 0;
     }
     if (job.source == SegmentJob::kColumn) {
 #pragma unroll
       for (int u = 0; u < kTogether; ++u) {
-        const Acc g =
-            there[u] > 0 ? static_cast<Acc>(static_cast<const S*>(job.grad)[i[u]]) : Acc{0};
+        const Acc g = u < rows ? static_cast<Acc>(static_cast<const S*>(job.grad)[i[u]]) : Acc{0};
 #pragma unroll
-        for (int e = 0; e < V; ++e) term[u][e] = e < there[u] ? g : Acc{0};
+        for (int e = 0; e < V; ++e) term[u][e] = e < there(u) ? g : Acc{0};
       }
     } else {
 #pragma unroll
       for (int u = 0; u < kTogether; ++u) {
         const int64_t at = static_cast<int64_t>(i[u]) * job.width + k;
-        if constexpr (Parts) {
+        if constexpr (how == Read::parts) {
 #pragma unroll
           for (int e = 0; e < V; ++e)
-            term[u][e] = e < there[u] ? static_cast<const Acc*>(job.grad)[at + e] : Acc{0};
+            term[u][e] = e < there(u) ? static_cast<const Acc*>(job.grad)[at + e] : Acc{0};
         } else {
-          read_chunk<Acc, S>(term[u], static_cast<const S*>(job.grad) + at, there[u], job.aligned);
+          read_chunk<Acc, S>(term[u], static_cast<const S*>(job.grad) + at, there(u),
+                             how == Read::together);
         }
       }
     }
-#pragma unroll
-    for (int o = 0; o < kOperands - 1; ++o) {
-      if (o >= job.count) break;
+#pragma unroll 1
+    for (int o = 0; o < job.count; ++o) {
       const Operand& other = job.other[o];
       int row[kTogether];
 #pragma unroll
       for (int u = 0; u < kTogether; ++u)
-        row[u] = other.ids == nullptr || there[u] == 0 ? i[u] : other.ids[i[u]];
+        row[u] = other.ids == nullptr || u >= rows ? i[u] : other.ids[i[u]];
       Acc x[kTogether][V];
 #pragma unroll
       for (int u = 0; u < kTogether; ++u)
         read_chunk<Acc, S>(
             x[u], static_cast<const S*>(other.frame) + static_cast<int64_t>(row[u]) * job.width + k,
-            there[u], job.aligned);
+            there(u), how == Read::together);
 #pragma unroll
       for (int u = 0; u < kTogether; ++u)
 #pragma unroll
@@ -243,9 +231,11 @@ __global__ void __launch_bounds__(kPlannedThreads, mode == Mode::bf16 ? 2 : 3)
         high = low + each < high ? low + each : high;
       }
       if (job.source == SegmentJob::kParts)
-        segment_sum<mode, true>(total, job, low + group, high, groups, k, n);
+        segment_sum<mode, Read::parts>(total, job, low + group, high, groups, k, n);
+      else if (job.aligned)
+        segment_sum<mode, Read::together>(total, job, low + group, high, groups, k, n);
       else
-        segment_sum<mode, false>(total, job, low + group, high, groups, k, n);
+        segment_sum<mode, Read::single>(total, job, low + group, high, groups, k, n);
       if (job.weight_parts != nullptr) {
         Acc own[V];
         read_chunk<Acc, S>(own,

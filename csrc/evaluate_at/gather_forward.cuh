@@ -17,23 +17,9 @@ namespace htf::gpu::planned {
 template <class Acc, class S>
 __device__ __forceinline__ void read_chunk(Acc (&to)[kVector<S>], const S* from, int n,
                                            bool aligned) {
-  constexpr int V = kVector<S>;
-  if (aligned) {
-    if (n > 0) {
-      struct alignas(16) Chunk {
-        S x[V];
-      };
-      const Chunk chunk = *reinterpret_cast<const Chunk*>(from);
+  const Chunk<S> chunk = read_raw(from, n, aligned);
 #pragma unroll
-      for (int e = 0; e < V; ++e) to[e] = static_cast<Acc>(chunk.x[e]);
-      return;
-    }
-#pragma unroll
-    for (int e = 0; e < V; ++e) to[e] = 0;
-    return;
-  }
-#pragma unroll
-  for (int e = 0; e < V; ++e) to[e] = e < n ? static_cast<Acc>(from[e]) : Acc{0};
+  for (int e = 0; e < kVector<S>; ++e) to[e] = static_cast<Acc>(chunk.x[e]);
 }
 
 // p[i, k ..]
@@ -119,27 +105,17 @@ __device__ __forceinline__ void product_tile(const ForwardJob& job, int block) {
   S* const memory = reinterpret_cast<S*>(shared_memory<unsigned char>() + Tile::kIds);
   const int row = block / job.across * Tile::kRows, column = block % job.across * Tile::kColumns;
   read_ids<Tile::kRows>(job, ids, row, job.rows);
-  const auto of = [&](int o) {
-    return [frame = static_cast<const S*>(job.operand[o].frame), mine = ids + o * Tile::kRows - row,
-            width = job.width](int i) { return frame + static_cast<int64_t>(mine[i]) * width; };
-  };
+  Gather<Tile::kARows, Tile::kAColumns, Tile::kAStride, Tile::kRows, S, Acc, ForwardJob> p(job, ids,
+                                                                                           row);
   const S* const weight = static_cast<const S*>(job.weight);
   Tile::run(
       memory, 0, job.width,
-      [&](int k, S* a, S* second, S* b) {
-        fill_rows<Tile::kARows, Tile::kAColumns, Tile::kAStride>(a, row, job.rows, k, job.width,
-                                                                 job.aligned_k, of(0));
-        if (job.count > 1)
-          fill_rows<Tile::kARows, Tile::kAColumns, Tile::kAStride>(second, row, job.rows, k,
-                                                                   job.width, job.aligned_k, of(1));
+      [&](int k, S*, S* b) {
         fill_rows<Tile::kBRows, Tile::kBColumns, Tile::kBStride>(
             b, k, job.width, column, job.cols, job.aligned_n,
             [&](int i) { return weight + static_cast<int64_t>(i) * job.cols; });
       },
-      [&](int k, S* a, const S* second) {
-        multiply_rows<Tile::kARows, Tile::kAColumns, Tile::kAStride, Acc>(job, a, second, row,
-                                                                          job.rows, k, job.width);
-      },
+      [&](int k) { p.load(row, job.rows, k); }, [&](int k, S* a) { p.store(a, row, job.rows, k); },
       [&](int r, int c, Acc sum) {
         if (row + r < job.rows && column + c < job.cols)
           static_cast<S*>(job.out)[static_cast<int64_t>(row + r) * job.cols + column + c] =

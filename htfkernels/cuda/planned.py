@@ -401,8 +401,8 @@ class _Maker:
     def sum_of_parts(
         self, parts: Address, copies: int, size: int, out: Address, final: bool
     ) -> tuple[int, ...]:
-        lanes = min(32, _power_over(_over(size, self.vector)))
-        groups = min(THREADS // lanes, _power_over(_over(copies, 4)))
+        groups = min(16, _power_over(_over(copies, 4)))
+        lanes = min(THREADS // groups, _power_over(_over(size, self.vector)))
         bits = lanes.bit_length() - 1, groups.bit_length() - 1
         return (
             PARTS, 0, 1, size, copies, *bits, 1, 1, 0, int(final), -1, -1,
