@@ -126,8 +126,7 @@ def paper(rank=40, dim=4):
 
 @pytest.mark.parametrize("mode", MODES, ids=NAMES)
 def test_the_papers_setting(mode):
-    plan = check(*paper(), *mode)
-    assert plan.form == BILINEAR
+    assert check(*paper(), *mode).form == BILINEAR
 
 
 def test_the_papers_setting_takes_five_launches():
@@ -143,6 +142,33 @@ def test_the_papers_setting_takes_five_launches():
         out, weights, kept, *fixed, [True] * len(weights), precision="ieee"
     )
     assert (between - before, counted.launches() - between) == (2, 3)
+
+
+LENGTHS = {planned.FORWARD: 21, planned.PRODUCTS: 26, planned.SEGMENTS: 32}  # of records
+
+
+def launches(plan, dtype, precision):
+    """Kind, configuration and jobs of each launch of a forward and backward pass."""
+    needs = [True] * len(plan.layout.groups)
+    like = torch.empty(0, dtype=dtype, device=ON)
+    fixed = (plan.layout.program, plan.table, plan.lists)
+    numbers = planned.schedule(*fixed, like, precision, needs).table.tolist()
+    at = planned.HEADER
+    for _ in range(numbers[8] + numbers[9]):
+        kind, config, jobs = numbers[at : at + 3]
+        length = LENGTHS[kind]
+        at += 3
+        yield kind, config, [numbers[at + j * length : at + (j + 1) * length] for j in range(jobs)]
+        at += jobs * length
+
+
+def test_split_sums_are_tested():
+    layout, batch = SHAPES["split sums"]
+    indices = torch.stack([torch.randint(d, (batch,)) for d in layout.mode_dims], dim=1)
+    made = list(launches(hk.IndexPlan.make(layout, indices.to(ON)), F32, "ieee"))
+    sums = [job for kind, _, jobs in made if kind == planned.SEGMENTS for job in jobs]
+    assert any(job[8] > 1 and job[0] == planned.COLUMN for job in sums)  # of a frame
+    assert any(job[0] == planned.PARTS and not job[10] for job in sums)  # its parts' sum
 
 
 SHAPES = {
@@ -174,10 +200,23 @@ def few_processors(monkeypatch):
 
 @pytest.mark.parametrize("mode", MODES, ids=NAMES)
 def test_larger_tiles(few_processors, mode):
-    square = hk.Layout.make(hk.ModeTree.balanced(2), [7, 11], 66, 70)
-    check(square, grid([7, 11], 77).repeat(2, 1), *mode)
-    large = hk.Layout.make(hk.ModeTree.balanced(4), [14, 14, 2, 3], [200, 130])
-    check(large, grid([14, 14, 2, 3], 700), *mode)
+    configs = set()
+    for layout, indices in (
+        (hk.Layout.make(hk.ModeTree.balanced(2), [7, 11], 66, 70), grid([7, 11], 77).repeat(2, 1)),
+        (
+            hk.Layout.make(hk.ModeTree.balanced(2), [9, 16], 130, 10),
+            grid([9, 16], 144).repeat(2, 1),
+        ),
+        (
+            hk.Layout.make(hk.ModeTree.balanced(4), [14, 14, 2, 3], [200, 130]),
+            grid([14, 14, 2, 3], 700),
+        ),
+    ):
+        plan = check(layout, indices, *mode)
+        configs |= {(kind, config) for kind, config, _ in launches(plan, *mode)}
+    larger = {planned.SQUARE, planned.LARGE}
+    for kind in (planned.FORWARD, planned.PRODUCTS):
+        assert larger <= {config for k, config in configs if k == kind}
 
 
 def everything(plan, weights, precision):

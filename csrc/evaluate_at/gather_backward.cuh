@@ -39,25 +39,29 @@ __device__ __forceinline__ typename Numbers<mode>::Acc rows_tile(const ProductJo
   using S = typename Numbers<mode>::S;
   using Acc = typename Numbers<mode>::Acc;
   const int row = block / job.across * Tile::kRows, column = block % job.across * Tile::kColumns;
-  const S* const grad = static_cast<const S*>(job.grad);
-  const S* const weight = static_cast<const S*>(job.weight);
-  const auto row_of = [cols = job.cols](const S* from) {
-    return [=](int i) { return from + static_cast<int64_t>(i) * cols; };
+  const int rows = job.rows, width = job.width, cols = job.cols;
+  const bool aligned = job.aligned_n, parts = job.parts;
+  const auto row_of = [cols](const void* from) {
+    return [cols, from = static_cast<const S*>(from)](int i) {
+      return from + static_cast<int64_t>(i) * cols;
+    };
   };
+  const auto grad = row_of(job.grad), weight = row_of(job.weight);
+  void* const out = job.out;
   Acc squares = 0;
   Tile::run(
-      shared_memory<S>(), 0, job.cols,
+      shared_memory<S>(), 0, cols,
       [&](int k, S* a, S* b) {
-        fill_rows<Tile::kARows, Tile::kAColumns, Tile::kAStride>(a, row, job.rows, k, job.cols,
-                                                                 job.aligned_n, row_of(grad));
-        fill_rows<Tile::kBRows, Tile::kBColumns, Tile::kBStride>(b, column, job.width, k, job.cols,
-                                                                 job.aligned_n, row_of(weight));
+        fill_rows<Tile::kARows, Tile::kAColumns, Tile::kAStride>(a, row, rows, k, cols, aligned,
+                                                                 grad);
+        fill_rows<Tile::kBRows, Tile::kBColumns, Tile::kBStride>(b, column, width, k, cols, aligned,
+                                                                 weight);
       },
       [](int) {}, [](int, S*) {},
       [&](int r, int c, Acc sum) {
-        if (row + r < job.rows && column + c < job.width)
-          squares += put<S, Acc>(job.out, static_cast<int64_t>(row + r) * job.width + column + c,
-                                 sum, job.parts);
+        if (row + r < rows && column + c < width)
+          squares +=
+              put<S, Acc>(out, static_cast<int64_t>(row + r) * width + column + c, sum, parts);
       });
   return squares;
 }
@@ -75,30 +79,32 @@ __device__ __forceinline__ typename Numbers<mode>::Acc weight_tile(const Product
   const int64_t start = static_cast<int64_t>(part) * job.each;
   const int first = static_cast<int>(start < job.rows ? start : job.rows);
   const int end = job.rows - first > job.each ? first + job.each : job.rows;
-  read_ids<kIdsTogether>(job, ids, first, end);
-  Gather<Tile::kARows, Tile::kAColumns, Tile::kAStride, kIdsTogether, S, Acc, ProductJob> p(
-      job, ids, first);
+  const int width = job.width, cols = job.cols;
+  const bool aligned = job.aligned_n, parts = job.parts;
   const S* const grad = static_cast<const S*>(job.grad);
+  void* const out = job.out;
+  read_ids(job, ids, first, end);
+  SameColumns<Tile::kARows, Tile::kAColumns, Tile::kAStride, S, Acc, ProductJob> p(job, ids, first,
+                                                                                   row);
   Acc squares = 0;
   Tile::run(
       memory, first, end,
       [&](int i, S*, S* b) {
         fill_rows<Tile::kBRows, Tile::kBColumns, Tile::kBStride>(
-            b, i, end, column, job.cols, job.aligned_n,
-            [&](int q) { return grad + static_cast<int64_t>(q) * job.cols; });
+            b, i, end, column, cols, aligned,
+            [&](int q) { return grad + static_cast<int64_t>(q) * cols; });
       },
-      [&](int i) { p.load(i, end, row); }, [&](int i, S* a) { p.store(a, i, end, row); },
+      [&](int i) { p.load(i, end); }, [&](int i, S* a) { p.store(a, i, end, row); },
       [&](int r, int c, Acc sum) {
-        if (row + r >= job.width || column + c >= job.cols) return;
-        const int64_t at =
-            (static_cast<int64_t>(part) * job.width + row + r) * job.cols + column + c;
-        squares += put<S, Acc>(job.out, at, sum, job.parts);
+        if (row + r >= width || column + c >= cols) return;
+        const int64_t at = (static_cast<int64_t>(part) * width + row + r) * cols + column + c;
+        squares += put<S, Acc>(out, at, sum, parts);
       });
   return squares;
 }
 
 template <Mode mode, Config config>
-__global__ void __launch_bounds__(kPlannedThreads, kBlocksBeside<mode, config>)
+__global__ void __launch_bounds__(kPlannedThreads, kBlocksBeside<config>)
     products_level(const __grid_constant__ Jobs<ProductJob> jobs) {
   using Acc = typename Numbers<mode>::Acc;
   const ProductJob& job = jobs.mine();
@@ -112,8 +118,9 @@ __global__ void __launch_bounds__(kPlannedThreads, kBlocksBeside<mode, config>)
 
 constexpr int kTogether = 4;  // rows in flight of a thread
 
-// The sum over rows `low + group, low + group + groups, ..` below high.
 enum class Read { parts, single, together };
+
+// The sum over rows low, low + groups, .. below high, of columns k and on.
 template <Mode mode, Read how>
 __device__ __forceinline__ void segment_sum(
     typename Numbers<mode>::Acc (&total)[kVector<typename Numbers<mode>::S>], const SegmentJob& job,
@@ -121,59 +128,71 @@ __device__ __forceinline__ void segment_sum(
   using S = typename Numbers<mode>::S;
   using Acc = typename Numbers<mode>::Acc;
   constexpr int V = kVector<S>;
+  const int width = job.width;
   for (int q = low; q < high; q += kTogether * groups) {
-    int i[kTogether];
     const int rows = ((high - q - 1) >> job.group_bits) + 1;  // there are
     const auto there = [&](int u) { return u < rows ? n : 0; };
-    Acc term[kTogether][V];
-#pragma unroll
-    for (int u = 0; u < kTogether; ++u) {
-      const int at = q + u * groups;
-      i[u] = u < rows ? (job.order == nullptr ? at : job.order[at]) : 0;
-    }
-    if (job.source == SegmentJob::kColumn) {
+    if constexpr (how == Read::parts) {
 #pragma unroll
       for (int u = 0; u < kTogether; ++u) {
-        const Acc g = u < rows ? static_cast<Acc>(static_cast<const S*>(job.grad)[i[u]]) : Acc{0};
+        const Acc* const from =
+            static_cast<const Acc*>(job.grad) + static_cast<int64_t>(q + u * groups) * width + k;
 #pragma unroll
-        for (int e = 0; e < V; ++e) term[u][e] = e < there(u) ? g : Acc{0};
+        for (int e = 0; e < V; ++e) total[e] += e < there(u) ? from[e] : Acc{0};
       }
     } else {
+      constexpr bool kTogetherRead = how == Read::together;
+      const auto read = [&](const void* frame, int row, int u) {
+        return read_raw<kTogetherRead>(
+            static_cast<const S*>(frame) + static_cast<int64_t>(row) * width + k, there(u));
+      };
+      const auto row_of = [&](const Operand& other, int i, int u) {
+        return other.ids == nullptr || u >= rows ? i : other.ids[i];
+      };
+      // All loads before what they are for: the rows' numbers, then both factors.
+      const bool column = job.source == SegmentJob::kColumn;
+      int i[kTogether];
+      S g[kTogether];
+      Chunk<S> dp[kTogether], x[kTogether];
 #pragma unroll
       for (int u = 0; u < kTogether; ++u) {
-        const int64_t at = static_cast<int64_t>(i[u]) * job.width + k;
-        if constexpr (how == Read::parts) {
+        const int at = q + u * groups;
+        i[u] = u < rows ? (job.order == nullptr ? at : job.order[at]) : 0;
+      }
+      if (column) {
 #pragma unroll
-          for (int e = 0; e < V; ++e)
-            term[u][e] = e < there(u) ? static_cast<const Acc*>(job.grad)[at + e] : Acc{0};
-        } else {
-          read_chunk<Acc, S>(term[u], static_cast<const S*>(job.grad) + at, there(u),
-                             how == Read::together);
+        for (int u = 0; u < kTogether; ++u)
+          g[u] = u < rows ? static_cast<const S*>(job.grad)[i[u]] : S(0);
+      } else {
+#pragma unroll
+        for (int u = 0; u < kTogether; ++u) dp[u] = read(job.grad, i[u], u);
+      }
+      if (job.count > 0) {
+        int row[kTogether];
+#pragma unroll
+        for (int u = 0; u < kTogether; ++u) row[u] = row_of(job.other[0], i[u], u);
+#pragma unroll
+        for (int u = 0; u < kTogether; ++u) x[u] = read(job.other[0].frame, row[u], u);
+      }
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u) {
+        Acc term[V];
+#pragma unroll
+        for (int e = 0; e < V; ++e) {
+          term[e] = static_cast<Acc>(column ? g[u] : dp[u].x[e]);
+          if (job.count > 0) term[e] *= static_cast<Acc>(x[u].x[e]);
         }
+#pragma unroll 1
+        for (int o = 1; o < job.count; ++o) {
+          const Operand& other = job.other[o];
+          const Chunk<S> more = read(other.frame, row_of(other, i[u], u), u);
+#pragma unroll
+          for (int e = 0; e < V; ++e) term[e] *= static_cast<Acc>(more.x[e]);
+        }
+#pragma unroll
+        for (int e = 0; e < V; ++e) total[e] += term[e];
       }
     }
-#pragma unroll 1
-    for (int o = 0; o < job.count; ++o) {
-      const Operand& other = job.other[o];
-      int row[kTogether];
-#pragma unroll
-      for (int u = 0; u < kTogether; ++u)
-        row[u] = other.ids == nullptr || u >= rows ? i[u] : other.ids[i[u]];
-      Acc x[kTogether][V];
-#pragma unroll
-      for (int u = 0; u < kTogether; ++u)
-        read_chunk<Acc, S>(
-            x[u], static_cast<const S*>(other.frame) + static_cast<int64_t>(row[u]) * job.width + k,
-            there(u), how == Read::together);
-#pragma unroll
-      for (int u = 0; u < kTogether; ++u)
-#pragma unroll
-        for (int e = 0; e < V; ++e) term[u][e] *= x[u][e];
-    }
-#pragma unroll
-    for (int u = 0; u < kTogether; ++u)
-#pragma unroll
-      for (int e = 0; e < V; ++e) total[e] += term[u][e];
   }
 }
 

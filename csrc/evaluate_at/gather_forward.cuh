@@ -2,8 +2,8 @@
 //
 //   kProduct  p W by tiles (gather_tile.cuh)
 //   kDot      p w, where the node has one column (the root, mostly): 1 to 32 lanes a row, sums by
-//             shuffles; samples of a bilinear root are independent and in their own order, all the
-//             latency is hidden by 2048 of them being 256 blocks of eight warps
+//             shuffles. Nothing is shared between samples of a bilinear root: 2048 of them are 2048
+//             warps, each with 12 loads of 512 bytes in flight
 //   kRows     p itself
 //
 // 256 threads; shared memory: of kProduct alone.
@@ -40,26 +40,69 @@ __device__ __forceinline__ void product_chunk(Acc (&p)[kVector<S>], const Forwar
   }
 }
 
+template <class S>
+constexpr int kInFlight = sizeof(S) == 2 ? 2 : 4;  // chunks of a row, for each lane
+
+// sum over k of w[k] p[i, k], this lane's part. Together: rows can be read 16 bytes at a time.
+template <Mode mode, bool Together>
+__device__ __forceinline__ typename Numbers<mode>::Acc dot_lane(const ForwardJob& job, int i,
+                                                                int lane, int lanes) {
+  using S = typename Numbers<mode>::S;
+  using Acc = typename Numbers<mode>::Acc;
+  constexpr int V = kVector<S>;
+  constexpr int kDeep = kInFlight<S>;
+  const int width = job.width, count = job.count;
+  const S* const weight = static_cast<const S*>(job.weight);
+  const auto row_of = [&](int o) {
+    const Operand& operand = job.operand[o < count ? o : 0];
+    const int64_t row = operand.ids == nullptr ? i : operand.ids[i];
+    return static_cast<const S*>(operand.frame) + row * width;
+  };
+  const S* const first = row_of(0);
+  const S* const second = row_of(1);
+  Acc sum = 0;
+  for (int from = lane * V; from < width; from += kDeep * lanes * V) {
+    Chunk<S> a[kDeep], b[kDeep], w[kDeep];
+#pragma unroll
+    for (int u = 0; u < kDeep; ++u) {
+      const int k = from + u * lanes * V, n = clamped(width - k, V);
+      a[u] = read_raw<Together>(first + k, n);
+      if (count > 1) b[u] = read_raw<Together>(second + k, n);
+      if (weight != nullptr) w[u] = read_raw<Together>(weight + k, n);
+    }
+#pragma unroll
+    for (int u = 0; u < kDeep; ++u) {
+      Acc p[V];
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        p[e] = static_cast<Acc>(a[u].x[e]);
+        if (count > 1) p[e] *= static_cast<Acc>(b[u].x[e]);
+      }
+      const int k = from + u * lanes * V, n = clamped(width - k, V);
+#pragma unroll 1
+      for (int o = 2; o < count; ++o) {
+        const Chunk<S> more = read_raw<Together>(row_of(o) + k, n);
+#pragma unroll
+        for (int e = 0; e < V; ++e) p[e] *= static_cast<Acc>(more.x[e]);
+      }
+#pragma unroll
+      for (int e = 0; e < V; ++e)
+        sum += weight == nullptr ? p[e] : p[e] * static_cast<Acc>(w[u].x[e]);
+    }
+  }
+  return sum;
+}
+
 template <Mode mode>
 __device__ __forceinline__ void dot_rows(const ForwardJob& job, int block) {
   using S = typename Numbers<mode>::S;
   using Acc = typename Numbers<mode>::Acc;
-  constexpr int V = kVector<S>;
   const int lanes = job.across, lane = threadIdx.x % lanes;
-  const int64_t i = static_cast<int64_t>(block) * (kPlannedThreads / lanes) + threadIdx.x / lanes;
-  const S* const weight = static_cast<const S*>(job.weight);
+  const int i = block * (kPlannedThreads / lanes) + static_cast<int>(threadIdx.x) / lanes;
   Acc sum = 0;
-  if (i < job.rows) {
-#pragma unroll 4
-    for (int k = lane * V; k < job.width; k += lanes * V) {
-      Acc p[V], w[V];
-      product_chunk(p, job, i, k, S{});
-      const int n = clamped(job.width - k, V);
-      if (weight != nullptr) read_chunk<Acc, S>(w, weight + k, n, job.aligned_n);
-#pragma unroll
-      for (int e = 0; e < V; ++e) sum += weight == nullptr ? (e < n ? p[e] : Acc{0}) : p[e] * w[e];
-    }
-  }
+  if (i < job.rows)
+    sum = job.aligned_k && job.aligned_n ? dot_lane<mode, true>(job, i, lane, lanes)
+                                         : dot_lane<mode, false>(job, i, lane, lanes);
   for (int offset = lanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
   if (lane == 0 && i < job.rows) static_cast<S*>(job.out)[i] = static_cast<S>(sum);
 }
@@ -90,41 +133,35 @@ __device__ __forceinline__ void copy_rows(const ForwardJob& job, int block) {
 }
 
 template <Mode mode, Config config>
-struct ForwardTile : BlockTile<mode, config, true, false, true> {
-  using Tile = BlockTile<mode, config, true, false, true>;
-  static constexpr std::size_t kIds = 2 * Tile::kRows * sizeof(int);
-  static constexpr std::size_t kShared = kIds + Tile::kBytes;
-};
+using ForwardTile = BlockTile<mode, config, true, false, true>;
 
 template <Mode mode, Config config>
 __device__ __forceinline__ void product_tile(const ForwardJob& job, int block) {
   using Tile = ForwardTile<mode, config>;
   using S = typename Numbers<mode>::S;
   using Acc = typename Numbers<mode>::Acc;
-  int* const ids = shared_memory<int>();  // [2][kRows]
-  S* const memory = reinterpret_cast<S*>(shared_memory<unsigned char>() + Tile::kIds);
   const int row = block / job.across * Tile::kRows, column = block % job.across * Tile::kColumns;
-  read_ids<Tile::kRows>(job, ids, row, job.rows);
-  Gather<Tile::kARows, Tile::kAColumns, Tile::kAStride, Tile::kRows, S, Acc, ForwardJob> p(job, ids,
-                                                                                           row);
+  const int rows = job.rows, width = job.width, cols = job.cols;
+  const bool aligned = job.aligned_n;
   const S* const weight = static_cast<const S*>(job.weight);
+  S* const out = static_cast<S*>(job.out);
+  SameRows<Tile::kARows, Tile::kAColumns, Tile::kAStride, S, Acc, ForwardJob> p(job, row, rows);
   Tile::run(
-      memory, 0, job.width,
+      shared_memory<S>(), 0, width,
       [&](int k, S*, S* b) {
         fill_rows<Tile::kBRows, Tile::kBColumns, Tile::kBStride>(
-            b, k, job.width, column, job.cols, job.aligned_n,
-            [&](int i) { return weight + static_cast<int64_t>(i) * job.cols; });
+            b, k, width, column, cols, aligned,
+            [&](int i) { return weight + static_cast<int64_t>(i) * cols; });
       },
-      [&](int k) { p.load(row, job.rows, k); }, [&](int k, S* a) { p.store(a, row, job.rows, k); },
+      [&](int k) { p.load(k); }, [&](int k, S* a) { p.store(a, row, rows, k); },
       [&](int r, int c, Acc sum) {
-        if (row + r < job.rows && column + c < job.cols)
-          static_cast<S*>(job.out)[static_cast<int64_t>(row + r) * job.cols + column + c] =
-              static_cast<S>(sum);
+        if (row + r < rows && column + c < cols)
+          out[static_cast<int64_t>(row + r) * cols + column + c] = static_cast<S>(sum);
       });
 }
 
 template <Mode mode, Config config>
-__global__ void __launch_bounds__(kPlannedThreads, kBlocksBeside<mode, config>)
+__global__ void __launch_bounds__(kPlannedThreads, kBlocksBeside<config>)
     forward_level(const __grid_constant__ Jobs<ForwardJob> jobs) {
   const ForwardJob& job = jobs.mine();
   const int block = static_cast<int>(blockIdx.x) - job.first;
@@ -152,7 +189,7 @@ void launch_forward(const Current& current, int64_t config, int blocks,
   constexpr const char* kName = "evaluate_at_planned";
   with_config(config, [&](auto c) {
     launch<forward_level<mode, c>>(kName, current, blocks, kPlannedThreads,
-                                   ForwardTile<mode, c>::kShared, jobs);
+                                   ForwardTile<mode, c>::kBytes, jobs);
   });
 }
 

@@ -20,7 +20,7 @@
 // 56,832.
 #pragma once
 
-#include "evaluate_at/planned_cuda_jobs.h"
+#include "evaluate_at/gather_warp.cuh"
 
 namespace htf::gpu::planned {
 
@@ -40,6 +40,17 @@ __device__ __forceinline__ Chunk<S> read_raw(const S* from, int n, bool aligned)
 #pragma unroll
   for (int e = 0; e < kVector<S>; ++e) chunk.x[e] = e < n ? from[e] : S(0);
   return chunk;
+}
+// The same where it is known beforehand, without a branch around the load where Together.
+template <bool Together, class S>
+__device__ __forceinline__ Chunk<S> read_raw(const S* from, int n) {
+  if constexpr (!Together) {
+    return read_raw(from, n, false);
+  } else {
+    Chunk<S> chunk{};
+    if (n > 0) chunk = *reinterpret_cast<const Chunk<S>*>(from);
+    return chunk;
+  }
 }
 template <class S>
 __device__ __forceinline__ void copy_chunk(S* to, const S* from, int n, bool aligned) {
@@ -73,201 +84,6 @@ __device__ __forceinline__ void each_chunk(Do&& run) {
 }
 
 __device__ __forceinline__ int clamped(int n, int most) { return n < 0 ? 0 : n < most ? n : most; }
-
-// -- a warp's X times 32 x Y times 16 -------------------------------------------------------------
-
-// Of 32 x 16 numbers, lane l of 8 x 4 has 4 x 4: neighbours where four of them are read at once,
-// else every eighth (fourth) row (column).
-template <Mode mode, int X, int Y>
-struct WarpTile {
-  static constexpr int kStep = 4;  // of the inner dimension at once
-  float sum[X][Y][4][4] = {};
-
-  template <bool InnerFirst, int Stride, int Lanes>
-  static __device__ __forceinline__ void load(float (&to)[4][4], const float* tile, int outer,
-                                              int k, int l) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (InnerFirst) {
-        const float4 v =
-            *reinterpret_cast<const float4*>(tile + (outer + l + Lanes * i) * Stride + k);
-        to[i][0] = v.x, to[i][1] = v.y, to[i][2] = v.z, to[i][3] = v.w;
-      } else {
-        const float4 v = *reinterpret_cast<const float4*>(tile + (k + i) * Stride + outer + 4 * l);
-        to[0][i] = v.x, to[1][i] = v.y, to[2][i] = v.z, to[3][i] = v.w;
-      }
-    }
-  }
-  template <bool AInner, int AStride, bool BInner, int BStride>
-  __device__ __forceinline__ void step(const float* a, const float* b, int m, int n, int k) {
-    const int lane = threadIdx.x % kWarp;
-    float y[Y][4][4];
-#pragma unroll
-    for (int v = 0; v < Y; ++v) load<BInner, BStride, 4>(y[v], b, n + 16 * v, k, lane % 4);
-#pragma unroll
-    for (int u = 0; u < X; ++u) {
-      float x[4][4];
-      load<AInner, AStride, 8>(x, a, m + 32 * u, k, lane / 4);
-#pragma unroll
-      for (int v = 0; v < Y; ++v)
-#pragma unroll
-        for (int q = 0; q < 4; ++q)
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-#pragma unroll
-            for (int j = 0; j < 4; ++j)
-              sum[u][v][i][j] = __fmaf_rn(x[i][q], y[v][j][q], sum[u][v][i][j]);
-    }
-  }
-  template <bool AInner, bool BInner, int Stride>
-  __device__ __forceinline__ void store(float* to) const {
-    const int lane = threadIdx.x % kWarp, lm = lane / 4, ln = lane % 4;
-#pragma unroll
-    for (int u = 0; u < X; ++u)
-#pragma unroll
-      for (int v = 0; v < Y; ++v)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-#pragma unroll
-          for (int j = 0; j < 4; ++j)
-            to[(32 * u + (AInner ? lm + 8 * i : 4 * lm + i)) * Stride + 16 * v +
-               (BInner ? ln + 4 * j : 4 * ln + j)] = sum[u][v][i][j];
-  }
-};
-
-// Instructions' tiles of 16 x 8.
-template <int X, int Y>
-struct TensorCoreTile {
-  static constexpr int kM = 2 * X, kN = 2 * Y;
-  float sum[kM][kN][4] = {};
-
-  template <bool, bool, int Stride>
-  __device__ __forceinline__ void store(float* to) const {
-    const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-#pragma unroll
-    for (int i = 0; i < kM; ++i)
-#pragma unroll
-      for (int j = 0; j < kN; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          to[(16 * i + g + e / 2 * 8) * Stride + 8 * j + 2 * t + e % 2] = sum[i][j][e];
-  }
-};
-
-template <bool InnerFirst, int Stride, class S>
-__device__ __forceinline__ S entry(const S* tile, int outer, int k) {
-  return InnerFirst ? tile[outer * Stride + k] : tile[k * Stride + outer];
-}
-
-template <bool Split, int X, int Y>
-struct Tf32Tile : TensorCoreTile<X, Y> {
-  static constexpr int kStep = 8;
-  using TensorCoreTile<X, Y>::kM;
-  using TensorCoreTile<X, Y>::kN;
-  using TensorCoreTile<X, Y>::sum;
-
-  static __device__ __forceinline__ void part(float x, uint32_t& high, uint32_t& low) {
-    high = to_tf32(x);
-    if constexpr (Split) low = to_tf32(x - __uint_as_float(high));
-  }
-  template <bool AInner, int AStride, bool BInner, int BStride>
-  __device__ __forceinline__ void step(const float* a, const float* b, int m, int n, int k) {
-    const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-    uint32_t x[kM][4], y[kN][2], x_low[kM][4] = {}, y_low[kN][2] = {};
-#pragma unroll
-    for (int i = 0; i < kM; ++i)
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        part(entry<AInner, AStride>(a, m + 16 * i + g + e % 2 * 8, k + t + e / 2 * 4), x[i][e],
-             x_low[i][e]);
-#pragma unroll
-    for (int j = 0; j < kN; ++j)
-#pragma unroll
-      for (int e = 0; e < 2; ++e)
-        part(entry<BInner, BStride>(b, n + 8 * j + g, k + t + e * 4), y[j][e], y_low[j][e]);
-#pragma unroll
-    for (int i = 0; i < kM; ++i)
-#pragma unroll
-      for (int j = 0; j < kN; ++j) {
-        if constexpr (Split) {
-          mma_tf32(sum[i][j], x_low[i], y[j]);
-          mma_tf32(sum[i][j], x[i], y_low[j]);
-        }
-        mma_tf32(sum[i][j], x[i], y[j]);
-      }
-  }
-};
-template <int X, int Y>
-struct WarpTile<Mode::tf32, X, Y> : Tf32Tile<false, X, Y> {};
-template <int X, int Y>
-struct WarpTile<Mode::tf32x3, X, Y> : Tf32Tile<true, X, Y> {};
-
-template <int X, int Y>
-struct WarpTile<Mode::bf16, X, Y> : TensorCoreTile<X, Y> {
-  static constexpr int kStep = 16;
-  using TensorCoreTile<X, Y>::kM;
-  using TensorCoreTile<X, Y>::kN;
-  using TensorCoreTile<X, Y>::sum;
-
-  // Two neighbours along the inner dimension.
-  template <bool InnerFirst, int Stride>
-  static __device__ __forceinline__ uint32_t pair(const BFloat16* tile, int outer, int k) {
-    if constexpr (InnerFirst)
-      return *reinterpret_cast<const uint32_t*>(tile + outer * Stride + k);
-    else
-      return pack_bf16(tile[k * Stride + outer], tile[(k + 1) * Stride + outer]);
-  }
-  template <bool AInner, int AStride, bool BInner, int BStride>
-  __device__ __forceinline__ void step(const BFloat16* a, const BFloat16* b, int m, int n, int k) {
-    const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-    uint32_t x[kM][4], y[kN][2];
-#pragma unroll
-    for (int i = 0; i < kM; ++i)
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        x[i][e] = pair<AInner, AStride>(a, m + 16 * i + g + e % 2 * 8, k + 2 * t + e / 2 * 8);
-#pragma unroll
-    for (int j = 0; j < kN; ++j)
-#pragma unroll
-      for (int e = 0; e < 2; ++e)
-        y[j][e] = pair<BInner, BStride>(b, n + 8 * j + g, k + 2 * t + e * 8);
-#pragma unroll
-    for (int i = 0; i < kM; ++i)
-#pragma unroll
-      for (int j = 0; j < kN; ++j) mma_bf16(sum[i][j], x[i], y[j]);
-  }
-};
-
-// Instructions' tiles of 8 x 8.
-template <int X, int Y>
-struct WarpTile<Mode::f64, X, Y> {
-  static constexpr int kStep = 4, kM = 4 * X, kN = 2 * Y;
-  double sum[kM][kN][2] = {};
-
-  template <bool AInner, int AStride, bool BInner, int BStride>
-  __device__ __forceinline__ void step(const double* a, const double* b, int m, int n, int k) {
-    const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-    double x[kM], y[kN];
-#pragma unroll
-    for (int i = 0; i < kM; ++i) x[i] = entry<AInner, AStride>(a, m + 8 * i + g, k + t);
-#pragma unroll
-    for (int j = 0; j < kN; ++j) y[j] = entry<BInner, BStride>(b, n + 8 * j + g, k + t);
-#pragma unroll
-    for (int i = 0; i < kM; ++i)
-#pragma unroll
-      for (int j = 0; j < kN; ++j) mma_f64(sum[i][j], x[i], y[j]);
-  }
-  template <bool, bool, int Stride>
-  __device__ __forceinline__ void store(double* to) const {
-    const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-#pragma unroll
-    for (int i = 0; i < kM; ++i)
-#pragma unroll
-      for (int j = 0; j < kN; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) to[(8 * i + g) * Stride + 8 * j + 2 * t + e] = sum[i][j][e];
-  }
-};
 
 // -- a block's tile -------------------------------------------------------------------------------
 
@@ -369,8 +185,8 @@ struct BlockTile {
 };
 
 // Blocks of a processor at once, for which registers are left.
-template <Mode mode, Config config>
-constexpr int kBlocksBeside = config == kLarge && mode != Mode::tf32 ? 1 : 2;
+template <Config config>
+constexpr int kBlocksBeside = config == kLarge ? 1 : 2;
 
 // Rows first .. end - 1 and columns of a matrix into a tile; row(i) is where row i starts.
 template <int Rows, int Columns, int Stride, class S, class Row>
@@ -385,47 +201,28 @@ __device__ __forceinline__ void fill_rows(S* tile, int first, int end, int colum
 }
 
 // A tile [Rows][Columns] of p in registers: chunks of the first two operands as they are in memory.
-// ids: [2][Most], of rows `base` and on.
-template <int Rows, int Columns, int Stride, int Most, class S, class Acc, class Job>
-class Gather {
+// What jobs say is copied: constant memory at a computed place is slow to read again and again.
+template <int Rows, int Columns, int Stride, class S, class Acc, class Job>
+class Chunks {
  public:
-  __device__ __forceinline__ Gather(const Job& job, const int* ids, int base)
-      : job_(job), ids_(ids), base_(base) {}
+  __device__ __forceinline__ explicit Chunks(const Job& job)
+      : width_(job.width),
+        two_(job.count > 1),
+        more_(job.count > 2),
+        aligned_(job.aligned_k),
+        job_(job) {}
 
-  __device__ __forceinline__ void load(int first, int end, int column) {
-    int c = 0;
-    each_chunk<Rows, Columns, Stride, V>([&](int r, int at, int) {
-      const int n = first + r < end ? clamped(job_.width - column - at, V) : 0;
-#pragma unroll
-      for (int o = 0; o < 2; ++o) {
-        if (o >= job_.count) break;
-        const int64_t row = n > 0 ? ids_[o * Most + first + r - base_] : 0;
-        const S* const from =
-            static_cast<const S*>(job_.operand[o].frame) + row * job_.width + column + at;
-        raw_[o][c] = read_raw(from, n, job_.aligned_k);
-      }
-      ++c;
-    });
-  }
-
+  // The product of what was loaded, for rows first .. end - 1 and columns `column` and on.
   __device__ __forceinline__ void store(S* a, int first, int end, int column) {
     int c = 0;
     each_chunk<Rows, Columns, Stride, V>([&](int r, int at, int place) {
       Chunk<S> chunk = raw_[0][c];
-      if (job_.count > 1) {
+      if (two_) {
         Acc p[V];
 #pragma unroll
         for (int e = 0; e < V; ++e)
           p[e] = static_cast<Acc>(chunk.x[e]) * static_cast<Acc>(raw_[1][c].x[e]);
-        const int n = first + r < end ? clamped(job_.width - column - at, V) : 0;
-        for (int o = 2; o < job_.count && n > 0; ++o) {
-          const Operand& other = job_.operand[o];
-          const int64_t i = other.ids == nullptr ? first + r : other.ids[first + r];
-          const Chunk<S> more = read_raw(
-              static_cast<const S*>(other.frame) + i * job_.width + column + at, n, job_.aligned_k);
-#pragma unroll
-          for (int e = 0; e < V; ++e) p[e] *= static_cast<Acc>(more.x[e]);
-        }
+        if (more_ && first + r < end) multiply(p, first + r, column + at);
 #pragma unroll
         for (int e = 0; e < V; ++e) chunk.x[e] = static_cast<S>(p[e]);
       }
@@ -434,25 +231,104 @@ class Gather {
     });
   }
 
- private:
+ protected:
   static constexpr int V = kVector<S>, kChunks = Rows * Columns / V / kPlannedThreads;
   static_assert(Rows * Columns % (V * kPlannedThreads) == 0);
 
-  const Job& job_;
-  const int* ids_;
-  int base_;
+  int width_;
+  bool two_, more_, aligned_;
   Chunk<S> raw_[2][kChunks];
+
+ private:
+  __device__ __forceinline__ void multiply(Acc (&p)[V], int row, int column) const {
+    const int n = clamped(width_ - column, V);
+#pragma unroll 1
+    for (int o = 2; o < job_.count; ++o) {
+      const Operand& other = job_.operand[o];
+      const int64_t i = other.ids == nullptr ? row : other.ids[row];
+      const Chunk<S> more =
+          read_raw(static_cast<const S*>(other.frame) + i * width_ + column, n, aligned_);
+#pragma unroll
+      for (int e = 0; e < V; ++e) p[e] *= static_cast<Acc>(more.x[e]);
+    }
+  }
+
+  const Job& job_;
 };
 
-// Rows of the first two operands, for rows first .. first + Most - 1 of p, read ahead.
-template <int Most, class Job>
-__device__ __forceinline__ void read_ids(const Job& job, int* ids, int first, int end) {
+// The same rows for all columns.
+template <int Rows, int Columns, int Stride, class S, class Acc, class Job>
+class SameRows : public Chunks<Rows, Columns, Stride, S, Acc, Job> {
+ public:
+  __device__ __forceinline__ SameRows(const Job& job, int first, int end) : Base(job) {
+    int c = 0;
+    each_chunk<Rows, Columns, Stride, V>([&](int r, int at, int) {
+      there_[c] = first + r < end;
+      const int i = there_[c] ? first + r : first;
 #pragma unroll
-  for (int o = 0; o < 2; ++o) {
-    if (o >= job.count) break;
+      for (int o = 0; o < 2; ++o) {
+        const Operand& operand = job.operand[o < job.count ? o : 0];
+        const int64_t row = operand.ids == nullptr ? i : operand.ids[i];
+        from_[o][c] = static_cast<const S*>(operand.frame) + row * job.width + at;
+      }
+      ++c;
+    });
+  }
+  __device__ __forceinline__ void load(int column) {
+    int c = 0;
+    each_chunk<Rows, Columns, Stride, V>([&](int, int at, int) {
+      const int n = there_[c] ? clamped(this->width_ - column - at, V) : 0;
+      this->raw_[0][c] = read_raw(from_[0][c] + column, n, this->aligned_);
+      if (this->two_) this->raw_[1][c] = read_raw(from_[1][c] + column, n, this->aligned_);
+      ++c;
+    });
+  }
+
+ private:
+  using Base = Chunks<Rows, Columns, Stride, S, Acc, Job>;
+  using Base::V, Base::kChunks;
+  bool there_[kChunks];
+  const S* from_[2][kChunks];
+};
+
+// The same columns for all rows, of which `ids` [2][kIdsTogether] has those from `base` on.
+template <int Rows, int Columns, int Stride, class S, class Acc, class Job>
+class SameColumns : public Chunks<Rows, Columns, Stride, S, Acc, Job> {
+ public:
+  __device__ __forceinline__ SameColumns(const Job& job, const int* ids, int base, int column)
+      : Base(job), ids_(ids - base), column_(column) {
+    for (int o = 0; o < 2; ++o)
+      frame_[o] = static_cast<const S*>(job.operand[o < job.count ? o : 0].frame) + column;
+  }
+  __device__ __forceinline__ void load(int first, int end) {
+    int c = 0;
+    each_chunk<Rows, Columns, Stride, V>([&](int r, int at, int) {
+      const int n = first + r < end ? clamped(this->width_ - column_ - at, V) : 0;
+      const auto read = [&](int o) {
+        const int64_t row = n > 0 ? ids_[o * kIdsTogether + first + r] : 0;
+        return read_raw(frame_[o] + row * this->width_ + at, n, this->aligned_);
+      };
+      this->raw_[0][c] = read(0);
+      if (this->two_) this->raw_[1][c] = read(1);
+      ++c;
+    });
+  }
+
+ private:
+  using Base = Chunks<Rows, Columns, Stride, S, Acc, Job>;
+  using Base::V;
+  const int* ids_;
+  int column_;
+  const S* frame_[2];
+};
+
+// Rows of the first two operands, for rows first .. end - 1 of p, read ahead.
+template <class Job>
+__device__ __forceinline__ void read_ids(const Job& job, int* ids, int first, int end) {
+  for (int o = 0; o < 2 && o < job.count; ++o) {
     const int32_t* const list = job.operand[o].ids;
-    for (int r = threadIdx.x; r < Most && first + r < end; r += kPlannedThreads)
-      ids[o * Most + r] = list == nullptr ? first + r : list[first + r];
+    for (int i = first + threadIdx.x; i < end; i += kPlannedThreads)
+      ids[o * kIdsTogether + i - first] = list == nullptr ? i : list[i];
   }
   __syncthreads();
 }

@@ -110,6 +110,9 @@ struct Jobs {
   }
 };
 
+static_assert(sizeof(Jobs<ForwardJob>) <= 4096 && sizeof(Jobs<ProductJob>) <= 4096 &&
+              sizeof(Jobs<SegmentJob>) <= 4096);
+
 // -- schedules ------------------------------------------------------------------------------------
 
 constexpr int64_t kPlannedVersion = 1;

@@ -100,7 +100,9 @@ def _with_orders(nodes: Nodes, batch: int, lists: Tensor) -> Tensor:
             listed, order = lists[ids : ids + batch].sort(stable=True)
             every = torch.arange(rows + 1, dtype=lists.dtype, device=lists.device)
             pieces += [torch.searchsorted(listed, every, out_int32=True), order.to(lists.dtype)]
-        longer = _regrouped[lists] = torch.cat(pieces)
+        longer = torch.cat(pieces)
+        if not (lists.is_cuda and torch.cuda.is_current_stream_capturing()):
+            _regrouped[lists] = longer  # else it is the graph's, and not there yet
     return longer
 
 
@@ -177,6 +179,8 @@ class _Maker:
         forward = len(self.launches)
         if any(self.needs):
             self.needed = self.what_is_needed()
+            # Gradients of products live for a level.
+            self.products_at = self.reserve(max(map(self.products_size, levels.values())))
             for level in sorted(levels, reverse=True):
                 self.backward(levels[level])
             self.add_parts()
@@ -300,6 +304,7 @@ class _Maker:
         weights = [(self.nodes.nodes[k].width, self.nodes.nodes[k].cols) for k in through]
         weight_tiles = _tiles(weights, max(config, SQUARE))
         here = len(self.launches)  # the products' launch, if there are any
+        at = self.products_at
         for k in level:
             node = self.nodes.nodes[k]
             kind = self.kind(node)
@@ -322,13 +327,23 @@ class _Maker:
                     products.append(self.rows_product(k, *out))
                     continue
                 if wanted:
-                    dp = WORKSPACE, self.reserve(node.rows * node.width * self.size)
+                    dp = WORKSPACE, at
+                    at += self.product_size(k)
                     products.append(self.rows_product(k, dp, False, False))
             for c in wanted:
                 segments.append(_Segments(node, c, STORED, dp, True, False))
         if products:
             self.launches.append((PRODUCTS, config, products))
         self.sum_segments(segments)
+
+    def product_size(self, k: int) -> int:
+        node = self.nodes.nodes[k]
+        if self.kind(node) != PRODUCT or not self.needed[k]:
+            return 0
+        return _over(node.rows * node.width * self.size, 128) * 128
+
+    def products_size(self, level: Sequence[int]) -> int:
+        return sum(map(self.product_size, level))
 
     def rows_product(self, k: int, out: Address, parts: bool, final: bool) -> tuple[int, ...]:
         node = self.nodes.nodes[k]
