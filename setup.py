@@ -27,16 +27,19 @@ def is_set(name):
 
 def cuda_home():
     """The folder of the CUDA toolkit, or None."""
+
+    def complete(home):
+        return all(map(os.path.exists, (f"{home}/bin/nvcc", f"{home}/include/cuda.h")))
+
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if named:
+        if not complete(named):
+            raise SystemExit(f"CUDA_HOME is {named}, and there is no bin/nvcc with include/cuda.h")
+        return named
     found = shutil.which("nvcc")
     # The nvcc on the PATH may be a script or a link: the toolkit is where its headers are.
-    beside = os.path.dirname(os.path.dirname(os.path.realpath(found))) if found else None
-    for home in (named, beside, "/usr/local/cuda"):
-        if home and all(map(os.path.exists, (f"{home}/bin/nvcc", f"{home}/include/cuda.h"))):
-            return home
-    if named:
-        raise SystemExit(f"CUDA_HOME is {named}, and there is no bin/nvcc with include/cuda.h")
-    return None
+    beside = os.path.dirname(os.path.dirname(os.path.realpath(found))) if found else ""
+    return next((home for home in (beside, "/usr/local/cuda") if complete(home)), None)
 
 
 def architectures():
@@ -125,7 +128,6 @@ else:
         cuda_args = [
             "-O3",
             "-std=c++20",
-            "-lineinfo",
             "--expt-relaxed-constexpr",
             "-Xcompiler",
             "-fvisibility=hidden,-Wall",
@@ -155,6 +157,8 @@ else:
     elif not is_set("HTF_SKIP_CUDA_BUILD"):
         print("htfkernels: there is no nvcc, so _C_cuda is not built", file=sys.stderr)
     if is_set("HTF_EMULATE_CUDA"):
+        # A GPU ends a kernel that loads a vector from an address that is no multiple of its size.
+        checks = ["-fsanitize=alignment,shift", "-fno-sanitize-recover=all"]
         ext_modules.append(
             cpp_extension.CppExtension(
                 name="htfkernels._C_emulated",
@@ -165,8 +169,10 @@ else:
                     "-DHTF_EMULATE",
                     "-O1",
                     "-Wno-unknown-pragmas",
+                    *checks,
                     *shlex.split(os.environ.get("HTF_EMULATE_FLAGS", "")),
                 ],
+                extra_link_args=checks,
             )
         )
     cmdclass = {"build_ext": cpp_extension.BuildExtension}

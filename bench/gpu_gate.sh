@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in less than eight minutes, without a network:
+# Everything that needs a GPU, in less than ten minutes, without a network:
 #
 #   bash bench/gpu_gate.sh [--dry] [DIRECTORY]
 #
-# Builds the package, runs the GPU's tests and a memory checker, measures, and leaves JSON, a Markdown
-# table and a log in DIRECTORY (bench/results; of a dry run a temporary one). Exit code 1: a step
+# Builds the package for this GPU, runs the GPU's tests, a memory checker and a race checker, measures,
+# and leaves JSON, a Markdown table and a log in DIRECTORY (bench/results; of a dry run a temporary one). Exit code 1: a step
 # failed; the later ones ran.
 #
 # --dry, or HTF_GATE_DEVICE=cpu HTF_GATE_SCALE=tiny: the same steps on a CPU with tiny workloads,
@@ -27,13 +27,14 @@ done
 # Seconds of each step at most. A benchmark stops to begin workloads some time before its limit, and
 # keeps what it has at each: the important ones come first.
 declare -A limit=(
-  [install]=50 [tests]=75 [memory]=35 [float32]=140 [bfloat16]=100 [autotune]=60 [report]=15
+  [install]=100 [tests]=90 [memory]=40 [race]=40 [float32]=115 [training]=25 [spectra]=25
+  [bfloat16]=70 [autotune]=40 [report]=15
 )
-declare -A budget=([float32]=110 [bfloat16]=75 [autotune]=40)
-declare -A compiling=([float32]=15 [bfloat16]=12 [autotune]=25)
+declare -A budget=([float32]=90 [spectra]=15 [bfloat16]=50 [autotune]=25)
+declare -A compiling=([float32]=15 [spectra]=5 [bfloat16]=10 [autotune]=20)
 total=0
 for step in "${!limit[@]}"; do total=$((total + limit[$step])); done
-((total < 480)) || { echo "gpu_gate: the steps may take $total s, more than 480" >&2; exit 2; }
+((total < 570)) || { echo "gpu_gate: the steps may take $total s, more than 570" >&2; exit 2; }
 
 if [[ -z $out ]]; then
   if [[ $device == cuda ]]; then out=$(dirname "${BASH_SOURCE[0]}")/results; else out=$(mktemp -d); fi
@@ -61,9 +62,9 @@ run() { # STEP COMMAND...: within its limit; shows the end of what it printed
   timeout -s INT -k 5 "${limit[$step]}" "$@" >"$part" 2>&1 || code=$?
   { printf '== %s\n' "$step"; cat "$part"; } >>"$log"
   tail -n 10 "$part"
-  if [[ $step == memory ]] && grep -q "Device not supported" "$part"; then
+  if [[ $step == memory || $step == race ]] && grep -q "Device not supported" "$part"; then
     code=0
-    skipped memory "compute-sanitizer does not support this device"
+    skipped "$step" "compute-sanitizer does not support this device"
   elif ((code == 0)); then
     verdicts+=("$step: ok, $((SECONDS - start)) s")
   elif ((code == 124 || code == 137)); then
@@ -77,12 +78,12 @@ run() { # STEP COMMAND...: within its limit; shows the end of what it printed
   return "$code"
 }
 
-bench() { # STEP ARGUMENTS...
+bench() { # STEP ARGUMENTS..., among them the passes
   local step=$1
   shift
   run "$step" "$python" -m htflearn.cli bench --device "$device" --scale "$scale" \
-    --pass forward --pass backward --budget "${budget[$step]}" \
-    --compile-limit "${compiling[$step]}" --repeats "$repeats" --out "$out/$name-$step.json" "$@"
+    --budget "${budget[$step]}" --compile-limit "${compiling[$step]}" --repeats "$repeats" \
+    --out "$out/$name-$step.json" "$@"
 }
 
 if [[ $device == cuda ]] && ! "$python" -c "import torch; assert torch.cuda.is_available()"; then
@@ -92,14 +93,16 @@ fi
 
 if [[ $device == cuda ]]; then
   export MAX_JOBS=${MAX_JOBS:-$(nproc)}
-  run install "$python" -m pip install -q --no-build-isolation --no-deps -e .
+  capability=$("$python" -c "import torch; print('%d.%d' % torch.cuda.get_device_capability())")
+  TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability} HTF_NVCC_FLAGS=-lineinfo \
+    run install "$python" -m pip install -q --no-build-isolation --no-deps -e .
   parallel=()
   "$python" -c "import xdist" 2>/dev/null && parallel=(-n 10)
   # Values and gradients: every new shape of a kernel is compiled, and time is short.
-  chosen="triton-cuda and not (second or gradgrad or shapes or alone or no_graph)"
+  chosen="(triton-cuda or cuda-cuda) and not (second or gradgrad or shapes or alone or no_graph)"
   run tests "$python" -m pytest -q "${parallel[@]}" --maxfail 40 -p no:cacheprovider \
-    -m "not slow" -k "($chosen) or on_a_gpu or test_triton_" \
-    tests/test_triton_*.py tests/test_values.py tests/test_gradients.py tests/test_planned.py \
+    -m "not slow" -k "($chosen) or on_a_gpu or test_triton_ or test_cuda_" \
+    tests/test_cuda_*.py tests/test_triton_*.py tests/test_values.py tests/test_gradients.py tests/test_planned.py \
     tests/test_evaluate.py tests/test_evaluate_at.py tests/test_full_tensor.py \
     tests/test_algebra.py tests/learn/test_bench_gpu.py
   PATH=$PATH:/usr/local/cuda/bin
@@ -107,8 +110,12 @@ if [[ $device == cuda ]]; then
     # Every tensor in memory of its own: past the end of one there is nothing.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 run memory compute-sanitizer --tool memcheck \
       --error-exitcode 9 "$python" bench/sanitize.py
+    # Of shared memory, which Triton manages by itself.
+    run race compute-sanitizer --tool racecheck --error-exitcode 9 \
+      "$python" bench/sanitize.py --backend cuda --only primes batch1
   else
     skipped memory "compute-sanitizer is not on the PATH"
+    skipped race "compute-sanitizer is not on the PATH"
   fi
   repeats=20 precision=(--precision tf32)
 else
@@ -116,6 +123,7 @@ else
   skipped install "a dry run leaves the environment as it is"
   run tests "$python" -m pytest -q -p no:cacheprovider tests/test_evaluate.py -k "cpp or batch"
   run memory "$python" bench/sanitize.py --device cpu --only primes batch1
+  skipped race "it is for a GPU"
   repeats=1 precision=()
 fi
 
@@ -129,20 +137,31 @@ if [[ $device == cuda ]]; then
 fi
 # In the order in which the benchmark takes them.
 sizes=(
-  -w wide -w huge -w medium -w deep -w small -w ragged -w paper -w completion -w dense
+  -w wide -w huge -w medium -w deep -w small -w few -w one -w ragged -w paper -w completion -w dense
 )
-bench float32 --dtype float32 "${precision[@]}" "${sizes[@]}" "${peers[@]}"
-bench bfloat16 --dtype bfloat16 "${sizes[@]}" "${peers[@]}"
+both=(--pass forward --pass backward)
+bench float32 "${both[@]}" --dtype float32 "${precision[@]}" "${sizes[@]}" "${peers[@]}"
+if [[ $device == cuda ]]; then
+  run training "$python" bench/train_step.py --precision ieee --precision tf32 \
+    --steps 1000 --blocks 5 --out "$out/$name-training.json"
+  bench spectra --pass forward-qr --pass forward-gram --dtype float64 \
+    -w spectra-256 -w spectra-1024 -w spectra-64 -w spectra-paper \
+    -i htfkernels -i "linalg, node by node" -i "folded linalg"
+else
+  skipped training "it is for a GPU"
+  skipped spectra "it is for a GPU"
+fi
+bench bfloat16 "${both[@]}" --dtype bfloat16 "${sizes[@]}" "${peers[@]}"
 if [[ $device == cuda ]]; then
   # Apart, since trying GEMM kernels takes longer than all the rest.
-  bench autotune --dtype float32 "${precision[@]}" -w wide -w huge -w medium \
+  bench autotune "${both[@]}" --dtype float32 "${precision[@]}" -w wide -w huge -w medium \
     -i htfkernels -i "htfkernels, CUDA graph" -i "folded bmm, max-autotune"
 else
   skipped autotune "it is for a GPU"
 fi
 
 files=()
-for step in float32 bfloat16 autotune; do
+for step in float32 spectra bfloat16 autotune; do
   [[ -e $out/$name-$step.json ]] && files+=("$out/$name-$step.json")
 done
 table=$out/$name.md

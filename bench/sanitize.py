@@ -1,6 +1,7 @@
 """All operations forward and backward on a few awkward shapes, for a memory checker:
 
     compute-sanitizer --tool memcheck --error-exitcode 9 python bench/sanitize.py
+    compute-sanitizer --tool racecheck --error-exitcode 9 python bench/sanitize.py --backend cuda
 
 Without one it is a short test. Exit code 1: a result was not the reference's.
 """
@@ -8,11 +9,14 @@ Without one it is a short test. Exit code 1: a result was not the reference's.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from itertools import product
+from typing import Any
 
 import torch
 
 import htfkernels as hk
-from htfkernels import testing
+from htfkernels import dispatch, spectra, testing
 
 # Primes, one-child nodes, several outputs, mixed arities, a batch of one, of none, and one that no
 # tile size divides.
@@ -24,16 +28,46 @@ CASES = (
     "batch1",
     "empty_batch",
 )
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Operation, dtype, precision of float32 products.
+CHECKS = [
+    *(
+        (op, dtype, precision)
+        for op in (*testing.OPS, "evaluate_at_planned")
+        for dtype, precision in (
+            (torch.float32, "ieee"),
+            (torch.float32, "tf32"),
+            (torch.bfloat16, "ieee"),
+        )
+    ),
+    ("spectra", torch.float32, "ieee"),
+]
 # Whether memory is read or written where it should not be is what the checker says. This only sees
 # that something was computed at all, relative to the sum of the magnitudes of all terms.
 ALLOWED = 0.25
 
 
+Function = Callable[..., Any]
+
+
+def planned(case: testing.Case, inputs: testing.Inputs) -> tuple[Function, tuple[Any, ...]]:
+    """Entries at indices for which there is a plan."""
+    plan = hk.IndexPlan.make(case.layout, inputs.indices)
+    on = {str(plan.lists.device): plan}
+
+    def run(*weights: torch.Tensor) -> torch.Tensor:
+        here = on.setdefault(str(weights[0].device), plan.to(weights[0].device))
+        return hk.evaluate_at(case.tree, weights, here, layout=case.layout)
+
+    return run, inputs.weights
+
+
 def check(op: str, case: testing.Case, dtype: torch.dtype, device: str) -> float:
     """The largest error of values and gradients, relative to their condition scale."""
     inputs = testing.make_inputs(case, dtype, device)
-    function, arguments = testing.operation(op, case, inputs)
+    if op == "evaluate_at_planned":
+        function, arguments = planned(case, inputs)
+    else:
+        function, arguments = testing.operation(op, case, inputs)
     exact, scale = testing.exact(function, arguments)
     worst = testing.error(function(*arguments), exact, scale)
     step = testing.gradients(function)
@@ -43,27 +77,50 @@ def check(op: str, case: testing.Case, dtype: torch.dtype, device: str) -> float
     return max(worst, testing.error(found, exact, scale))
 
 
+def check_spectra(op: str, case: testing.Case, dtype: torch.dtype, device: str) -> float:
+    """The largest error of a node's singular values, relative to its largest."""
+    inputs = testing.make_inputs(case, dtype, device)
+    found = spectra.matricization_spectra(case.tree, inputs.weights, layout=case.layout)
+    with hk.use_backend("reference"):
+        weights = [w.double().cpu() for w in inputs.weights]
+        exact = spectra.matricization_spectra(case.tree, weights, layout=case.layout, method="qr")
+    worst = 0.0
+    for node, values in exact.items():
+        off = (found[node].double().cpu() - values).abs().amax() / values.amax()
+        worst = max(worst, float(off))
+    return worst
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--backend", nargs="+", choices=(*dispatch.BACKENDS, "auto"))
     parser.add_argument("--only", nargs="+", choices=CASES, default=CASES, help="cases")
     given = parser.parse_args()
+    backends = given.backend or (["cuda", "triton"] if given.device == "cuda" else ["auto"])
     cases = {case.name: case for case in testing.cases()}
-    bad = count = 0
-    for name in given.only:
-        for op in (op for op in testing.OPS if cases[name].fits(op)):
-            for dtype in DTYPES:
-                for precision in ("ieee", "tf32") if dtype == "float32" else ("ieee",):
-                    with hk.use_precision(precision):
-                        off = check(op, cases[name], DTYPES[dtype], given.device)
-                    count += 1
-                    if not off < ALLOWED:
-                        bad += 1
-                        print(f"{op} on {name} in {dtype}, {precision}: off by {off:.1e}")
+    bad = count = left = 0
+    for backend, name, (op, dtype, precision) in product(backends, given.only, CHECKS):
+        case = cases[name]
+        if not case.fits(op):
+            continue
+        spec = dispatch.Spec(op, dtype, given.device, case.layout)
+        if backend != "auto" and dispatch.why_not(backend, spec) is not None:
+            left += 1
+            continue
+        with hk.use_backend(backend), hk.use_precision(precision):
+            off = (check_spectra if op == "spectra" else check)(op, case, dtype, given.device)
+        count += 1
+        if not off < ALLOWED:
+            bad += 1
+            print(f"{op} on {name}, {backend}, {dtype}, {precision}: off by {off:.1e}")
     if given.device == "cuda":
         torch.cuda.synchronize()
-    print(f"sanitize: {count} checks on {given.device}, {bad} wrong")
-    return int(bad > 0)
+    print(
+        f"sanitize: {count} checks on {given.device} by {', '.join(backends)}, {bad} wrong, "
+        f"{left} that a backend does not do"
+    )
+    return int(bad > 0 or count == 0)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 
 import torch
 
-from htfkernels.cuda import limits
+from htfkernels.cuda import estimate, limits
 from htfkernels.cuda import module as cuda_module
 from htfkernels.layout import Layout
 
@@ -63,13 +63,22 @@ _requested: ContextVar[str | None] = ContextVar("htfkernels_backend", default=No
 
 @dataclass(frozen=True)
 class Spec:
-    """What is to be run: an operation, the dtype of its numbers, the type of its device, and where
-    it is known the layout."""
+    """What is to be run.
+
+    Attributes:
+        op: an operation.
+        dtype, device: of its numbers; a device type.
+        layout: where it is known.
+        rows: of the batch, about; 0 where that is not known or does not matter.
+        precision: of float32 products on a GPU.
+    """
 
     op: str
     dtype: torch.dtype
     device: str
     layout: Layout | None = None
+    rows: int = 0
+    precision: str = "ieee"
 
 
 @contextmanager
@@ -177,10 +186,22 @@ def choose(spec: Spec, request: str) -> tuple[str, str]:
         reason = why_not(name, spec)
         if reason is None and spec.device == "cpu" and name in _ON_CPU:
             reason = _ON_CPU[name]
+        if reason is None and name == "cuda" and why_not("triton", spec) is None:
+            better, phrase = _whole_tree(spec)
+            if better:
+                return name, phrase
+            reason = phrase
         if reason is None:
             return name, "; ".join(reasons) or "the fastest for this device"
         reasons.append(reason)
     raise AssertionError("the reference runs everywhere")
+
+
+def _whole_tree(spec: Spec) -> tuple[bool, str]:
+    """Whether CUDA C++ is estimated to be faster than Triton, and by what numbers."""
+    if spec.op not in ("evaluate", "evaluate_at") or spec.layout is None:
+        return True, "the fastest for this device"
+    return estimate.chosen(spec.layout, max(1, spec.rows), spec.dtype, spec.precision)
 
 
 def _checked(name: str, where: str) -> str:

@@ -122,7 +122,7 @@ def slog_evaluate(
 
 def run_evaluate(layout: Layout, weights: Sequence[Tensor], vectors: Vectors) -> Tensor:
     x = pack_vectors("evaluate", layout, vectors)
-    plan, weights, x = _prepare("evaluate", layout, weights, x)
+    plan, weights, x = _prepare("evaluate", layout, weights, x, x.shape[0])
     return _evaluate(plan, weights, x)
 
 
@@ -131,7 +131,8 @@ def run_evaluate_at(
 ) -> Tensor:
     if isinstance(indices, IndexPlan):
         return _run_planned(layout, weights, indices)
-    plan, weights, _ = _prepare("evaluate_at", layout, weights, None)
+    rows = len(indices) if indices.dim() else 0
+    plan, weights, _ = _prepare("evaluate_at", layout, weights, None, rows)
     _check_indices(layout, indices, plan.backend)
     if indices.device != weights[0].device:
         raise ValueError(
@@ -289,7 +290,7 @@ def _check_indices(layout: Layout, indices: Tensor, backend: str) -> None:
 
 
 def _prepare(
-    op: str, layout: Layout, weights: Sequence[Tensor], x: Tensor | None
+    op: str, layout: Layout, weights: Sequence[Tensor], x: Tensor | None, rows: int = 0
 ) -> tuple[Plan, Sequence[Tensor], Tensor]:
     check_same(op, weights, x)
     first = weights[0]
@@ -299,7 +300,8 @@ def _prepare(
         weights = [w.to(dtype) for w in weights]
         first = weights[0]
         x = None if x is None else x.to(dtype)
-    return plan_for(op, layout, first.dtype, device), weights, first if x is None else x
+    plan = plan_for(op, layout, first.dtype, device, rows)
+    return plan, weights, first if x is None else x
 
 
 def check_same(op: str, weights: Sequence[Tensor], x: Tensor | None) -> None:

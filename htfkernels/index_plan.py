@@ -55,6 +55,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from htfkernels import dispatch
+from htfkernels.cuda import module as cuda_module
+from htfkernels.cuda.index_loops import OnDevice
 from htfkernels.index_build import (
     BILINEAR,
     FRAMED_ROOT,
@@ -63,6 +66,8 @@ from htfkernels.index_build import (
     Builder,
     CutRow,
     FramedRow,
+    Loops,
+    OnCpu,
     program_steps,
 )
 from htfkernels.layout import Layout
@@ -88,6 +93,10 @@ FORMS = ("walked per sample", "bilinear in two frames", "framed up to the root")
 SECONDS_PER_ID = 6e-9
 SECONDS_PER_NODE = 7e-6
 MULTIPLY_ADDS_PER_SECOND = 50e9
+
+# Indices on a GPU: for fewer samples, the launches (about 20 for all nodes of a height) cost more
+# than the CPU's loops and the copies do in a tree of a few nodes. Counted, not timed.
+WORTH_LAUNCHES = 4096
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -119,9 +128,13 @@ class IndexPlan:
         combinations among the samples is framed; operands are combined in pairs, the two with the
         fewest rows first.
 
+        The plan of indices on a GPU is built there, if the CUDA kernels can run and there are at
+        least 4,096 tuples, or the backend ``"cuda"`` was asked for by name; else on the CPU. It is
+        the same plan.
+
         Args:
             layout: tree and shapes.
-            indices: ``[B, N]``, int64, any strides; read on the CPU, wherever they are.
+            indices: ``[B, N]``, int64, any strides.
 
         Raises:
             ValueError: not int64 ``[B, N]``, or more than 2^31 - 1 samples or indices of a mode.
@@ -148,7 +161,7 @@ class IndexPlan:
                 else type(indices).__name__
             )
             raise ValueError(f"IndexPlan: indices must be int64 [B, {order}], got {came}")
-        return cls(layout, indices, *Builder(layout, indices).build())
+        return cls(layout, indices, *Builder(layout, indices, _loops(indices)).build())
 
     def to(self, device: torch.device | str) -> IndexPlan:
         """The same plan with its indices and lists on another device."""
@@ -254,6 +267,13 @@ class IndexPlan:
                 f"{format_modes(node.modes)}: {count:,} of {batch:,} rows, "
                 f"{_saved(count, batch)} saved{note}"
             )
+
+
+def _loops(indices: Tensor) -> type[Loops]:
+    """Where a plan is built."""
+    by_name = dispatch.requested() == "cuda"
+    wanted = by_name or (indices.is_cuda and len(indices) >= WORTH_LAUNCHES)
+    return OnDevice if wanted and cuda_module.why_not(indices.device.type) is None else OnCpu
 
 
 def _saved(part: int, whole: int) -> str:

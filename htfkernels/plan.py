@@ -10,6 +10,7 @@ import torch
 
 from htfkernels import dispatch
 from htfkernels.layout import Layout
+from htfkernels.precision import float32_precision
 
 __all__ = ["Plan", "make_plan", "plan_for"]
 
@@ -53,8 +54,10 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan_for(op: str, layout: Layout, dtype: torch.dtype, device: str) -> Plan:
+def plan_for(op: str, layout: Layout, dtype: torch.dtype, device: str, rows: int = 0) -> Plan:
     """The plan of a call on the backend that is asked for at this moment.
+
+    On a GPU it may depend on the number of ``rows`` in the batch, up to the next power of two.
 
     Under ``torch.compile`` the choice is made once, at trace time: a compiled function keeps its
         backend.
@@ -62,7 +65,12 @@ def plan_for(op: str, layout: Layout, dtype: torch.dtype, device: str) -> Plan:
     if torch.compiler.is_compiling():
         backend = _traced_backend(op, layout, dtype, device)
         return Plan(op, layout, dtype, device, backend, "chosen when traced")
-    return make_plan(op, layout, dtype, device, dispatch.requested())
+    # On a CPU one backend is the fastest at every size.
+    if device == "cpu":
+        return make_plan(op, layout, dtype, device, dispatch.requested())
+    about = 1 << (rows - 1).bit_length() if rows else 0
+    precision = float32_precision() if dtype == torch.float32 else "ieee"
+    return make_plan(op, layout, dtype, device, dispatch.requested(), about, precision)
 
 
 @torch.compiler.assume_constant_result
@@ -75,9 +83,18 @@ def _traced_backend(op: str, layout: Layout, dtype: torch.dtype, device: str) ->
 
 
 @lru_cache(maxsize=1024)
-def make_plan(op: str, layout: Layout, dtype: torch.dtype, device: str, request: str) -> Plan:
+def make_plan(
+    op: str,
+    layout: Layout,
+    dtype: torch.dtype,
+    device: str,
+    request: str,
+    rows: int = 0,
+    precision: str = "ieee",
+) -> Plan:
     """The plan of a call; cached, so that a training step pays a dictionary look-up."""
-    backend, why = dispatch.choose(dispatch.Spec(op, dtype, device, layout), request)
+    spec = dispatch.Spec(op, dtype, device, layout, rows, precision)
+    backend, why = dispatch.choose(spec, request)
     plan = Plan(op, layout, dtype, device, backend, why)
     if backend != request:
         _log.info("%s", plan)

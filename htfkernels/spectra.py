@@ -8,6 +8,7 @@ environment ``E_v``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -39,13 +40,18 @@ class Spectra(dict[Node, Tensor]):
         accuracy: what the method guarantees, relative to each node's largest singular value.
         relative: ``{node: [K]}``, the values divided by ``2 ** log2_scale``, the largest between a
             half and 1 up to rounding.
-        log2_scale: ``{node: int}``.
     """
 
     method: str
     accuracy: float
     relative: dict[Node, Tensor]
-    log2_scale: dict[Node, int]
+    _exponents: tuple[list[Node], Tensor]
+
+    @cached_property
+    def log2_scale(self) -> dict[Node, int]:
+        """``{node: int}``; the first to read it waits for the device."""
+        nodes, exponents = self._exponents
+        return dict(zip(nodes, exponents.tolist(), strict=True))
 
     def measure(
         self, function: Callable[[Tensor], Tensor], relative: bool = True
@@ -79,7 +85,9 @@ class Spectra(dict[Node, Tensor]):
             least = max(s.shape[-1] * torch.finfo(s.dtype).eps, self.accuracy)
             return numerical_rank(s, rtol=least if rtol is None else rtol)
 
-        return {node: int(rank) for node, rank in self.measure(ranks).items()}
+        found = self.measure(ranks)
+        counts = torch.stack([*found.values()]).tolist() if found else []
+        return {node: int(count) for node, count in zip(found, counts, strict=True)}
 
 
 class PrincipalFrame(NamedTuple):
@@ -116,6 +124,9 @@ def matricization_spectra(
     With ``"gram"`` it is a Cholesky factor of the Gram matrix: below 1e-7, ``O(N R^3)``. Where no
     factor has more rows than columns, both are exact.
 
+    On a GPU the values are there when its kernels have run; only ``log2_scale`` and
+    ``numerical_ranks``, which are Python's numbers, wait for that.
+
     The result is differentiable with respect to the weights, once. Derivatives are finite
     everywhere: a singular value's is ``u v^T`` with some pair of singular vectors, and 0 where it
     is zero to the method's accuracy.
@@ -151,9 +162,7 @@ def run_spectra(
     plan, weights, gram = _prepare("matricization_spectra", layout, weights, method)
     dtype = weights[0].dtype
     flat, exponents, sizes = _values(plan, weights, indices, gram)
-    powers = exponents.repeat_interleave(
-        torch.tensor(sizes, dtype=torch.int64, device=exponents.device)
-    )
+    powers = exponents[_owners(tuple(sizes), exponents.device)]
     # In two steps: 2^k itself may be out of range.
     half = torch.div(powers, 2, rounding_mode="floor").clamp(-1100, 1000)
     rest = (powers - half).clamp(-1100, 1000)
@@ -162,11 +171,17 @@ def run_spectra(
     result.method, result.accuracy = ("gram", ACCURACY["gram"]) if gram else ("qr", ACCURACY["qr"])
     by_index = dict(zip(indices, absolute.to(dtype).split(sizes), strict=True))
     relative = dict(zip(indices, flat.to(dtype).split(sizes), strict=True))
-    scale = dict(zip(indices, exponents.tolist(), strict=True))
     result.update((n, by_index[n.index]) for n in wanted)
     result.relative = {n: relative[n.index] for n in wanted}
-    result.log2_scale = {n: scale[n.index] for n in wanted}
+    result._exponents = list(result), exponents.detach()  # in the order of the indices
     return result
+
+
+@lru_cache(maxsize=64)
+def _owners(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Of every value the position of its node."""
+    counts = torch.tensor(sizes, dtype=torch.int64)
+    return torch.arange(len(sizes)).repeat_interleave(counts).to(device)
 
 
 def run_principal_frames(
@@ -181,15 +196,16 @@ def run_principal_frames(
     found = {}
     with torch.no_grad():
         factors = factors_of(plan, weights, indices, gram)
-        vectors = _singular_vectors(
-            factors, [f.scale for f in factors], accuracy, plan.backend == "cpp"
-        )
-        for i, f, (s, left, right) in zip(indices, factors, vectors, strict=True):
-            keep = int((s > 0).sum())
+        scales = [f.scale for f in factors]
+        vectors = _singular_vectors(factors, scales, accuracy, plan.backend)
+        kept = [(s > 0).sum() for s, _, _ in vectors]
+        counts = torch.stack(kept).tolist() if kept else []  # waits for a device, once
+        each = zip(indices, factors, vectors, counts, strict=True)
+        for i, f, (s, left, right), keep in each:
             columns = f.frame_exponents.double()
             left = left[:, :keep] * (-columns).exp2()[:, None]
             right = right[:, :keep] * (columns - f.scale).exp2()[:, None]
-            values = s[:keep] * columns.new_tensor(f.scale).exp2()
+            values = s[:keep] * _together([f.scale], s.device).exp2()
             found[i] = PrincipalFrame(values.to(dtype), left.to(dtype), right.to(dtype))
     return {n: found[n.index] for n in wanted}
 
@@ -266,10 +282,11 @@ class _Gradients(Function):
         weights = saved[kept:]
         factors = factors_of(plan, weights, nodes, gram, packed)
         accuracy = ACCURACY["gram" if gram else "qr"]
-        compiled = plan.backend == "cpp"
         by_node = grad.split(sizes.tolist())
-        pulls = _pulls(factors, exponents.tolist(), by_node, accuracy, compiled)
-        if compiled:
+        on_device = plan.backend == "cuda"
+        powers = list(exponents.unbind(0)) if on_device else exponents.tolist()
+        pulls = _pulls(factors, powers, by_node, accuracy, plan.backend)
+        if plan.backend == "cpp":
             return pullback(plan, weights, nodes, pulls)
         pull_of = dict(zip(nodes, pulls, strict=True))
         leaves = [w.detach().double().requires_grad_() for w in weights]
@@ -292,7 +309,7 @@ _Vectors = tuple[Tensor, Tensor, Tensor]
 
 
 def _singular_vectors(
-    factors: list[Factors], exponents: list[int], accuracy: float, compiled: bool
+    factors: list[Factors], exponents: list[int | Tensor], accuracy: float, backend: str
 ) -> list[_Vectors]:
     """Of each node ``s``, and ``left``, ``right`` with orthonormal ``F left`` and ``E right`` such
     that ``F E^T 2^(scale - exponent) = (F left) diag(s) (E right)^T``; nodes of one shape together.
@@ -303,22 +320,30 @@ def _singular_vectors(
         shapes.setdefault((f.frame.shape, f.environment.shape), []).append(i)
     for same in shapes.values():
         frame = torch.stack([factors[i].frame for i in same])
-        shift = torch.tensor([factors[i].scale - exponents[i] for i in same], device=frame.device)
+        shift = _together([factors[i].scale for i in same], frame.device)
+        shift = shift - _together([exponents[i] for i in same], frame.device)
         environment = torch.stack([factors[i].environment for i in same])
-        environment = environment * shift.double().exp2()[:, None, None]
-        s, left, right = _decomposed(frame, environment, accuracy, compiled)
+        environment = environment * shift.exp2()[:, None, None]
+        s, left, right = _decomposed(frame, environment, accuracy, backend)
         found.update(zip(same, zip(s, left, right, strict=True), strict=True))
     return [found[i] for i in range(len(factors))]
 
 
-def _decomposed(frame: Tensor, environment: Tensor, accuracy: float, compiled: bool) -> _Vectors:
+def _together(powers: Sequence[int | Tensor], device: torch.device) -> Tensor:
+    """Powers of two as float64, on a device without waiting for it."""
+    if all(isinstance(p, int) for p in powers):
+        return torch.tensor(powers, dtype=torch.float64, device=device)
+    return torch.stack([torch.as_tensor(p, device=device) for p in powers]).double()
+
+
+def _decomposed(frame: Tensor, environment: Tensor, accuracy: float, backend: str) -> _Vectors:
     """All zero where ``s`` is below the accuracy.
 
     ``F a / sigma = u`` for ``a = E^T v``, whatever the rank of ``F``; but of a small ``sigma`` that
     is off by ``1e-16 sigma_1 / sigma``, along the vectors of the large ones. What is missing of
     ``u`` is put together from those.
     """
-    u, s, v = svd(frame @ environment.mT, compiled)
+    u, s, v = svd(frame @ environment.mT, backend)
     found = s > accuracy * s[..., :1]
     inverse = torch.where(found, 1 / torch.where(found, s, 1), 0)[..., None, :]
     left, right = environment.mT @ v * inverse, frame.mT @ u * inverse
@@ -329,12 +354,12 @@ def _decomposed(frame: Tensor, environment: Tensor, accuracy: float, compiled: b
 
 def _pulls(
     factors: list[Factors],
-    exponents: list[int],
+    exponents: list[int | Tensor],
     grads: Sequence[Tensor],
     accuracy: float,
-    compiled: bool,
+    backend: str,
 ) -> list[Pull]:
-    vectors = _singular_vectors(factors, exponents, accuracy, compiled)
+    vectors = _singular_vectors(factors, exponents, accuracy, backend)
     return [
         Pull(grad * s / 2, left, right, f.frame_exponents, exponent)
         for f, exponent, grad, (s, left, right) in zip(
@@ -348,10 +373,14 @@ def _contracted(sides: grams.Sides, pulls: dict[int, Pull]) -> Tensor:
     slots = [i for i, n in enumerate(sides.nodes) if n in pulls]
     chosen = [pulls[sides.nodes[i]] for i in slots]
     columns = sides.frame_exponents[slots] - torch.stack([p.columns for p in chosen])
-    shift = sides.environment_exponents[slots] - columns.new_tensor([p.scale for p in chosen])
+    shift = sides.environment_exponents[slots] - _together(
+        [p.scale for p in chosen], columns.device
+    )
     weight = torch.stack([p.weight for p in chosen])
-    a = torch.stack([p.left for p in chosen]) * columns.exp2()[:, :, None]
-    b = torch.stack([p.right for p in chosen]) * (shift[:, None] - columns).exp2()[:, :, None]
+    # Columns of zeros, which no singular vector has a part of, may have any exponent.
+    by_left, by_right = (k.clamp(max=1000).exp2() for k in (columns, shift[:, None] - columns))
+    a = torch.stack([p.left for p in chosen]) * by_left[:, :, None]
+    b = torch.stack([p.right for p in chosen]) * by_right[:, :, None]
     return _quadratic(sides.frames[slots], sides.frames_explicit, a, weight) + _quadratic(
         sides.environments[slots], sides.environments_explicit, b, weight
     )

@@ -176,6 +176,18 @@ T atomicMax(T* p, T x) {
   if (x > before) *p = x;
   return before;
 }
+template <class T>
+T atomicMin(T* p, T x) {
+  const T before = *p;
+  if (x < before) *p = x;
+  return before;
+}
+template <class T>
+T atomicOr(T* p, T x) {
+  const T before = *p;
+  *p = before | x;
+  return before;
+}
 
 template <class T>
 T __ldg(const T* p) {

@@ -10,6 +10,9 @@
 #ifndef __x86_64__
 #include <ucontext.h>
 #endif
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace htf::emulate {
 namespace {
@@ -168,6 +171,11 @@ void run_block(Machine& m, dim3 grid, dim3 block, dim3 at) {
     f.exchanges = 0;
     f.copies.clear();
     f.groups.clear();
+#ifdef __SANITIZE_ADDRESS__
+    // A fiber leaves its functions' marks behind: it never returns from the first, and after an
+    // error from none.
+    __asan_unpoison_memory_region(m.stacks[i].get(), kStack);
+#endif
     f.context.prepare(m.stacks[i].get(), entry);
   }
   const int warps = threads / kLanes;
@@ -198,6 +206,8 @@ void run(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<vo
         "emulated kernel: a block must have whole warps and at most 1024 "
         "threads, got " +
         std::to_string(threads));
+  if (grid.x > 0x7fffffffu || grid.y > 0xffffu || grid.z > 0xffffu || block.z > 64)
+    throw std::runtime_error("emulated kernel: a grid is larger than a GPU takes");
   while (m.stacks.size() < threads) m.stacks.emplace_back(new char[kStack]);
   if (m.fibers.size() < threads) m.fibers.resize(threads);
   m.slots.resize(threads * 2);

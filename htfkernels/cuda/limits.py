@@ -6,26 +6,26 @@ from collections.abc import Callable
 
 import torch
 
+from htfkernels.cuda import spectra, tree
 from htfkernels.layout import Layout
 
 __all__ = ["OPS", "why_not"]
 
 Limit = Callable[[Layout, torch.dtype], str | None]
 
+
+def _any_layout(layout: Layout, dtype: torch.dtype) -> None:
+    """No layout is left to others."""
+
+
 OPS: dict[str, tuple[frozenset[torch.dtype], Limit]] = {
-    "evaluate_at_planned": (
-        frozenset({torch.float32, torch.float64, torch.bfloat16}),
-        lambda layout, dtype: None,
-    ),
-    "group_rmsprop": (
-        frozenset({torch.float32, torch.float64, torch.bfloat16}),
-        lambda layout, dtype: None,
-    ),
+    "evaluate": (tree.DTYPES, tree.why_not),
+    "evaluate_at": (tree.DTYPES, tree.why_not_at),
+    "evaluate_at_planned": (tree.DTYPES, _any_layout),
     # A step is planned evaluation, its backward and the optimizer's step.
-    "completion_step": (
-        frozenset({torch.float32, torch.float64}),
-        lambda layout, dtype: why_not("evaluate_at_planned", layout, dtype),
-    ),
+    "completion_step": (frozenset({torch.float32, torch.float64}), _any_layout),
+    "group_rmsprop": (frozenset({torch.float32, torch.float64, torch.bfloat16}), _any_layout),
+    "spectra": (spectra.DTYPES, spectra.why_not),
 }
 """For each operation its dtypes, and why a layout is not computed, or None."""
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,13 +26,13 @@ class Factors:
         frame: ``[rows, R_out]``, float64; ``Q frame 2^frame_exponents = U_v`` with ``Q^T Q = 1``.
         environment: ``[rows, R_out]``; ``Q environment 2^(scale - frame_exponents) = E_v``.
         frame_exponents: ``[R_out]``, int64.
-        scale: a power of two.
+        scale: a power of two; an int64 tensor ``[]`` where reading it would wait for a device.
     """
 
     frame: Tensor
     environment: Tensor
     frame_exponents: Tensor
-    scale: int
+    scale: int | Tensor
 
 
 class Pull(NamedTuple):
@@ -42,14 +43,14 @@ class Pull(NamedTuple):
         left, right: ``[R_out, K]``; the singular vectors are ``U_v left`` and ``E_v right``, in
             the scale of :class:`Factors`.
         columns: ``[R_out]``, the factors' ``frame_exponents``.
-        scale: the power of two of the matricization.
+        scale: the power of two of the matricization, as in :class:`Factors`.
     """
 
     weight: Tensor
     left: Tensor
     right: Tensor
     columns: Tensor
-    scale: int
+    scale: int | Tensor
 
 
 def singular_values(
@@ -72,14 +73,18 @@ def singular_values(
         values, exponents = autograd.call("factor_values", frames, environments, table, list(nodes))
         sizes = [_count(row) for row in table[list(nodes)].tolist()]
         return values, exponents, sizes, packed if keep else []
-    found = [
+    if plan.backend == "cuda":
+        found = _cuda().singular_values(plan.layout, weights, nodes, gram)
+        values, exponents, sizes, packed = found
+        return values, exponents, sizes, packed if keep else []
+    pairs = [
         reference.values(frame, environment)
         for frame, environment in _reference_factors(plan, weights, nodes, gram)
     ]
-    values = [s for s, _ in found]
-    flat = torch.cat(values) if values else weights[0].new_empty(0, dtype=torch.float64)
-    exponents = torch.tensor([k for _, k in found], dtype=torch.int64, device=flat.device)
-    return flat, exponents, [len(s) for s in values], []
+    each = [s for s, _ in pairs]
+    flat = torch.cat(each) if each else weights[0].new_empty(0, dtype=torch.float64)
+    exponents = torch.tensor([k for _, k in pairs], dtype=torch.int64, device=flat.device)
+    return flat, exponents, [len(s) for s in each], []
 
 
 def _packed(
@@ -113,6 +118,9 @@ def factors_of(
                 )
             )
         return result
+    if plan.backend == "cuda":
+        found = _cuda().factors(plan.layout, weights, nodes, gram, kept)
+        return [Factors(*each) for each in found]
     result = []
     for (frame, k), (environment, e) in _reference_factors(plan, weights, nodes, gram):
         scale = int((k + e).amax())
@@ -134,13 +142,20 @@ def pullback(
 _MOST = 64
 
 
-def svd(matrices: Tensor, compiled: bool) -> tuple[Tensor, Tensor, Tensor]:
+def svd(matrices: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """``[F, p, q] -> u [F, p, k], s [F, k], v [F, q, k]``."""
-    if compiled and min(matrices.shape[1:]) <= _MOST:
+    if backend == "cpp" and min(matrices.shape[1:]) <= _MOST:
         u, s, v = autograd.call("small_svd", matrices)
+        return u, s, v
+    if backend == "cuda" and (found := _cuda().svd(matrices)) is not None:
+        u, s, v = found
         return u, s, v
     u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
     return u, s, vh.mT
+
+
+def _cuda() -> Any:
+    return import_module("htfkernels.ops.spectra.cuda")
 
 
 def _count(row: list[int]) -> int:

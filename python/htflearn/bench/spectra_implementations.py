@@ -25,14 +25,22 @@ __all__ = ["SPECTRA"]
 Passes = dict[str, Callable[[], Any] | str]
 
 
-def _prepared(passes: Passes, missing: str, by_node: Callable[[Any], list[Tensor]]) -> Prepared:
+def _prepared(
+    passes: Mapping[str, Callable[[], Any] | str],
+    missing: str,
+    by_node: Callable[[Any], list[Tensor]],
+) -> Prepared:
     by_pass = {which: passes.get(which, missing) for which in PASSES}
     return Prepared(None, [], by_pass=by_pass, by_node=by_node)
 
 
 def _htfkernels(problem: Problem) -> Prepared:
+    return _prepared(_ours(problem), "", _of_dictionary)
+
+
+def _ours(problem: Problem) -> dict[str, Callable[[], Any]]:
     model = problem.model
-    passes: Passes = {
+    return {
         "forward-qr": lambda: model.matricization_spectra(method="qr"),
         "forward-gram": lambda: model.matricization_spectra(method="gram"),
         "forward-renyi2": model.renyi2_ranks,
@@ -41,6 +49,22 @@ def _htfkernels(problem: Problem) -> Prepared:
         ),
         "backward-renyi2": lambda: torch.stack(list(model.renyi2_ranks().values())).sum(),
     }
+
+
+def _node_by_node(problem: Problem) -> Prepared:
+    """What a GPU's kernels are held against."""
+    entries = problem.workload.layout.num_entries
+    if problem.device == "cpu" and entries > LARGEST_TENSOR:
+        raise Skipped(f"on a CPU it takes small tensors, not 10^{log10(entries):.0f} entries")
+
+    def by_reference(compute: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            with hk.use_backend("reference"):
+                return compute()
+
+        return run
+
+    passes: Passes = {which: by_reference(run) for which, run in _ours(problem).items()}
     return _prepared(passes, "", _of_dictionary)
 
 
@@ -197,6 +221,9 @@ SPECTRA: dict[str, Implementation] = {
     OURS: Implementation("this package; effective ranks by Gram matrices", _htfkernels),
     f"{OURS}, QR": Implementation("effective ranks by QR decompositions", _by_qr),
     f"{OURS}, values": Implementation("renyi2 ranks of its singular values", _by_values),
+    "linalg, node by node": Implementation(
+        "torch.linalg in a loop over nodes: this package's reference", _node_by_node
+    ),
     "folded linalg": Implementation("batched torch.linalg, by QR or Gram matrices", _folded),
     "tensap": Implementation("singular_values() of its TreeBasedTensor", _tensap),
     "batch-major, dense": Implementation(

@@ -323,6 +323,8 @@ _MAKERS: list[Callable[[bool], Workload]] = [
     _balanced("medium", "vectors, medium matrices", (64, 16, 64, 1024), (16, 4, 8, 32)),
     _balanced("deep", "vectors, many modes, small matrices", (1024, 8, 32, 256), (32, 2, 4, 16)),
     _balanced("small", "vectors, few small matrices", (16, 8, 16, 1024), (8, 4, 4, 32)),
+    _balanced("few", "vectors, a small batch: latency", (32, 16, 32, 64), (8, 4, 4, 8)),
+    _balanced("one", "one vector per mode: latency", (64, 16, 64, 1), (8, 4, 4, 1)),
     _ragged,
     _paper,
     _completion,

@@ -1,0 +1,1 @@
+#include "evaluate/tree_backward.cu"

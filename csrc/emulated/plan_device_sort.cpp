@@ -1,0 +1,1 @@
+#include "plan/device_sort.cu"

@@ -1,0 +1,1 @@
+#include "spectra/steps.cu"

@@ -1,0 +1,1 @@
+#include "spectra/svd_cuda.cu"

@@ -1,0 +1,1 @@
+#include "spectra/values.cu"

@@ -1,0 +1,200 @@
+"""Running the whole-tree kernels: plans and tables kept between calls, counters, launches.
+
+A program's tables stay on the device as long as the program lives, so that a call that was made
+before copies nothing there, and a CUDA graph can capture it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from htfkernels.cuda.module import call
+from htfkernels.cuda.tree import Geometry, Machine, Tree, geometries, geometry, math_of
+from htfkernels.cuda.tree_tables import Gradients, backward_table, forward_table, messages
+
+__all__ = ["Evaluation", "backward", "evaluation", "forward"]
+
+_MOST = 64  # batch sizes, and kinds of gradients, for which plans of one tree are kept
+
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+def _keep(kept: dict[K, V], key: K, value: V) -> None:
+    if len(kept) >= _MOST:
+        kept.pop(next(iter(kept)))
+    kept[key] = value
+
+
+def _machine(device: torch.device) -> Machine:
+    if device.type != "cuda":
+        return Machine()
+    found = torch.cuda.get_device_properties(device)
+    # What a block can have on 8.6 and 8.9, the least of the devices the kernels run on.
+    shared = getattr(found, "shared_memory_per_block_optin", 99 * 1024)
+    return Machine(found.multi_processor_count, shared)
+
+
+class _Forward(NamedTuple):
+    geometry: Geometry
+    table: Tensor
+    sizes: list[int]
+    counters: int
+
+
+class _Backward(NamedTuple):
+    geometry: Geometry
+    table: Tensor
+    sums: Tensor
+    sizes: list[int]
+    gradients: Gradients
+
+
+class Evaluation:
+    """A program on one device, in one dtype and precision."""
+
+    def __init__(
+        self,
+        program: Tensor,
+        dtype: torch.dtype,
+        math: int,
+        device: torch.device,
+        indexed: bool,
+    ) -> None:
+        self.tree = Tree(program, indexed)
+        self._dtype, self._math, self._device = dtype, math, device
+        self._machine = _machine(device)
+        self._pairs: dict[int, tuple[Geometry, Geometry]] = {}
+        self._forward: dict[tuple[int, bool], _Forward] = {}
+        self._backward: dict[tuple[int, tuple[bool, ...]], _Backward] = {}
+        self._tables: dict[tuple[object, ...], Tensor] = {}
+        self._counters: dict[int, Tensor] = {}
+
+    @property
+    def _how(self) -> tuple[torch.dtype, int, Machine]:
+        return self._dtype, self._math, self._machine
+
+    def _both(self, batch: int) -> tuple[Geometry, Geometry]:
+        made = self._pairs.get(batch)
+        if made is None:
+            made = geometries(self.tree, batch, *self._how)
+            _keep(self._pairs, batch, made)
+        return made
+
+    def _sizes(self, g: Geometry) -> list[int]:
+        launched = (g.rows, *self.tree.widths, len(g.cut.roots), g.part, g.slots)
+        return [self._math, *launched, self.tree.outputs]
+
+    def forward(self, batch: int, keeping: bool) -> _Forward:
+        """The plan of a forward pass, with ``keeping`` of one that a backward pass follows."""
+        made = self._forward.get((batch, keeping))
+        if made is None:
+            g = self._both(batch)[0] if keeping else geometry(self.tree, batch, *self._how)
+            table = self._table(("forward", g.cut), lambda: forward_table(g.cut))
+            sizes = [*self._sizes(g), messages(g.cut)[1]]
+            made = _Forward(g, table, sizes, max(1, len(g.cut.above) * g.tiles))
+            _keep(self._forward, (batch, keeping), made)
+        return made
+
+    def backward(self, batch: int, needs: tuple[bool, ...]) -> _Backward:
+        """The plan of a backward pass for the gradients that are needed."""
+        made = self._backward.get((batch, needs))
+        if made is None:
+            g, found = self._both(batch)[1], Gradients(self.tree, needs)
+            one_write = g.tiles <= 1 or self._dtype != torch.bfloat16
+            direct = g.splits == 1 and not found.shared and one_write
+            key = ("backward", g.cut, needs, direct)
+            table = self._table(key, lambda: backward_table(g.cut, needs, found, direct))
+            sums = self._table(("sums", needs), lambda: found.sums)
+            numbers = 0 if direct else found.numbers
+            own = [g.splits, numbers, found.total, int(needs[-1]), found.largest]
+            made = _Backward(g, table, sums, [*self._sizes(g), *own], found)
+            _keep(self._backward, (batch, needs), made)
+        return made
+
+    def _table(self, key: tuple[object, ...], make: Callable[[], Tensor]) -> Tensor:
+        made = self._tables.get(key)
+        if made is None:
+            made = make().to(self._device)
+            _keep(self._tables, key, made)
+        return made
+
+    def counters(self, count: int) -> Tensor:
+        """Zeros for a launch, which leaves them zero: each stream has its own, and so has each
+        launch that a graph captures, since graphs may run beside each other."""
+        if self._device.type != "cuda":
+            return torch.zeros(count, dtype=torch.int32, device=self._device)
+        if torch.cuda.is_current_stream_capturing():
+            return torch.zeros(count, dtype=torch.int32, device=self._device)
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        made = self._counters.get(stream)
+        if made is None or made.numel() < count:
+            made = torch.zeros(2 * count, dtype=torch.int32, device=self._device)
+            self._counters[stream] = made
+        return made
+
+
+_evaluations: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_captured: dict[int, object] = {}
+
+
+def evaluation(program: Tensor, weight: Tensor, x: Tensor, precision: str) -> Evaluation:
+    """The evaluation of a program for weights like this one, on vectors or indices, made at the
+    first call."""
+    made: dict[tuple[object, ...], Evaluation] = _evaluations.setdefault(program, {})
+    indexed = not x.is_floating_point()
+    key = (weight.dtype, weight.device, precision, indexed)
+    found = made.get(key)
+    if found is None:
+        math = math_of(weight.dtype, precision)
+        found = made[key] = Evaluation(program, weight.dtype, math, weight.device, indexed)
+    return found
+
+
+def _capturing(like: Tensor, plan: object) -> None:
+    if like.is_cuda and torch.cuda.is_current_stream_capturing():
+        _captured[id(plan)] = plan  # the graph goes on reading its tables
+
+
+def forward(
+    made: Evaluation, weights: Sequence[Tensor], x: Tensor, keeping: bool
+) -> tuple[Tensor, Tensor]:
+    """The result ``[B, out_features]`` and the messages, of vectors ``[B, sum D_n]`` or indices
+    ``[B, N]``."""
+    plan = made.forward(x.shape[0], keeping)
+    _capturing(x, plan)
+    weights = [w.contiguous() for w in weights]
+    counters = made.counters(plan.counters)
+    result, kept = call("tree_forward", weights, x.contiguous(), plan.table, counters, plan.sizes)
+    return result, kept
+
+
+def backward(
+    made: Evaluation, grad: Tensor, weights: Sequence[Tensor], x: Tensor, kept: Tensor,
+    needs: Sequence[int | bool],
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of the weights and of ``x``; ``[0]`` where not needed, as those of indices."""
+    plan = made.backward(x.shape[0], tuple(bool(n) for n in needs))
+    if kept.numel() == 0:
+        if len(plan.geometry.cut.roots) > 1:
+            kept = forward(made, weights, x, True)[1]
+        else:  # nothing is kept of a tree in one piece
+            kept = kept.to(torch.float64 if kept.dtype == torch.float64 else torch.float32)
+    _capturing(x, plan)
+    arguments = ([w.contiguous() for w in weights], x.contiguous(), kept, plan.table, plan.sums)
+    all_weights, grad_x = call("tree_backward", grad.contiguous(), *arguments, plan.sizes)
+    found = []
+    for g, weight in enumerate(weights):
+        if g in plan.gradients.places:
+            at, shape = plan.gradients.places[g]
+            size = shape[0] * shape[1] * shape[2]
+            found.append(all_weights[at : at + size].view(shape))
+        else:
+            found.append(weight.new_empty(0))
+    return [*found, grad_x if needs[-1] else grad.new_empty(0)]

@@ -1,0 +1,82 @@
+"""Factors of matricizations and their singular values by the CUDA kernels of csrc/spectra/.
+
+All is float64 whatever the weights' dtype. Where a weight is infinite or not a number, so are
+singular values: that they did not converge nobody waits to hear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from htfkernels.cuda.module import call
+from htfkernels.cuda.spectra import WIDEST, Program, program
+from htfkernels.layout import Layout
+
+__all__ = ["factors", "singular_values", "svd"]
+
+
+def singular_values(
+    layout: Layout, weights: Sequence[Tensor], nodes: Sequence[int], gram: bool
+) -> tuple[Tensor, Tensor, list[int], list[Tensor]]:
+    """Values, exponents, how many there are of each node, and what :func:`factors` can be given
+    (see :func:`htfkernels.ops.spectra.singular_values`)."""
+    steps, kept = _run(layout, weights, nodes, gram)
+    values, exponents = call(
+        "spectra_values", *kept, steps.value_table, steps.value_launches, steps.value_sizes
+    )
+    return values, exponents, steps.counts, kept
+
+
+def factors(
+    layout: Layout,
+    weights: Sequence[Tensor],
+    nodes: Sequence[int],
+    gram: bool,
+    kept: Sequence[Tensor] = (),
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Of each node the frame ``[rows, R]``, the environment ``[rows, R]``, the frame's exponents
+    ``[R]``, int64, and the scale ``[]``, int64 (see :class:`htfkernels.ops.spectra.Factors`)."""
+    steps = _program(layout, weights, nodes, gram)
+    memory, exponents = kept or _run(layout, weights, nodes, gram)[1]
+    found: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+    for shape in steps.shapes:
+        columns = torch.arange(shape.columns, device=memory.device)
+        k, e = exponents[shape.exponents[:, :, None] + columns]
+        frame, environment = (
+            memory[at[:, None] + torch.arange(rows * shape.columns, device=memory.device)]
+            for at, rows in zip(shape.at, shape.rows, strict=True)
+        )
+        scale = (k + e).amax(1)
+        powers = (k + e - scale[:, None]).clamp_min(-1100).double().exp2()
+        sides = (
+            frame.unflatten(1, (-1, shape.columns)),
+            environment.unflatten(1, (-1, shape.columns)) * powers[:, None, :],
+        )
+        each = zip(*(t.unbind(0) for t in (*sides, k, scale)), strict=True)
+        found.update(zip(shape.nodes, each, strict=True))
+    return [found[i] for i in range(len(nodes))]
+
+
+def svd(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """``[F, p, q] -> u [F, p, k], s [F, k], v [F, q, k]``, or None for wider matrices."""
+    if max(matrices.shape[1:]) > WIDEST:
+        return None
+    u, s, v = call("spectra_svd", matrices.contiguous())
+    return u, s, v
+
+
+def _program(
+    layout: Layout, weights: Sequence[Tensor], nodes: Sequence[int], gram: bool
+) -> Program:
+    return program(layout, tuple(nodes), gram, weights[0].device)
+
+
+def _run(
+    layout: Layout, weights: Sequence[Tensor], nodes: Sequence[int], gram: bool
+) -> tuple[Program, list[Tensor]]:
+    steps = _program(layout, weights, nodes, gram)
+    flat = torch.cat([w.detach().reshape(-1) for w in weights]).double()
+    return steps, list(call("spectra_factors", flat, steps.table, steps.launches, steps.sizes))
