@@ -101,10 +101,10 @@ if [[ $device == cuda ]]; then
   # Values and gradients: every new shape of a kernel is compiled, and time is short.
   chosen="(triton-cuda or cuda-cuda) and not (second or gradgrad or shapes or alone or no_graph)"
   run tests "$python" -m pytest -q "${parallel[@]}" --maxfail 40 -p no:cacheprovider \
-    -m "not slow" -k "($chosen) or on_a_gpu or test_triton_ or test_cuda_" \
+    -m "not slow" -k "($chosen) or on_a_gpu or test_triton_ or test_cuda_ or completion_step" \
     tests/test_cuda_*.py tests/test_triton_*.py tests/test_values.py tests/test_gradients.py tests/test_planned.py \
     tests/test_evaluate.py tests/test_evaluate_at.py tests/test_full_tensor.py \
-    tests/test_algebra.py tests/learn/test_bench_gpu.py
+    tests/test_algebra.py tests/learn/test_bench_gpu.py tests/learn/test_completion_step.py
   PATH=$PATH:/usr/local/cuda/bin
   if command -v compute-sanitizer >/dev/null; then
     # Every tensor in memory of its own: past the end of one there is nothing.

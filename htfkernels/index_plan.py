@@ -173,7 +173,7 @@ class IndexPlan:
     @property
     def batch(self) -> int:
         """Number of samples."""
-        return int(self.table[1])
+        return self.indices.shape[0]
 
     def __len__(self) -> int:
         return self.batch

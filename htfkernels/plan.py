@@ -15,6 +15,7 @@ from htfkernels.precision import float32_precision
 __all__ = ["Plan", "make_plan", "plan_for"]
 
 _log = logging.getLogger("htfkernels")
+_TRACED_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,11 @@ def plan_for(op: str, layout: Layout, dtype: torch.dtype, device: str, rows: int
 
 @torch.compiler.assume_constant_result
 def _traced_backend(op: str, layout: Layout, dtype: torch.dtype, device: str) -> str:
-    spec = dispatch.Spec(op, dtype, device, layout)
+    # A graph may be for any number of rows.
+    spec = dispatch.Spec(op, dtype, device, layout, _TRACED_ROWS)
     backend = dispatch.choose(spec, dispatch.requested())[0]
-    if backend in ("cuda", "triton") and device == "cpu":
-        raise RuntimeError(f"{op}: {backend} on the CPU does not run under torch.compile")
+    if backend == "triton" and device == "cpu":
+        raise RuntimeError(f"{op}: Triton's interpreter does not run under torch.compile")
     return backend
 
 

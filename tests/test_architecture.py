@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "index_plan": {"cuda.*", "dispatch", "index_build", "layout", "tree", "tree_checks"},
     "exponents": set(),
     "ops": set(),
-    "ops.library": {"_C", "precision"},
+    "ops.library": {"_C", "cuda.*", "precision"},
     "ops.autograd": {"layout", "precision"},
     "ops.*": {
         "index_plan",

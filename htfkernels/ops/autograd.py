@@ -20,7 +20,7 @@ from torch.autograd import Function, forward_ad
 from htfkernels.layout import Layout
 from htfkernels.precision import float32_precision
 
-__all__ = ["Kernel", "apply", "call", "only_once", "runner", "squeeze"]
+__all__ = ["Kernel", "apply", "call", "only_once", "runner", "squeeze", "traced"]
 
 Tensors = tuple[Tensor, ...]
 
@@ -100,6 +100,11 @@ def runner(op: str, backend: str) -> Callable[..., Any]:
         return call
     module, precision = import_module(f"htfkernels.ops.{op}.{backend}"), float32_precision()
     return lambda name, *args: getattr(module, name)(*args, precision=precision)
+
+
+def traced(name: str, backend: str) -> Any:
+    """The operator that a graph which is being traced for a backend calls."""
+    return getattr(torch.ops.htfkernels, f"{name}_cuda" if backend == "cuda" else name)
 
 
 def apply(kernel: Kernel, *tensors: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import htfkernels._C  # noqa: F401
+from htfkernels.cuda.module import device_type
 from htfkernels.precision import float32_precision
 
 __all__ = ["ops"]
@@ -42,6 +43,20 @@ def _ignore(ctx: Any, inputs: Any, output: Any) -> None:
     pass
 
 
+_fakes: dict[str, Callable[..., Any]] = {}
+
+
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a fake kernel, and keeps it for the operator's copy."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        _fakes[name] = function
+        torch.library.register_fake(f"htfkernels::{name}")(function)
+        return function
+
+    return register
+
+
 def _fake_gradients(tensors: Sequence[Tensor], needs: Sequence[int]) -> list[Tensor]:
     return [t.new_empty(t.shape if n else (0,)) for t, n in zip(tensors, needs, strict=True)]
 
@@ -53,7 +68,7 @@ def _result(like: Tensor, rows: Any, out_features: int) -> Tensor:
 # -- evaluate -------------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("htfkernels::evaluate")
+@_fake("evaluate")
 def _(weights: list[Tensor], x: Tensor, program: Tensor, out_features: int) -> Tensor:
     return _result(x, x.shape[0], out_features)
 
@@ -63,13 +78,13 @@ def _kept(like: Tensor, elements: Any) -> Tensor:
     return like.new_empty(elements, dtype=torch.float32 if wide else like.dtype)
 
 
-@torch.library.register_fake("htfkernels::evaluate_keeping")
+@_fake("evaluate_keeping")
 def _(weights: list[Tensor], x: Tensor, program: Tensor, out_features: int) -> list[Tensor]:
     size = torch.library.get_ctx().new_dynamic_size()
     return [_result(x, x.shape[0], out_features), _kept(x, size)]
 
 
-@torch.library.register_fake("htfkernels::evaluate_backward")
+@_fake("evaluate_backward")
 def _(
     grad: Tensor,
     weights: list[Tensor],
@@ -87,34 +102,38 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*weights, *(t for t in rest if isinstance(t, Tensor)))
 
 
-def _evaluate_backward(ctx: Any, grad: Tensor) -> Any:
-    *weights, x, program = ctx.saved_tensors
-    needs = [*ctx.needs_input_grad[0], ctx.needs_input_grad[1]]
-    kept = grad.new_empty(0)
-    grads = ops.evaluate_backward(grad, weights, x, kept, program, [int(n) for n in needs])
-    *by_weight, by_x = (g if n else None for g, n in zip(grads, needs, strict=True))
-    return by_weight, by_x, None, None
+def _evaluate_formula(suffix: str) -> Callable[..., Any]:
+    def formula(ctx: Any, grad: Tensor) -> Any:
+        backward = getattr(ops, f"evaluate_backward{suffix}")
+        *weights, x, program = ctx.saved_tensors
+        needs = [*ctx.needs_input_grad[0], ctx.needs_input_grad[1]]
+        kept = grad.new_empty(0)
+        grads = backward(grad, weights, x, kept, program, [int(n) for n in needs])
+        *by_weight, by_x = (g if n else None for g, n in zip(grads, needs, strict=True))
+        return by_weight, by_x, None, None
+
+    return formula
 
 
-torch.library.register_autograd("htfkernels::evaluate", _evaluate_backward, setup_context=_save)
+torch.library.register_autograd("htfkernels::evaluate", _evaluate_formula(""), setup_context=_save)
 torch.library.register_autograd("htfkernels::evaluate_backward", _no_second, setup_context=_ignore)
 
 
 # -- evaluate_at ----------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("htfkernels::evaluate_at")
+@_fake("evaluate_at")
 def _(weights: list[Tensor], indices: Tensor, program: Tensor, out_features: int) -> Tensor:
     return _result(weights[0], indices.shape[0], out_features)
 
 
-@torch.library.register_fake("htfkernels::evaluate_at_keeping")
+@_fake("evaluate_at_keeping")
 def _(weights: list[Tensor], indices: Tensor, program: Tensor, out_features: int) -> list[Tensor]:
     size = torch.library.get_ctx().new_dynamic_size()
     return [_result(weights[0], indices.shape[0], out_features), _kept(weights[0], size)]
 
 
-@torch.library.register_fake("htfkernels::evaluate_at_backward")
+@_fake("evaluate_at_backward")
 def _(
     grad: Tensor,
     weights: list[Tensor],
@@ -126,17 +145,21 @@ def _(
     return _fake_gradients(weights, needs)
 
 
-def _evaluate_at_backward(ctx: Any, grad: Tensor) -> Any:
-    *weights, indices, program = ctx.saved_tensors
-    needs = ctx.needs_input_grad[0]
-    kept = grad.new_empty(0)
-    mask = [int(n) for n in needs]
-    grads = ops.evaluate_at_backward(grad, weights, indices, kept, program, mask)
-    return [g if n else None for g, n in zip(grads, needs, strict=True)], None, None, None
+def _evaluate_at_formula(suffix: str) -> Callable[..., Any]:
+    def formula(ctx: Any, grad: Tensor) -> Any:
+        backward = getattr(ops, f"evaluate_at_backward{suffix}")
+        *weights, indices, program = ctx.saved_tensors
+        needs = ctx.needs_input_grad[0]
+        kept = grad.new_empty(0)
+        mask = [int(n) for n in needs]
+        grads = backward(grad, weights, indices, kept, program, mask)
+        return [g if n else None for g, n in zip(grads, needs, strict=True)], None, None, None
+
+    return formula
 
 
 torch.library.register_autograd(
-    "htfkernels::evaluate_at", _evaluate_at_backward, setup_context=_save
+    "htfkernels::evaluate_at", _evaluate_at_formula(""), setup_context=_save
 )
 torch.library.register_autograd(
     "htfkernels::evaluate_at_backward", _no_second, setup_context=_ignore
@@ -146,7 +169,7 @@ torch.library.register_autograd(
 # -- evaluate_at_planned --------------------------------------------------------------------------
 
 
-@torch.library.register_fake("htfkernels::evaluate_at_planned")
+@_fake("evaluate_at_planned")
 def _(
     weights: list[Tensor],
     program: Tensor,
@@ -158,7 +181,7 @@ def _(
     return _result(weights[0], batch, out_features)
 
 
-@torch.library.register_fake("htfkernels::evaluate_at_planned_keeping")
+@_fake("evaluate_at_planned_keeping")
 def _(
     weights: list[Tensor],
     program: Tensor,
@@ -171,7 +194,7 @@ def _(
     return [_result(weights[0], batch, out_features), _kept(weights[0], size)]
 
 
-@torch.library.register_fake("htfkernels::evaluate_at_planned_backward")
+@_fake("evaluate_at_planned_backward")
 def _(
     grad: Tensor,
     weights: list[Tensor],
@@ -184,17 +207,21 @@ def _(
     return _fake_gradients(weights, needs)
 
 
-def _evaluate_at_planned_backward(ctx: Any, grad: Tensor) -> Any:
-    *weights, program, table, lists = ctx.saved_tensors
-    needs = ctx.needs_input_grad[0]
-    mask, kept = [int(n) for n in needs], grad.new_empty(0)
-    grads = ops.evaluate_at_planned_backward(grad, weights, kept, program, table, lists, mask)
-    by_weight = [g if n else None for g, n in zip(grads, needs, strict=True)]
-    return by_weight, None, None, None, None, None
+def _evaluate_at_planned_formula(suffix: str) -> Callable[..., Any]:
+    def formula(ctx: Any, grad: Tensor) -> Any:
+        backward = getattr(ops, f"evaluate_at_planned_backward{suffix}")
+        *weights, program, table, lists = ctx.saved_tensors
+        needs = ctx.needs_input_grad[0]
+        mask, kept = [int(n) for n in needs], grad.new_empty(0)
+        grads = backward(grad, weights, kept, program, table, lists, mask)
+        by_weight = [g if n else None for g, n in zip(grads, needs, strict=True)]
+        return by_weight, None, None, None, None, None
+
+    return formula
 
 
 torch.library.register_autograd(
-    "htfkernels::evaluate_at_planned", _evaluate_at_planned_backward, setup_context=_save
+    "htfkernels::evaluate_at_planned", _evaluate_at_planned_formula(""), setup_context=_save
 )
 torch.library.register_autograd(
     "htfkernels::evaluate_at_planned_backward", _no_second, setup_context=_ignore
@@ -327,7 +354,9 @@ for _name in (
 
 
 # -- on CUDA tensors ------------------------------------------------------------------------------
-# What a compiled graph calls; eagerly, the Triton modules are called directly.
+# What a compiled graph calls; eagerly, the modules of the backends are called directly. A graph
+# keeps the backend that it was traced with, so CUDA C++ has operators of its own, with the same
+# schemas: evaluate_cuda and so on.
 
 _IN_TRITON = {
     "evaluate": ("evaluate", "evaluate_keeping", "evaluate_backward"),
@@ -341,11 +370,25 @@ _IN_TRITON = {
     ),
     "full_tensor": ("full_tensor", "full_tensor_backward"),
 }
+_IN_CUDA = {
+    "evaluate": ("evaluate", "evaluate_backward"),
+    "evaluate_at": (
+        "evaluate_at",
+        "evaluate_at_backward",
+        "evaluate_at_planned",
+        "evaluate_at_planned_backward",
+    ),
+}
+_FORMULAS = {
+    "evaluate": _evaluate_formula,
+    "evaluate_at": _evaluate_at_formula,
+    "evaluate_at_planned": _evaluate_at_planned_formula,
+}
 
 
-def _in_triton(op: str, name: str) -> Callable[..., Any]:
+def _in(backend: str, op: str, name: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
-        module = import_module(f"htfkernels.ops.{op}.triton")
+        module = import_module(f"htfkernels.ops.{op}.{backend}")
         return getattr(module, name)(*args, precision=float32_precision())
 
     return run
@@ -353,4 +396,16 @@ def _in_triton(op: str, name: str) -> Callable[..., Any]:
 
 for _op, _names in _IN_TRITON.items():
     for _name in _names:
-        torch.library.register_kernel(f"htfkernels::{_name}", "cuda", _in_triton(_op, _name))
+        torch.library.register_kernel(f"htfkernels::{_name}", "cuda", _in("triton", _op, _name))
+
+for _op, _names in _IN_CUDA.items():
+    for _name in _names:
+        _copy = f"htfkernels::{_name}_cuda"
+        _schema = str(getattr(ops, _name).default._schema)
+        torch.library.define(_copy, _schema[_schema.index("(") :])
+        torch.library.register_fake(_copy)(_fakes[_name])
+        torch.library.register_kernel(_copy, device_type(), _in("cuda", _op, _name))
+        _formula, _context = (
+            (_FORMULAS[_name]("_cuda"), _save) if _name in _FORMULAS else (_no_second, _ignore)
+        )
+        torch.library.register_autograd(_copy, _formula, setup_context=_context)

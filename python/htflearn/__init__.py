@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from htflearn.checkpoint import load_checkpoint, load_model, save_checkpoint
+    from htflearn.completion_step import CompletionStep
     from htflearn.errors import UserError
     from htflearn.locality.convac import ConvAC, far_first_tree
     from htflearn.locality.gradient_change import InputGradientChange, input_gradient_change
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LOSSES",
     "AdjacentSquares",
+    "CompletionStep",
     "CompletionTask",
     "ConvAC",
     "FixedPatches",
@@ -55,6 +57,7 @@ __all__ = [
 _HOME = {
     "LOSSES": "losses",
     "AdjacentSquares": "locality.patches",
+    "CompletionStep": "completion_step",
     "CompletionTask": "tasks",
     "ConvAC": "locality.convac",
     "FixedPatches": "locality.patches",

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from htfkernels.cuda.module import device_type
+from htfkernels.cuda.train import group_rmsprop_
 from htfkernels.dispatch import Spec, requested, why_not
 from htfkernels.ops.autograd import call
 
@@ -40,10 +42,11 @@ class GroupRMSprop(Optimizer):
     float64 with float64 parameters, and the same run has the same bits again.
 
     A capturable step keeps average and count as tensors beside the parameters and waits for
-    nothing, so that a CUDA graph can hold it: the same formula in PyTorch's operations, with the
-    factor of ``v`` in float64. The first step, which makes these tensors, cannot be captured. What
-    a graph has captured keeps the settings of that moment, but for an ``lr`` that is a tensor on
-    the parameters' device. A state dict fits optimizers of either kind, on any device.
+    nothing, so that a CUDA graph can hold it: on a GPU, for tensors as above, two launches of the
+    ``"cuda"`` backend, elsewhere the same formula in PyTorch's operations, with the factor of ``v``
+    in float64. The first step, which makes these tensors, cannot be captured. What a graph has
+    captured keeps the settings of that moment, but for an ``lr`` that is a tensor on the
+    parameters' device. A state dict fits optimizers of either kind, on any device.
 
     Args:
         params: parameters, or groups of them, which may differ in ``lr`` and ``weight_decay``.
@@ -134,19 +137,58 @@ class GroupRMSprop(Optimizer):
         """The same for a CUDA graph: what changes is written where it was, and the host neither
         reads nor counts."""
         gradients = [g for _, grads in groups for g in grads]
-        device, dtype = gradients[0].device, _average_dtype(gradients)
-        average, count = shared.get("average"), shared.get("step")
-        if average is None or not isinstance(count, Tensor) or count.device != device:
-            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    "GroupRMSprop: take a step before one is captured: the average that steps "
-                    "share is not on the device yet"
-                )
-            count = torch.tensor(float(count or 0), dtype=torch.float64, device=device)
-            average = torch.tensor(float(average or 0), dtype=dtype, device=device)
-            shared["step"], shared["average"] = count, average
+        dtype = _average_dtype(gradients)
+        average, count = self.state_on(gradients[0].device, dtype)
+        if average.dtype == dtype and _kernels_take(groups, self.param_groups):
+            each = zip(self.param_groups, groups, strict=True)
+            lr, weight_decay = self.settings([g for g, (ps, _) in each for _ in ps])
+            params = [p for params, _ in groups for p in params]
+            first = self.param_groups[0]
+            group_rmsprop_(
+                params, gradients, average, count, lr, weight_decay,
+                first["alpha"], first["eps"],
+            )  # fmt: skip
+            torch.autograd.graph.increment_version(params)
+            return
         count += 1
         average.copy_(self._advance(groups, average, count))
+
+    def state_on(
+        self, device: torch.device, dtype: torch.dtype, exactly: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Average and count of a capturable step, ``[]`` each, as they are in the state; made where
+        they are not on the device yet. ``exactly``: also where the average is of another dtype.
+
+        Raises:
+            RuntimeError: they are not, and a step is being captured.
+        """
+        shared: dict[str, Any] = cast(Any, self.state)[_SHARED]
+        average, count = shared.get("average"), shared.get("step")
+        if (
+            isinstance(average, Tensor)
+            and isinstance(count, Tensor)
+            and count.device == device
+            and (average.dtype == dtype or not exactly)
+        ):
+            return average, count
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "GroupRMSprop: take a step before one is captured: the average that steps share is "
+                "not on the device yet"
+            )
+        count = torch.tensor(float(count or 0), dtype=torch.float64, device=device)
+        average = torch.tensor(float(average or 0), dtype=dtype, device=device)
+        shared["step"], shared["average"] = count, average
+        return average, count
+
+    @staticmethod
+    def settings(groups: list[dict[str, Any]]) -> tuple[list[float | Tensor], list[float]]:
+        """Step size and weight decay of each parameter, given the group of each. A step size that
+        is a tensor elsewhere than on the kernels' device is the number it is now."""
+        sizes = [group["lr"] for group in groups]
+        there = device_type()
+        lr = [s if isinstance(s, Tensor) and s.device.type == there else float(s) for s in sizes]
+        return lr, [float(group["weight_decay"]) for group in groups]
 
     def _advance(self, groups: list[_Group], average: Tensor | None, count: int | Tensor) -> Tensor:
         """Moves the parameters; returns the new average."""
@@ -240,16 +282,31 @@ def _decayed(params: list[Tensor], grads: list[Tensor], weight_decay: float) -> 
 def _compiled(groups: list[_Group]) -> bool:
     """Whether the compiled operator can take the step: ordinary contiguous tensors of one dtype
     that it computes in, on the CPU, and neither another backend asked for nor a trace under way."""
+    return requested() in ("auto", "cpp") and _ordinary(groups, "cpp", torch.device("cpu"))
+
+
+def _kernels_take(groups: list[_Group], settings: list[dict[str, Any]]) -> bool:
+    """Whether CUDA kernels can take the step: the same, on one GPU."""
+    device = next(t.device for group in groups for some in group for t in some)
+    # Emulated kernels run only when asked for by name.
+    asked = ("auto", "cuda") if device.type == "cuda" else ("cuda",)
+    sizes = [group["lr"] for group in settings if isinstance(group["lr"], Tensor)]
+    return (
+        requested() in asked
+        and _ordinary(groups, "cuda", device)
+        and all(s.dtype in (torch.float32, torch.float64) for s in sizes)
+    )
+
+
+def _ordinary(groups: list[_Group], backend: str, device: torch.device) -> bool:
     if torch.compiler.is_compiling():
         return False
     tensors = [t for group in groups for some in group for t in some]
-    spec = Spec("group_rmsprop", tensors[0].dtype, "cpu")
-    if requested() not in ("auto", "cpp") or why_not("cpp", spec) is not None:
-        return False
-    return all(
+    spec = Spec("group_rmsprop", tensors[0].dtype, device.type)
+    return why_not(backend, spec) is None and all(
         type(t) in (Tensor, Parameter)
         and t.dtype == spec.dtype
-        and t.device.type == "cpu"
+        and t.device == device
         and t.is_contiguous()
         for t in tensors
     )

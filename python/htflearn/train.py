@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from htflearn import completion_step
 from htflearn.checkpoint import load_checkpoint, save_checkpoint
 from htflearn.errors import UserError, writable_directory
 from htflearn.metrics import MetricsFile, plain
@@ -117,6 +118,10 @@ class _State:
 class Trainer:
     """Trains a model on a task.
 
+    On a GPU a full-batch step of a completion with :class:`htflearn.GroupRMSprop` is one operator
+    where nothing else takes part in it (:class:`htflearn.CompletionStep`, which says when); it
+    leaves no gradients in the parameters. The log, at level ``INFO``, tells whether it is.
+
     Args:
         model: any module the task can evaluate.
         task: see :class:`htflearn.tasks.Task`.
@@ -180,7 +185,7 @@ class Trainer:
             RuntimeError: ``cuda_graph`` is True, and a step cannot be captured.
         """
         step = make_step(
-            self._eager_step(),
+            self._fused_step() or self._eager_step(),
             self.task,
             self.optimizer,
             self.regularizer,
@@ -229,6 +234,13 @@ class Trainer:
             # First of all, so that a kill from here on leaves the start of this run, unmixed.
             self._write(_State())
         return _State(), MetricsFile(path)
+
+    def _fused_step(self) -> Callable[[Tensor | None], Any] | None:
+        """All of a step in one operator, where there is one."""
+        fused = completion_step.of_task(
+            self.model, self.task, self.optimizer, self.regularizer, self.config.batch_size
+        )
+        return None if fused is None else lambda rows: fused()
 
     def _eager_step(self) -> Callable[[Tensor | None], None]:
         model, optimizer, loss_of = self.model, self.optimizer, self.task.loss

@@ -47,6 +47,8 @@ def evaluate(plan: Plan, weights: Sequence[Tensor], x: Tensor) -> Tensor:
     if plan.backend == "reference":
         return autograd.squeeze(layout, reference.evaluate(layout, weights, x))
     if torch.compiler.is_compiling():
-        return torch.ops.htfkernels.evaluate(list(weights), x, layout.program, layout.out_features)
+        return autograd.traced("evaluate", plan.backend)(
+            list(weights), x, layout.program, layout.out_features
+        )
     kernel = _Evaluate(layout, autograd.runner("evaluate", plan.backend))
     return autograd.apply(kernel, *weights, x)

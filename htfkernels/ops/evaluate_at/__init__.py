@@ -87,7 +87,7 @@ def evaluate_at(plan: Plan, weights: Sequence[Tensor], indices: Tensor) -> Tenso
     if plan.backend == "reference":
         return autograd.squeeze(layout, reference.evaluate_at(layout, weights, indices))
     if torch.compiler.is_compiling():
-        return torch.ops.htfkernels.evaluate_at(
+        return autograd.traced("evaluate_at", plan.backend)(
             list(weights), indices, layout.program, layout.out_features
         )
     kernel = _EvaluateAt(layout, autograd.runner("evaluate_at", plan.backend))
@@ -102,7 +102,7 @@ def evaluate_at_planned(plan: Plan, weights: Sequence[Tensor], indices: IndexPla
         out = planned_reference.evaluate_at_planned(layout, weights, indices)
         return autograd.squeeze(layout, out)
     if torch.compiler.is_compiling():
-        return torch.ops.htfkernels.evaluate_at_planned(
+        return autograd.traced("evaluate_at_planned", plan.backend)(
             list(weights),
             layout.program,
             indices.table,

@@ -376,6 +376,7 @@ def _annealed(
         for group in optimizer.param_groups:
             group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * done))
 
+    after_step.reads_gradients = False  # type: ignore[attr-defined]
     hook = optimizer.register_step_post_hook(after_step)
     try:
         yield

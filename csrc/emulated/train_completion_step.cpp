@@ -1,0 +1,1 @@
+#include "train/completion_step.cu"

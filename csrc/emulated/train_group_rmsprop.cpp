@@ -1,0 +1,1 @@
+#include "group_rmsprop/group_rmsprop_cuda.cu"
