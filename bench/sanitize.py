@@ -9,6 +9,7 @@ Without one it is a short test. Exit code 1: a result was not the reference's.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -39,7 +40,8 @@ CHECKS = [
             (torch.bfloat16, "ieee"),
         )
     ),
-    ("spectra", torch.float32, "ieee"),
+    ("spectra", torch.float32, "ieee"),  # by Gram matrices
+    ("spectra", torch.float64, "ieee"),  # by QR
 ]
 # Whether memory is read or written where it should not be is what the checker says. This only sees
 # that something was computed at all, relative to the sum of the magnitudes of all terms.
@@ -78,15 +80,18 @@ def check(op: str, case: testing.Case, dtype: torch.dtype, device: str) -> float
 
 
 def check_spectra(op: str, case: testing.Case, dtype: torch.dtype, device: str) -> float:
-    """The largest error of a node's singular values, relative to its largest."""
+    """The largest error of a node's singular values, relative to its largest. Takes their gradients
+    too."""
     inputs = testing.make_inputs(case, dtype, device)
-    found = spectra.matricization_spectra(case.tree, inputs.weights, layout=case.layout)
+    weights = [w.detach().requires_grad_() for w in inputs.weights]
+    found = spectra.matricization_spectra(case.tree, weights, layout=case.layout)
+    grads = torch.autograd.grad(sum(s.sum() for s in found.values()), weights)
     with hk.use_backend("reference"):
-        weights = [w.double().cpu() for w in inputs.weights]
-        exact = spectra.matricization_spectra(case.tree, weights, layout=case.layout, method="qr")
-    worst = 0.0
+        given = [w.double().cpu() for w in inputs.weights]
+        exact = spectra.matricization_spectra(case.tree, given, layout=case.layout, method="qr")
+    worst = 0.0 if all(bool(g.isfinite().all()) for g in grads) else math.inf
     for node, values in exact.items():
-        off = (found[node].double().cpu() - values).abs().amax() / values.amax()
+        off = (found[node].detach().double().cpu() - values).abs().amax() / values.amax()
         worst = max(worst, float(off))
     return worst
 
