@@ -171,7 +171,7 @@ def test_sanitize(
     sanitize = script("sanitize")
     monkeypatch.setattr(sys, "argv", ["sanitize.py", "--device", "cpu", *arguments])
     assert sanitize.main() == 0
-    assert "sanitize: 20 checks on cpu by auto, 0 wrong" in capsys.readouterr().out
+    assert "sanitize: 22 checks on cpu by auto, 0 wrong" in capsys.readouterr().out
     monkeypatch.setattr(sanitize, "check", lambda *rest: float("nan"))
     assert sanitize.main() == 1
     assert "evaluate on primes, auto, torch.float32, ieee: off by nan" in capsys.readouterr().out
