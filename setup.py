@@ -131,6 +131,9 @@ else:
             "--expt-relaxed-constexpr",
             "-Xcompiler",
             "-fvisibility=hidden,-Wall",
+            # Machine code is packed as PTX is: a third of the size.
+            "-Xfatbin",
+            "-compress-all",
             f'-DHTF_ARCHITECTURES="{named}"',
             *nvcc_flags(archs),
             *shlex.split(os.environ.get("HTF_NVCC_FLAGS", "")),

@@ -459,3 +459,16 @@ def test_bad_arguments():
         cuda.call("spectra_values", flat(3), flat(3, torch.int64), table, [0, 1, 5, 4, 4], [0, 0])
     with pytest.raises(RuntimeError, match=r"p and q at most 128, got Double \[1, 129, 2\]"):
         cuda.call("spectra_svd", torch.zeros(1, 129, 2, dtype=F64, device=ON))
+
+
+def test_devices_with_less_shared_memory_take_narrower_matrices(monkeypatch):
+    from htfkernels.cuda import spectra, spectra_tasks
+
+    wide = hk.Layout.make(hk.ModeTree.balanced(4), 128, 100)
+    narrow = hk.Layout.make(hk.ModeTree.balanced(4), 64, 64)
+    assert spectra.why_not(wide, torch.float64) is None
+    monkeypatch.setattr(spectra_tasks, "shared_bytes", lambda: 99 * 1024)
+    spectra._why_not.cache_clear()
+    assert "up to 64, and this layout has 100" in str(spectra.why_not(wide, torch.float64))
+    assert spectra.why_not(narrow, torch.float64) is None
+    spectra._why_not.cache_clear()

@@ -15,7 +15,15 @@ from typing import Any
 
 import torch
 
-__all__ = ["build_info", "call", "device_type", "emulated", "library", "why_not"]
+__all__ = [
+    "build_info",
+    "call",
+    "device_type",
+    "emulated",
+    "library",
+    "shared_bytes",
+    "why_not",
+]
 
 
 @cache
@@ -59,6 +67,16 @@ def why_not(device: str) -> str | None:
     if major < 8:
         return f"the CUDA kernels need compute capability 8.0, and this GPU has {major}.{minor}"
     return None
+
+
+@cache
+def shared_bytes() -> int:
+    """Of shared memory that a block can have, on the least of this machine's GPUs; an H100's where
+    there is none."""
+    if emulated() or not torch.cuda.is_available():
+        return 227 * 1024
+    devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return min(getattr(d, "shared_memory_per_block_optin", 99 * 1024) for d in devices)
 
 
 _MISSING = {

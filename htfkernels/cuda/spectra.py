@@ -18,6 +18,7 @@ from htfkernels.cuda.spectra_tasks import (
     TooWide,
     check_width,
     row_of,
+    widest,
 )
 from htfkernels.layout import Layout
 
@@ -266,7 +267,7 @@ class _Builder:
                     x, y = factors
                     # Of few outputs, wide products need not shrink before the weight.
                     few = x.rows * y.rows * place.rows <= _MOST_ENTRIES
-                    stored = place.columns <= WIDEST < place.rows and few
+                    stored = place.columns <= widest() < place.rows and few
                     product = steps.khatri_rao(x, y, kept=False, stored=stored)
                 through = steps.multiply(product, *self._weight(place.node), turned=False)
                 place.frame = steps.shrink(through, kept=True)

@@ -6,10 +6,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["FIELDS", "WIDEST", "Memory", "Side", "Steps", "TooWide", "check_width", "row_of"]
+from htfkernels.cuda.module import shared_bytes
+
+__all__ = [
+    "FIELDS",
+    "WIDEST",
+    "Memory",
+    "Side",
+    "Steps",
+    "TooWide",
+    "check_width",
+    "row_of",
+    "widest",
+]
 
 WIDEST = 128
-"""Rows and columns of what is decomposed, at most: what shared memory holds."""
+"""Rows and columns of what is decomposed, at most."""
+_SHARED = 147 * 1024  # bytes, for a matrix of that size; half as wide, the least device has room
 
 FIELDS = 16
 """Numbers of a row."""
@@ -25,11 +38,17 @@ class TooWide(Exception):
     """There is no kernel for matrices of this size; the sentence says so."""
 
 
-def check_width(what: str, size: int, most: int = WIDEST) -> None:
+def widest() -> int:
+    """Rows and columns of what is decomposed on this machine's GPUs, at most."""
+    return WIDEST if shared_bytes() >= _SHARED else WIDEST // 2
+
+
+def check_width(what: str, size: int, most: int | None = None) -> None:
     """
     Raises:
         TooWide: the size is above what there are kernels for.
     """
+    most = widest() if most is None else most
     if size > most:
         raise TooWide(f"cuda takes {what} up to {most}, and this layout has {size}")
 
@@ -147,7 +166,7 @@ class Steps:
     def shrink(self, x: Side, kept: bool) -> Side:
         """A factor of at most as many rows as columns. Square ones are made triangular too:
         products of such have structure."""
-        square = x.rows == x.columns <= WIDEST and not self.gram
+        square = x.rows == x.columns <= widest() and not self.gram
         return self._triangle(self.shrunk, x, None, square or x.rows > x.columns, kept)
 
     def _triangle(

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from htfkernels.cuda.module import call
-from htfkernels.cuda.spectra import WIDEST, Program, program
+from htfkernels.cuda.spectra import Program, program
+from htfkernels.cuda.spectra_tasks import widest
 from htfkernels.layout import Layout
 
 __all__ = ["factors", "singular_values", "svd"]
@@ -62,7 +63,7 @@ def factors(
 
 def svd(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """``[F, p, q] -> u [F, p, k], s [F, k], v [F, q, k]``, or None for wider matrices."""
-    if max(matrices.shape[1:]) > WIDEST:
+    if max(matrices.shape[1:]) > widest():
         return None
     u, s, v = call("spectra_svd", matrices.contiguous())
     return u, s, v
