@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <initializer_list>
+#include <mutex>
 #include <vector>
 
 #include "check.h"
@@ -74,7 +75,11 @@ void allow_shared(int device, std::size_t bytes, const char* name) {
   constexpr std::size_t kWithoutAsking = 48 * 1024;
   constexpr int kDevices = 64;
   static std::atomic<std::size_t> allowed[kDevices];
-  if (bytes <= kWithoutAsking || (device < kDevices && bytes <= allowed[device].load())) return;
+  const auto enough = [&] { return device < kDevices && bytes <= allowed[device].load(); };
+  if (bytes <= kWithoutAsking || enough()) return;
+  static std::mutex asking;  // a thread that needs less must not take back what another got
+  const std::lock_guard<std::mutex> lock(asking);
+  if (enough()) return;
   check_cuda(
       cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                            cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
