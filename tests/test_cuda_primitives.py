@@ -37,6 +37,15 @@ def test_products(which, shape):
     assert ((out - exact).abs() <= allowed + 1e-300).all()
 
 
+@pytest.mark.parametrize("which", [TF32, BF16])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sums_of_tensor_cores_are_cut_off(which, sign):
+    """1 + 3/4 of a unit in the last place: additions would give the number above."""
+    a = torch.tensor([[1.0, 0.75]])
+    b = torch.tensor([[1.0], [2.0**-23]]) * sign
+    assert float(module.call("primitives", a.to(ON), b.to(ON), which)) == sign
+
+
 @pytest.mark.skipif(not module.emulated(), reason="there are two orders only in an emulation")
 @pytest.mark.parametrize("which", [TF32, BF16, F64])
 def test_the_order_of_threads_changes_nothing(which):

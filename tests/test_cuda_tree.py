@@ -229,6 +229,19 @@ def test_blocks_fit_into_the_shared_memory_there_is():
         tree.geometry(made, 1, torch.float32, 0, Machine(132, 1000))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "math", "rows"), [(torch.float32, 0, 32), (F64, 0, 16), (torch.float32, 1, 32)]
+)
+def test_splits_are_on_the_device_together(monkeypatch, dtype, math, rows):
+    """Blocks that wait for others to end would double the time."""
+    monkeypatch.setattr(tree, "TILES", {(dtype, math): (rows,)})
+    made = tree.tree_of(Layout.make(T.balanced(64), 8, 16))
+    for batch in (256, 1000, 5000):
+        found = tree.geometries(made, batch, dtype, math, Machine())[1]
+        beside = 1 if math == 0 or 2 * (found.shared_bytes + 1024) > 228 * 1024 else 2
+        assert len(found.cut.roots) * found.splits <= 132 * beside
+
+
 def test_seconds():
     layout = Layout.make(T.balanced(32), 16, 64)
 

@@ -66,6 +66,11 @@ __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(Pending) : "memory");
 }
 
+// a + b, rounded: never one instruction with a product that a or b is. Which sums nvcc contracts
+// differs between instances of a template; with this they give the same bits.
+__device__ __forceinline__ float rounded_sum(float a, float b) { return __fadd_rn(a, b); }
+__device__ __forceinline__ double rounded_sum(double a, double b) { return __dadd_rn(a, b); }
+
 // Rounds to the 10 explicit bits that tensor cores read of a float; they cut the others off.
 __device__ __forceinline__ uint32_t to_tf32(float x) {
   uint32_t r;

@@ -224,6 +224,9 @@ void copy_wait() {
   emulate::copy_wait(Pending);
 }
 
+inline float rounded_sum(float a, float b) { return a + b; }
+inline double rounded_sum(double a, double b) { return a + b; }
+
 inline uint32_t to_tf32(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   const bool finite = (bits & 0x7f800000u) != 0x7f800000u;

@@ -1,6 +1,7 @@
 #include "cuda/emulate.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -303,6 +304,14 @@ float bf16(uint32_t pair, int half) {
   return std::bit_cast<float>(half == 0 ? pair << 16 : pair & 0xffff0000u);
 }
 
+// Tensor cores add a few products (an A100: four in TF32, eight in bfloat16) to the sum at once and
+// cut off what is beyond a float, where the CPU would round.
+float cut_off(double exact) {
+  const float near = static_cast<float>(exact);
+  return std::isfinite(near) && std::abs(near) > std::abs(exact) ? std::nextafter(near, 0.0f)
+                                                                 : near;
+}
+
 }  // namespace
 
 void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -310,13 +319,15 @@ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   const int g = emulate::lane() / 4, t = emulate::lane() % 4;
   for (int i = 0; i < 4; ++i) {
     const int row = g + i / 2 * 8, col = 2 * t + i % 2;
-    float sum = d[i];
-    for (int k = 0; k < 8; ++k) {
-      const uint32_t x = all[row % 8 * 4 + k % 4].r[row / 8 + k / 4 * 2];
-      const uint32_t y = all[col * 4 + k % 4].r[4 + k / 4];
-      sum += tf32(x) * tf32(y);
+    for (int k = 0; k < 8; k += 4) {
+      double sum = d[i];
+      for (int e = 0; e < 4; ++e) {
+        const uint32_t x = all[row % 8 * 4 + e].r[row / 8 + k / 4 * 2];
+        const uint32_t y = all[col * 4 + e].r[4 + k / 4];
+        sum += static_cast<double>(tf32(x)) * tf32(y);
+      }
+      d[i] = cut_off(sum);
     }
-    d[i] = sum;
   }
 }
 
@@ -325,13 +336,15 @@ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   const int g = emulate::lane() / 4, t = emulate::lane() % 4;
   for (int i = 0; i < 4; ++i) {
     const int row = g + i / 2 * 8, col = 2 * t + i % 2;
-    float sum = d[i];
-    for (int k = 0; k < 16; ++k) {
-      const uint32_t x = all[row % 8 * 4 + k % 8 / 2].r[row / 8 + k / 8 * 2];
-      const uint32_t y = all[col * 4 + k % 8 / 2].r[4 + k / 8];
-      sum += bf16(x, k % 2) * bf16(y, k % 2);
+    for (int k = 0; k < 16; k += 8) {
+      double sum = d[i];
+      for (int e = 0; e < 8; ++e) {
+        const uint32_t x = all[row % 8 * 4 + e / 2].r[row / 8 + k / 8 * 2];
+        const uint32_t y = all[col * 4 + e / 2].r[4 + k / 8];
+        sum += static_cast<double>(bf16(x, e % 2)) * bf16(y, e % 2);
+      }
+      d[i] = cut_off(sum);
     }
-    d[i] = sum;
   }
 }
 

@@ -112,7 +112,10 @@ Sizes sizes_of(const Given& g, const Tensor& x, bool forward) {
   s.batch = x.size(0);
   s.x_width = x.size(1);
   s.tasks = g.tasks;
-  s.tiles = static_cast<int>((s.batch + g.rows - 1) / g.rows);
+  const long long tiles = (s.batch + g.rows - 1) / g.rows;
+  check(tiles * g.tasks <= INT32_MAX, "evaluate: a batch of ", s.batch, " samples in tiles of ",
+        g.rows, " times ", g.tasks, " subtrees is more blocks than a launch can have");
+  s.tiles = static_cast<int>(tiles);
   s.part = g.part;
   s.slots = g.slots;
   set_widths<M, Stored>(s, g.width, g.vectors, forward);

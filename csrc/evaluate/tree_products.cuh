@@ -113,11 +113,18 @@ __device__ __forceinline__ void multiply(float (&sum)[Tall][Wide][4], A a, B b, 
       for (int m = 0; m < Tall; ++m)
 #pragma unroll
         for (int n = 0; n < Wide; ++n) {
-          if constexpr (kSplit) {  // the small products first
-            mma_tf32(sum[m][n], x_rest[m], y[n]);
-            mma_tf32(sum[m][n], x[m], y_rest[n]);
+          if constexpr (kSplit) {
+            // None onto the long sum: tensor cores cut off, and would take half a unit in its last
+            // place each time, always towards zero. Additions round.
+            float part[4] = {}, small[4] = {};
+            mma_tf32(small, x_rest[m], y[n]);
+            mma_tf32(small, x[m], y_rest[n]);
+            mma_tf32(part, x[m], y[n]);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sum[m][n][e] += part[e] + small[e];
+          } else {
+            mma_tf32(sum[m][n], x[m], y[n]);
           }
-          mma_tf32(sum[m][n], x[m], y[n]);
         }
     }
   }

@@ -190,7 +190,7 @@ __device__ __forceinline__ void segment_sum(
           for (int e = 0; e < V; ++e) term[e] *= static_cast<Acc>(more.x[e]);
         }
 #pragma unroll
-        for (int e = 0; e < V; ++e) total[e] += term[e];
+        for (int e = 0; e < V; ++e) total[e] = rounded_sum(total[e], term[e]);
       }
     }
   }

@@ -86,8 +86,10 @@ __device__ __forceinline__ typename Numbers<mode>::Acc dot_lane(const ForwardJob
         for (int e = 0; e < V; ++e) p[e] *= static_cast<Acc>(more.x[e]);
       }
 #pragma unroll
-      for (int e = 0; e < V; ++e)
-        sum += weight == nullptr ? p[e] : p[e] * static_cast<Acc>(w[u].x[e]);
+      for (int e = 0; e < V; ++e) {
+        if (weight != nullptr) p[e] *= static_cast<Acc>(w[u].x[e]);
+        sum = rounded_sum(sum, p[e]);
+      }
     }
   }
   return sum;

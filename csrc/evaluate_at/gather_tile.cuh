@@ -159,7 +159,9 @@ struct BlockTile {
       const S* const a = a_of(s);
       const S* const b = b_of(s);
       constexpr int kOfSlice = kInner / kSlices;
-#pragma unroll
+      // Split operands and partial sums of several steps at once are more than registers hold.
+      [[maybe_unused]] constexpr int kTogether = mode == Mode::tf32x3 ? 1 : kOfSlice / Warp::kStep;
+#pragma unroll kTogether
       for (int k = 0; k < kOfSlice; k += Warp::kStep)
         tile.template step<AInner, kAStride, BInner, kBStride>(a, b, m, n, slice * kOfSlice + k);
     }

