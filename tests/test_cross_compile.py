@@ -25,12 +25,14 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def extensions(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What setup.py would build."""
+    """What setup.py would build for the CPU."""
     pytest.importorskip("pybind11")
     setuptools = pytest.importorskip("setuptools")
     given: dict[str, Any] = {}
     monkeypatch.setattr(setuptools, "setup", lambda **arguments: given.update(arguments))
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("HTF_SKIP_CUDA_BUILD", "1")
+    monkeypatch.delenv("HTF_EMULATE_CUDA", raising=False)
     runpy.run_path("setup.py")
     return {extension.name: extension for extension in given["ext_modules"]}
 
