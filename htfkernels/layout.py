@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import count
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 import torch
 
 from htfkernels.tree import ModeTree, Node
 from htfkernels.tree_checks import as_int
 
-__all__ = ["Group", "Layout", "Ranks", "RootKind"]
+__all__ = ["Group", "Layout", "Ranks", "RootKind", "layout_of"]
 
 RootKind = Literal["linear", "sum"]
 Ranks = int | Sequence[int] | Mapping[Node, int]
@@ -127,6 +129,11 @@ class Layout:
             raise ValueError(f"out_features: expected {expected}, got {outputs}")
         per_node = _expand_ranks(tree, ranks)
         return _interned(tree, dims, per_node, outputs, root, bool(share_weights))
+
+    @cached_property
+    def number(self) -> int:
+        """Of this layout in this process, see :func:`layout_of`."""
+        raise AttributeError("a layout is made by Layout.make")
 
     @cached_property
     def _hash(self) -> int:
@@ -274,7 +281,19 @@ def _interned(*fields: Any) -> Layout:
     derived from it is computed here, since torch.compile cannot trace into it."""
     layout = Layout(*fields)
     _ = layout.program, layout.offsets, layout.location, layout.groups
+    layout.__dict__["number"] = number = next(_numbers)
+    _numbered[number] = layout
     return layout
+
+
+_numbers = count()
+_numbered: WeakValueDictionary[int, Layout] = WeakValueDictionary()
+
+
+def layout_of(number: int) -> Layout:
+    """The layout with that ``number``, for code that torch.compile traces: of a layout itself, some
+    versions cannot make a constant."""
+    return _numbered[number]
 
 
 def _expand_ranks(tree: ModeTree, ranks: Ranks) -> tuple[int, ...]:

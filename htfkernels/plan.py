@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 
 from htfkernels import dispatch
-from htfkernels.layout import Layout
+from htfkernels.layout import Layout, layout_of
 from htfkernels.precision import float32_precision
 
 __all__ = ["Plan", "make_plan", "plan_for"]
@@ -64,7 +64,7 @@ def plan_for(op: str, layout: Layout, dtype: torch.dtype, device: str, rows: int
         backend.
     """
     if torch.compiler.is_compiling():
-        backend = _traced_backend(op, layout, dtype, device)
+        backend = _traced_backend(op, layout.number, dtype, device)
         return Plan(op, layout, dtype, device, backend, "chosen when traced")
     # On a CPU one backend is the fastest at every size.
     if device == "cpu":
@@ -75,9 +75,9 @@ def plan_for(op: str, layout: Layout, dtype: torch.dtype, device: str, rows: int
 
 
 @torch.compiler.assume_constant_result
-def _traced_backend(op: str, layout: Layout, dtype: torch.dtype, device: str) -> str:
+def _traced_backend(op: str, number: int, dtype: torch.dtype, device: str) -> str:
     # A graph may be for any number of rows.
-    spec = dispatch.Spec(op, dtype, device, layout, _TRACED_ROWS)
+    spec = dispatch.Spec(op, dtype, device, layout_of(number), _TRACED_ROWS)
     backend = dispatch.choose(spec, dispatch.requested())[0]
     if backend == "triton" and device == "cpu":
         raise RuntimeError(f"{op}: Triton's interpreter does not run under torch.compile")
