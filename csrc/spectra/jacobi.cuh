@@ -158,7 +158,7 @@ __device__ void jacobi(double* a, int n, int ld, double* v, int ldv) {
         double x[Entries], y[Entries], xx = 0, yy = 0, xy = 0;
 #pragma unroll
         for (int e = 0; e < Entries; ++e) {
-          const bool inside = e * kLanes < n;
+          const bool inside = there && e * kLanes < n;  // others may be turning column 0
           x[e] = inside ? ap[e * kLanes] : 0.0;
           y[e] = inside ? aq[e * kLanes] : 0.0;
           xx += x[e] * x[e], yy += y[e] * y[e], xy += x[e] * y[e];
