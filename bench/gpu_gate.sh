@@ -145,7 +145,7 @@ if [[ $device == cuda ]]; then
   run training "$python" bench/train_step.py --precision ieee --precision tf32 \
     --steps 1000 --blocks 5 --out "$out/$name-training.json"
   bench spectra --pass forward-qr --pass forward-gram --dtype float64 \
-    -w spectra-256 -w spectra-1024 -w spectra-64 -w spectra-paper \
+    -w spectra-64 -w spectra-256 \
     -i htfkernels -i "linalg, node by node" -i "folded linalg"
 else
   skipped training "it is for a GPU"

@@ -89,7 +89,7 @@ def test_on_a_gpu_every_step_runs_in_order(stubs: dict[str, str], tmp_path: Path
         "--tool racecheck --error-exitcode 9",
         "--dtype float32 --precision tf32 -w wide -w huge -w medium -w deep",
         "bench/train_step.py --precision ieee --precision tf32",
-        "--dtype float64 -w spectra-256",
+        "--dtype float64 -w spectra-64",
         "--dtype bfloat16 -w wide -w huge",
         "folded bmm, max-autotune",
         "bench/gpu_report.py",
