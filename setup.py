@@ -148,8 +148,8 @@ else:
                 extra_compile_args={"cxx": compile_args, "nvcc": cuda_args + shared_args},
                 # The runtime goes into the module: it loads where there is no CUDA.
                 extra_link_args=[
-                    # Nor do libraries that are linked in, libstdc++ where a compiler does that, meet
-                    # those of other modules: exceptions ended a process there.
+                    # What is linked in, libstdc++ with some compilers, does not meet that of other
+                    # modules: exceptions ended a process there.
                     "-Wl,--exclude-libs,ALL",
                     f"-L{home}/lib64",
                     f"-L{home}/lib",

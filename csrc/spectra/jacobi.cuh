@@ -155,10 +155,11 @@ __device__ void jacobi(double* a, int n, int ld, double* v, int ldv) {
         }
         const bool there = k < pairs && q < n;
         double *ap = a + (there ? p : 0) * ld + lane, *aq = a + (there ? q : 0) * ld + lane;
+        const int rows = there ? n : 0;  // others may be turning column 0
         double x[Entries], y[Entries], xx = 0, yy = 0, xy = 0;
 #pragma unroll
         for (int e = 0; e < Entries; ++e) {
-          const bool inside = there && e * kLanes < n;  // others may be turning column 0
+          const bool inside = e * kLanes < rows;
           x[e] = inside ? ap[e * kLanes] : 0.0;
           y[e] = inside ? aq[e * kLanes] : 0.0;
           xx += x[e] * x[e], yy += y[e] * y[e], xy += x[e] * y[e];
@@ -168,7 +169,7 @@ __device__ void jacobi(double* a, int n, int ld, double* v, int ldv) {
         turned = true;
 #pragma unroll
         for (int e = 0; e < Entries; ++e)
-          if (e * kLanes < n) turn(ap + e * kLanes, aq + e * kLanes, x[e], y[e], r);
+          if (e * kLanes < rows) turn(ap + e * kLanes, aq + e * kLanes, x[e], y[e], r);
         if (v == nullptr) continue;
         double *vp = v + p * ldv + lane, *vq = v + q * ldv + lane;
 #pragma unroll 4
