@@ -7,8 +7,8 @@ import torch
 
 import htfkernels as hk
 from htfkernels import testing
-from htfkernels.cuda import module, tree, tree_run
-from htfkernels.cuda.tree import Machine
+from htfkernels.cuda import module, tree, tree_geometry, tree_run
+from htfkernels.cuda.tree_geometry import Machine
 from htfkernels.layout import Layout
 from htfkernels.ops.evaluate import cuda
 from htfkernels.tree import ModeTree
@@ -60,9 +60,9 @@ def choose(monkeypatch):
         if rows is not None:
             chosen = {
                 how: (max(t for t in tiles if t <= max(rows, tiles[0])),)
-                for how, tiles in tree.TILES.items()
+                for how, tiles in tree_geometry.TILES.items()
             }
-            monkeypatch.setattr(tree, "TILES", chosen)
+            monkeypatch.setattr(tree_geometry, "TILES", chosen)
         if processors is not None:
             monkeypatch.setattr(
                 tree_run, "_machine", lambda device: Machine(processors, real(device).shared_bytes)
@@ -264,14 +264,14 @@ def test_counters_are_zero_again():
 
 
 def test_shared_memory_is_what_was_planned():
-    for (dtype, math), tiles in tree.TILES.items():
+    for (dtype, math), tiles in tree_geometry.TILES.items():
         for rows in tiles:
             for widths in ((16, 64), (48, 16), (64, 64)):
                 for backward in (False, True):
                     sizes = [math, rows, *widths, 1, 96, 5, 1]
                     like = torch.empty(0, dtype=dtype, device=ON)
                     found = module.call("tree_shared_bytes", like, not backward, sizes)
-                    planned = tree.shared_bytes(dtype, math, rows, widths, 5, 96, backward)
+                    planned = tree_geometry.shared_bytes(dtype, math, rows, widths, 5, 96, backward)
                     assert found == planned
 
 
@@ -319,3 +319,13 @@ def test_a_graph_captures_both_passes():
         x.copy_(torch.randn_like(x))
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(found, both(), strict=True))
+
+
+def test_spare_counters_are_given_once():
+    spare = tree_run.Spare(torch.device(ON), 10)
+    first, second = spare.take(4), spare.take(5)
+    first += 1
+    assert first.numel() == 4 and second.tolist() == [0] * 5 and spare.left == 1
+    late = spare.take(2)
+    assert late.tolist() == [0, 0] and spare.left == 0
+    assert spare.take(3).tolist() == [0, 0, 0]

@@ -101,6 +101,17 @@ __device__ __forceinline__ void mma_f64(double (&d)[2], double a, double b) {
                : "d"(a), "d"(b));
 }
 
+// Adds and returns what was there: all that this thread saw written before is written for who reads
+// the sum by the same function, on any multiprocessor.
+__device__ __forceinline__ int add_acquire_release(int* p, int x) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;\n"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(p)), "r"(x)
+               : "memory");
+  return before;
+}
+
 #endif
 
 // Two numbers as bfloat16 in one register, `low` in the lower half.
@@ -116,16 +127,13 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
 // are not __restrict__ const, or with __ldcg). Which block that is changes from run to run, and so
 // must not change what is computed. The counter, 0 before, is 0 again after the last.
 __device__ __forceinline__ bool last_to_arrive(int* counter, int expected) {
-  __threadfence();
-  __syncthreads();
+  __syncthreads();  // what the block wrote is before what its first thread releases
   bool last = false;
   if (threadIdx.x == 0 && threadIdx.y == 0 && threadIdx.z == 0) {
-    last = atomicAdd(counter, 1) == expected - 1;
+    last = add_acquire_release(counter, 1) == expected - 1;
     if (last) atomicExch(counter, 0);
   }
-  last = __syncthreads_or(last) != 0;
-  __threadfence();
-  return last;
+  return __syncthreads_or(last) != 0;  // and what it acquired before what the block reads
 }
 
 // The sum over a warp, in every lane, always in the same order.

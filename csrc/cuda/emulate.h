@@ -224,6 +224,8 @@ void copy_wait() {
   emulate::copy_wait(Pending);
 }
 
+inline int add_acquire_release(int* p, int x) { return atomicAdd(p, x); }
+
 inline float rounded_sum(float a, float b) { return a + b; }
 inline double rounded_sum(double a, double b) { return a + b; }
 

@@ -1,5 +1,6 @@
 // Trees whose local ranks are at most 64, evaluated and differentiated in one launch each
-// (tree_forward.cuh, tree_backward.cuh). What htfkernels/cuda/tree.py plans is passed as numbers.
+// (tree_forward.cuh, tree_backward.cuh). What htfkernels/cuda/tree_geometry.py plans is passed as
+// numbers.
 //
 //   tree_forward(weights, x, table, counters, sizes) -> result [B, outputs], messages
 //   tree_backward(grad, weights, x, messages, table, sums, sizes) -> gradients of the weights, one
@@ -107,7 +108,7 @@ inline Weights pointers(const std::vector<Tensor>& weights) {
 }
 
 template <Math M, class Stored>
-Sizes sizes_of(const Given& g, const Tensor& x, bool forward) {
+Sizes sizes_of(const Given& g, const Tensor& x) {
   Sizes s{};
   s.batch = x.size(0);
   s.x_width = x.size(1);
@@ -118,7 +119,7 @@ Sizes sizes_of(const Given& g, const Tensor& x, bool forward) {
   s.tiles = static_cast<int>(tiles);
   s.part = g.part;
   s.slots = g.slots;
-  set_widths<M, Stored>(s, g.width, g.vectors, forward);
+  set_widths<M, Stored>(s, g.width, g.vectors);
   return s;
 }
 

@@ -61,7 +61,7 @@ std::vector<Tensor> tree_backward(const Tensor& grad, const std::vector<Tensor>&
   const Tensor partials = device_tensor(current, x, {splits * numbers}, value);
   compiled_for(op, dtype, g.math, g.rows, [&]<Math M, class Stored, int Rows>() {
     Backward p{};
-    p.sizes = sizes_of<M, Stored>(g, x, false);
+    p.sizes = sizes_of<M, Stored>(g, x);
     p.table = table.const_data_ptr<int>();
     p.grad = grad.const_data_ptr();
     p.x = x.const_data_ptr();
@@ -95,7 +95,7 @@ int64_t tree_shared_bytes(const Tensor& like, bool forward, const std::vector<in
                       [&]<Math M, class Stored, int Rows>() -> int64_t {
                         Sizes s{};
                         s.part = g.part, s.slots = g.slots;
-                        set_widths<M, Stored>(s, g.width, g.vectors, forward);
+                        set_widths<M, Stored>(s, g.width, g.vectors);
                         const int stages = forward ? kStages<Stored, true> : kStages<Stored, false>;
                         return static_cast<int64_t>(shared_bytes<M, Stored, Rows>(s, stages));
                       });

@@ -35,9 +35,8 @@
 
 namespace htf::gpu::tree {
 
-// Slots that are no node's: a product of messages, a product's cotangent, and, in the table, the
-// cotangent on the path.
-constexpr int kOperandSlot = 0, kCotangentSlot = 1;
+// Slots that are no node's: a product of messages, and, in the table, the cotangent on the path.
+constexpr int kOperandSlot = 0;
 
 struct Backward {
   Sizes sizes;
@@ -59,34 +58,40 @@ struct Backward {
 template <class Stored>
 struct GradientSink {
   using Value = ValueOf<Stored>;
-  Value* partial;  // null: the result, of another type
+  Value* partial;  // null: the result, of another type, in the first tile
   Stored* result;
   bool first;
   int rows, cols;
 
-  template <class T, int V>
-  __device__ __forceinline__ void put(T* to, const Pack<Value, V>& v, int count) const {
-    if (count >= V && cols % V == 0) {
-      Pack<T, V> before{};
-      if (!first) before = load<V>(to);
+  // What the tiles before have added up to.
+  __device__ __forceinline__ Four<Value> before(int i, int j) const {
+    Four<Value> sum = filled(Value(0));
+    if (first || i >= rows || j >= cols) return sum;
+    const Value* from = partial + i * cols + j;
+    if (cols % kFour == 0) return load<kFour>(from);
 #pragma unroll
-      for (int i = 0; i < V; ++i)
-        before.x[i] = static_cast<T>(first ? v.x[i] : static_cast<Value>(before.x[i]) + v.x[i]);
-      store(to, before);
+    for (int e = 0; e < kFour; ++e)
+      if (j + e < cols) sum.x[e] = from[e];
+    return sum;
+  }
+
+  template <class T>
+  __device__ __forceinline__ void put(T* to, const Four<T>& v, int count) const {
+    if (cols % kFour == 0) {
+      store(to, v);
       return;
     }
 #pragma unroll
-    for (int i = 0; i < V; ++i)
-      if (i < count) to[i] = static_cast<T>(first ? v.x[i] : static_cast<Value>(to[i]) + v.x[i]);
+    for (int e = 0; e < kFour; ++e)
+      if (e < count) to[e] = v.x[e];
   }
-  template <int V>
-  __device__ __forceinline__ void operator()(int i, int j, const Pack<Value, V>& v) const {
+  __device__ __forceinline__ void operator()(int i, int j, const Four<Value>& sum) const {
     if (i >= rows || j >= cols) return;
     const int at = i * cols + j;
     if (std::is_same_v<Stored, Value> || partial != nullptr) {
-      put(partial + at, v, cols - j);
+      put(partial + at, sum, cols - j);
     } else {
-      put(result + at, v, cols - j);
+      put(result + at, converted<Stored>(sum), cols - j);
     }
   }
 };
@@ -97,13 +102,21 @@ struct VectorsSink {
   Stored* to;
   long long stride;
   int rows, cols;
+  bool fours;  // of the result are aligned
 
-  template <int V>
-  __device__ __forceinline__ void operator()(int row, int col, const Pack<Value, V>& g) const {
-    if (row >= rows) return;
+  __device__ __forceinline__ void operator()(int row, int col, const Four<Value>& g) const {
+    if (row >= rows || col >= cols) return;
+    Stored* place = to + row * stride + col;
+    if (fours) {
+      Four<Stored> stored;
 #pragma unroll
-    for (int i = 0; i < V; ++i)
-      if (col + i < cols) to[row * stride + col + i] = static_cast<Stored>(g.x[i]);
+      for (int i = 0; i < kFour; ++i) stored.x[i] = static_cast<Stored>(g.x[i]);
+      store(place, stored);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kFour; ++i)
+      if (col + i < cols) place[i] = static_cast<Stored>(g.x[i]);
   }
 };
 
@@ -113,66 +126,39 @@ struct SlotSink {
   int ld;
   bool first;
 
-  template <int V>
-  __device__ __forceinline__ void operator()(int row, int col, Pack<Value, V> m) const {
+  __device__ __forceinline__ void operator()(int row, int col, Four<Value> m) const {
     Value* place = to + row * ld + col;
     if (!first) {
-      const auto before = load<V>(place);
+      const Four<Value> before = load<kFour>(place);
 #pragma unroll
-      for (int i = 0; i < V; ++i) m.x[i] += before.x[i];
+      for (int i = 0; i < kFour; ++i) m.x[i] += before.x[i];
     }
     store(place, m);
   }
 };
 
-constexpr int kVector = 4;  // numbers of a tile that a thread takes at a time
-
-template <class Value>
-using Numbers = Pack<Value, kVector>;
-
-template <class Value>
-__device__ __forceinline__ Numbers<Value> operator*(const Numbers<Value>& a,
-                                                    const Numbers<Value>& b) {
-  Numbers<Value> product;
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) product.x[i] = a.x[i] * b.x[i];
-  return product;
-}
-
-// f(row, col) for every kVector numbers of a tile.
-template <int Rows, class F>
-__device__ __forceinline__ void for_vectors(int width, F f) {
-  constexpr int kAcross = kSide / kVector;
-  const int col = threadIdx.x % kAcross * kVector;
-  if (col >= width) return;
-  for (int row = threadIdx.x / kAcross; row < Rows; row += kThreads / kAcross) f(row, col);
-}
-
 // The cotangents of the children's messages at one place, from that of their product, in place of
 // the messages. place(c) points to that of child c.
 template <class Value, class Place>
-__device__ __forceinline__ void to_children(Numbers<Value> g, int count, Place place) {
+__device__ __forceinline__ void to_children(Four<Value> g, int count, Place place) {
   if (count == 1) {
     store(place(0), g);
     return;
   }
   if (count == 2) {
-    const auto a = load<kVector>(place(0)), b = load<kVector>(place(1));
+    const Four<Value> a = load<kFour>(place(0)), b = load<kFour>(place(1));
     store(place(0), g * b);
     store(place(1), g * a);
     return;
   }
-  Numbers<Value> one;
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) one.x[i] = 1;
   // Four children at a time; g has all that came before as factors.
   for (int c = 0; c < count; c += 4) {
-    Numbers<Value> outside = g, m[4];
-    for (int after = c + 4; after < count; ++after) outside = outside * load<kVector>(place(after));
+    Four<Value> outside = g, m[4];
+    for (int after = c + 4; after < count; ++after) outside = outside * load<kFour>(place(after));
 #pragma unroll
-    for (int i = 0; i < 4; ++i) m[i] = c + i < count ? load<kVector>(place(c + i)) : one;
-    const auto low = m[0] * m[1], high = m[2] * m[3];
-    const auto left = outside * high, right = outside * low;
+    for (int i = 0; i < 4; ++i) m[i] = c + i < count ? load<kFour>(place(c + i)) : filled(Value(1));
+    const Four<Value> low = m[0] * m[1], high = m[2] * m[3];
+    const Four<Value> left = outside * high, right = outside * low;
     store(place(c), left * m[1]);
     if (c + 1 < count) store(place(c + 1), left * m[0]);
     if (c + 2 < count) store(place(c + 2), right * m[3]);
@@ -184,7 +170,7 @@ __device__ __forceinline__ void to_children(Numbers<Value> g, int count, Place p
 // How many blocks a multiprocessor should have room for: 2 leave 128 registers for a thread.
 template <Math M, class Stored, int Rows>
 constexpr int backward_blocks() {
-  return sizeof(Stored) == 8 || (M == Math::fma && Rows == 32) ? 1 : 2;
+  return sizeof(Stored) == 8 || M == Math::tf32x3 || Rows == 32 ? 1 : 2;
 }
 
 template <Math M, class Stored, int Rows>
@@ -211,30 +197,35 @@ __global__ void __launch_bounds__(kThreads, backward_blocks<M, Stored, Rows>())
   int next_tile = first_tile, next_step = 0, next_chunk = 0, next_stage = 0;
   const auto fetch = [&] {
     if (next_tile < end_tile && block.steps > 0) {
-      const int* step = block.step(next_step);
-      const bool up = step[kKind] == kUp, by_index = indexed && step[kVectors] >= 0;
+      const Step step = block.step(next_step);
+      const bool up = step.kind == kUp, by_index = indexed && step.leaf();
+      const long long row = static_cast<long long>(next_tile) * Rows * sizes.x_width;
+      Stored *weights = block.weights(next_stage), *vectors = block.vectors(next_stage);
       if (by_index) {
-        const long long row = static_cast<long long>(next_tile) * Rows;
-        const Indices indices{p.indices + row * sizes.x_width, sizes.x_width, rows_of(next_tile)};
-        Stored* to = block.vectors(next_stage);
+        const Indices indices{p.indices + row, sizes.x_width, rows_of(next_tile)};
         if (up) {
-          stage_rows<Stored, Rows>(to, sizes.ld_vectors, p.weights, step, indices);
+          stage_rows<Rows>(vectors, sizes.ld_vectors, p.weights, step, indices);
         } else {
-          stage_ones<Stored, Rows>(to, sizes.ld_vectors, step, next_chunk, indices);
+          stage_ones<Rows>(vectors, sizes.ld_vectors, step, next_chunk, indices);
+        }
+      } else {
+        if (step.group >= 0 && up) {
+          stage_weights<false>(weights, sizes.pieces, p.weights, step, next_chunk);
+        } else if (step.group >= 0 && (step.flags & kOperandGradient) != 0) {
+          stage_weights<true>(weights, sizes.pieces, p.weights, step, next_chunk);
+        }
+        if (step.leaf() && (up || (step.flags & kWeightGradient) != 0)) {
+          const Vectors<Stored> of{x + row, sizes.x_width, rows_of(next_tile)};
+          stage_vectors<Rows>(vectors, sizes.ld_vectors, of, step, next_chunk);
         }
       }
-      if (step[kGroup] >= 0 && !by_index && (up || (step[kFlags] & kOperandGradient) != 0))
-        stage_weights(block.weights(next_stage), sizes.ld_weights, p.weights, step, next_chunk);
-      if (step[kVectors] >= 0 && !by_index && (up || (step[kFlags] & kWeightGradient) != 0))
-        stage_vectors<Stored, Rows>(block.vectors(next_stage), sizes.ld_vectors, x, sizes.x_width,
-                                    static_cast<long long>(next_tile) * Rows, rows_of(next_tile),
-                                    step, next_chunk);
       if (++next_chunk == chunks_of(step, by_index && up)) ++next_step, next_chunk = 0;
       if (next_step == block.steps) ++next_tile, next_step = 0;
       next_stage = next_stage + 1 == kBackwardStages ? 0 : next_stage + 1;
     }
     copy_commit();
   };
+#pragma unroll 1
   for (int i = 0; i + 1 < kBackwardStages; ++i) fetch();
 
   int tile = first_tile, s = 0, chunk = 0, at_stage = 0;
@@ -244,65 +235,72 @@ __global__ void __launch_bounds__(kThreads, backward_blocks<M, Stored, Rows>())
     fetch();
     const long long first_row = static_cast<long long>(tile) * Rows;
     const int rows = rows_of(tile);
-    const int* step = block.step(s);
-    const int* list = block.part + step[kList];
-    const int kind = step[kKind], flags = step[kFlags], count = step[kCount];
-    const bool leaf = step[kVectors] >= 0;
+    const Step step = block.step(s);
+    const int* list = block.list(step);
+    const int kind = step.kind, flags = step.flags, count = step.children;
+    const bool leaf = step.leaf();
     const int depth = rows_of_chunk(step, chunk), tall = padded(depth);
-    const int cols = step[kCols], wide = padded(cols);
+    const int cols = step.cols, wide = padded(cols);
     const Stored* w = block.weights(at_stage);
     const Stored* vectors = block.vectors(at_stage);
-    Value* g = block.slot(step[kSource]);
+    Value* g = block.slot(step.source);
     Value* operand = block.slot(kOperandSlot);
-    Value* cotangent = block.slot(kCotangentSlot);
 
     if ((flags & kLoadGradient) != 0 && chunk == 0) {
       const Stored* from = static_cast<const Stored*>(p.grad) + first_row * p.outputs;
-      for_each<Rows>(wide, [&](int row, int col, int) {
-        const bool there = row < rows && col < p.outputs;
-        g[row * ld + col] = there ? static_cast<Value>(from[row * p.outputs + col]) : Value(0);
+      for_fours<Rows>(wide, [&](int row, int col, int) {
+        Four<Value> v;
+#pragma unroll
+        for (int i = 0; i < kFour; ++i) {
+          const bool there = row < rows && col + i < p.outputs;
+          v.x[i] = there ? static_cast<Value>(from[row * p.outputs + col + i]) : Value(0);
+        }
+        store(g + row * ld + col, v);
       });
     }
     // The product of the children's messages: those in shared memory, or on the path others'.
     if (!leaf && (kind == kUp ? count > 1 : (flags & kWeightGradient) != 0)) {
-      Value product[Rows / kRowsAtATime];
+      Four<Value> product[kPlaces<Rows>];
       if (kind == kPath)
         products_of<Rows>(product, messages, sizes.batch, list, count, -1, first_row, rows, depth);
-      for_each<Rows>(tall, [&](int row, int col, int i) {
-        Value v = 1;
-        if (kind == kPath) {
-          v = product[i];
-        } else {
-          for (int c = 0; c < count; ++c) v *= block.slot(list[c])[row * ld + col];
+      for_fours<Rows>(tall, [&](int row, int col, int i) {
+        const int at = row * ld + col;
+        Four<Value> v = product[i];
+        if (kind != kPath) {
+          v = load<kFour>(block.slot(list[0]) + at);
+          for (int c = 1; c < count; ++c) v = v * load<kFour>(block.slot(list[c]) + at);
         }
-        operand[row * ld + col] = v;
+        store(operand + at, v);
       });
     }
     if (!leaf || (flags & kLoadGradient) != 0) __syncthreads();
 
     const bool row_of_weight = kind == kUp && leaf && indexed;
-    if (row_of_weight) {
-      Value* to = block.slot(step[kTarget]);
-      for_each<Rows>(wide, [&](int row, int col, int) {
-        to[row * ld + col] = static_cast<Value>(vectors[row * sizes.ld_vectors + col]);
-      });
-    } else if (kind == kUp) {
-      Product<M, Stored, Rows, false> product;
-      product.clear();
-      const Value* source = count > 1 ? operand : block.slot(leaf ? 0 : list[0]);
-      if constexpr (std::is_same_v<Stored, Value>) {
-        product.add(leaf ? vectors : source, leaf ? sizes.ld_vectors : ld, w, sizes.ld_weights,
-                    tall, wide);
-      } else if (leaf) {
-        product.add(vectors, sizes.ld_vectors, w, sizes.ld_weights, tall, wide);
+    if (kind == kUp) {
+      Four<Value> m[kPlaces<Rows>];
+      if (row_of_weight) {
+        for_fours<Rows>(wide, [&](int row, int col, int i) {
+          m[i] = converted<Value>(load<kFour>(vectors + row * sizes.ld_vectors + col));
+        });
       } else {
-        product.add(source, ld, w, sizes.ld_weights, tall, wide);
+        Product<M, Stored, Rows, false> product;
+        product.clear();
+        const Value* source = count > 1 ? operand : block.slot(leaf ? 0 : list[0]);
+        if constexpr (std::is_same_v<Stored, Value>) {
+          product.add(leaf ? vectors : source, leaf ? sizes.ld_vectors : ld, w, sizes.pieces, tall,
+                      wide);
+        } else if (leaf) {
+          product.add(vectors, sizes.ld_vectors, w, sizes.pieces, tall, wide);
+        } else {
+          product.add(source, ld, w, sizes.pieces, tall, wide);
+        }
+        product.finish(tall, wide, block.scratch, sizes.ld_sums, m);
       }
-      product.finish(wide, block.scratch,
-                     SlotSink<Value>{block.slot(step[kTarget]), ld, chunk == 0});
+      const SlotSink<Value> sink{block.slot(step.target), ld, chunk == 0};
+      for_fours<Rows>(wide, [&](int row, int col, int i) { sink(row, col, m[i]); });
     } else {
       if ((flags & kWeightGradient) != 0) {
-        const long long at = step[kPartial] + static_cast<long long>(chunk) * kSide * cols;
+        const long long at = step.partial + static_cast<long long>(chunk) * kSide * cols;
         Value* partial = static_cast<Value*>(p.partials);
         if (partial != nullptr) partial += split * p.numbers + at;
         Stored* result = static_cast<Stored*>(p.grad_weights) + at;
@@ -320,42 +318,38 @@ __global__ void __launch_bounds__(kThreads, backward_blocks<M, Stored, Rows>())
       }
       if ((flags & kOperandGradient) != 0) {
         // The siblings' messages are under way during the product.
-        Value others[Rows / kRowsAtATime];
+        Four<Value> others[kPlaces<Rows>];
         if (kind == kPath)
-          products_of<Rows>(others, messages, sizes.batch, list, count, step[kOnPath], first_row,
+          products_of<Rows>(others, messages, sizes.batch, list, count, step.on_path, first_row,
                             rows, depth);
-        if (step[kGroup] >= 0) {
+        Four<Value> v[kPlaces<Rows>];
+        if (step.group >= 0) {
           Product<M, Stored, Rows, true> product;
           product.clear();
-          product.add(g, ld, w, sizes.ld_weights, wide, tall);
-          if (leaf) {
-            Stored* to = static_cast<Stored*>(p.grad_x) + first_row * sizes.x_width +
-                         step[kVectors] + chunk * kSide;
-            product.finish(tall, block.scratch,
-                           VectorsSink<Stored>{to, sizes.x_width, rows, depth});
-          } else {
-            product.finish(tall, block.scratch, SlotSink<Value>{cotangent, ld, true});
-          }
+          product.add(g, ld, w, sizes.pieces, wide, tall);
+          product.finish(wide, tall, block.scratch, sizes.ld_sums, v);
         } else {  // of a sum: the same for every column
-          for_each<Rows>(tall, [&](int row, int col, int) {
-            cotangent[row * ld + col] = col < depth ? g[row * ld] : Value(0);
+          for_fours<Rows>(tall, [&](int row, int col, int i) {
+#pragma unroll
+            for (int j = 0; j < kFour; ++j) v[i].x[j] = col + j < depth ? g[row * ld] : Value(0);
           });
-        }
-        if (!leaf) {
           __syncthreads();
-          if (kind == kDown) {
-            for_vectors<Rows>(tall, [&](int row, int col) {
-              const int at = row * ld + col;
-              to_children(load<kVector>(cotangent + at), count,
-                          [&](int c) { return block.slot(list[c]) + at; });
-            });
-          } else {  // one level further down the path, in place of this node's cotangent
-            for_each<Rows>(tall, [&](int row, int col, int i) {
-              const int at = row * ld + col;
-              g[at] = cotangent[at] * others[i];
-            });
-          }
         }
+        const int first_column = step.vectors + chunk * kSide;
+        Stored* grad_x = static_cast<Stored*>(p.grad_x) + first_row * sizes.x_width;
+        const VectorsSink<Stored> sink{
+            grad_x + first_column, sizes.x_width, rows, depth,
+            in_fours(grad_x + first_column, sizes.x_width) && depth % kFour == 0};
+        for_fours<Rows>(tall, [&](int row, int col, int i) {
+          const int at = row * ld + col;
+          if (leaf) {
+            sink(row, col, v[i]);
+          } else if (kind == kDown) {
+            to_children(v[i], count, [&](int c) { return block.slot(list[c]) + at; });
+          } else {  // one level further down the path, in place of this node's cotangent
+            store(g + at, v[i] * others[i]);
+          }
+        });
       }
     }
     at_stage = at_stage + 1 == kBackwardStages ? 0 : at_stage + 1;

@@ -23,7 +23,7 @@ std::vector<Tensor> tree_forward(const std::vector<Tensor>& weights, const Tenso
       device_tensor(current, x, {sizes[Given::kCount] * x.size(0)}, value_type(dtype));
   compiled_for(op, dtype, g.math, g.rows, [&]<Math M, class Stored, int Rows>() {
     Forward p{};
-    p.sizes = sizes_of<M, Stored>(g, x, true);
+    p.sizes = sizes_of<M, Stored>(g, x);
     p.table = table.const_data_ptr<int>();
     p.x = x.const_data_ptr();
     p.indices = indices_of(x);

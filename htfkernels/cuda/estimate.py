@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from htfkernels.cuda import tree
+from htfkernels.cuda import tree_geometry
 from htfkernels.index_build import program_steps
 from htfkernels.layout import Layout
 
@@ -69,7 +69,7 @@ def levels_seconds(
 def chosen(layout: Layout, rows: int, dtype: torch.dtype, precision: str) -> tuple[bool, str]:
     """Whether the whole tree in one launch is estimated to be the faster way for an evaluation and
     its gradients, and a phrase that says by what numbers."""
-    whole = tree.seconds(layout, rows, dtype, precision, PROCESSORS, backward=True)
+    whole = tree_geometry.seconds(layout, rows, dtype, precision, PROCESSORS, backward=True)
     levels = levels_seconds(layout, rows, dtype, precision, backward=True)
     phrase = (
         f"for {rows} rows with gradients, estimated {whole * 1e6:.0f} us in one launch each way, "

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from htfkernels.cuda.module import call
-from htfkernels.cuda.tree import Geometry, Machine, Tree, geometries, geometry, math_of
+from htfkernels.cuda.tree import Tree, math_of
+from htfkernels.cuda.tree_geometry import Geometry, Machine, geometries, geometry
 from htfkernels.cuda.tree_tables import Gradients, backward_table, forward_table, messages
 
 __all__ = ["Evaluation", "backward", "evaluation", "forward"]
@@ -131,7 +132,11 @@ class Evaluation:
         if self._device.type != "cuda":
             return torch.zeros(count, dtype=torch.int32, device=self._device)
         if torch.cuda.is_current_stream_capturing():
-            return torch.zeros(count, dtype=torch.int32, device=self._device)
+            spare = _spares.setdefault(self._device, Spare(self._device, 0))
+            _captured[id(spare)] = spare
+            return spare.take(count)
+        if self._device not in _spares or _spares[self._device].left == 0:
+            _spares[self._device] = Spare(self._device)
         stream = torch.cuda.current_stream(self._device).cuda_stream
         made = self._counters.get(stream)
         if made is None or made.numel() < count:
@@ -140,6 +145,29 @@ class Evaluation:
         return made
 
 
+class Spare:
+    """Zeros that were written before a capture, for the launches that are captured: zeros made
+    within would be written by a launch of their own at every replay.
+
+    Args:
+        device: where they are.
+        size: how many.
+    """
+
+    def __init__(self, device: torch.device, size: int = 1 << 16) -> None:
+        self._zeros = torch.zeros(size, dtype=torch.int32, device=device)
+        self.left = size
+
+    def take(self, count: int) -> Tensor:
+        """Zeros that nobody else is given; made on the spot where too few are left."""
+        if count > self.left:
+            self.left = 0
+            return torch.zeros(count, dtype=torch.int32, device=self._zeros.device)
+        self.left -= count
+        return self._zeros[self.left : self.left + count]
+
+
+_spares: dict[torch.device, Spare] = {}
 _evaluations: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _captured: dict[int, object] = {}
 

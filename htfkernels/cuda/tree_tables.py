@@ -20,11 +20,11 @@ __all__ = ["Gradients", "backward_table", "forward_table", "messages"]
 
 UP, PATH, DOWN = range(3)
 WEIGHT_GRADIENT, OPERAND_GRADIENT, LOAD_GRADIENT = 1, 2, 4
-PATH_SLOT = 2  # where the cotangent on the path is
+PATH_SLOT = 1  # where the cotangent on the path is
 
 
 class _Step(NamedTuple):
-    """Fields of tree_parts.cuh, in their order."""
+    """That of tree_parts.cuh, its fields in their order."""
 
     group: int
     weight: int
