@@ -27,11 +27,11 @@ done
 # Seconds of each step at most. A benchmark stops to begin workloads some time before its limit, and
 # keeps what it has at each: the important ones come first.
 declare -A limit=(
-  [install]=100 [tests]=90 [memory]=40 [race]=40 [float32]=115 [training]=25 [spectra]=25
-  [bfloat16]=70 [autotune]=40 [report]=15
+  [install]=100 [tests]=90 [memory]=40 [race]=40 [float32]=115 [training]=25 [model]=30
+  [spectra]=25 [bfloat16]=60 [autotune]=25 [report]=15
 )
-declare -A budget=([float32]=90 [spectra]=15 [bfloat16]=50 [autotune]=25)
-declare -A compiling=([float32]=15 [spectra]=5 [bfloat16]=10 [autotune]=20)
+declare -A budget=([float32]=90 [spectra]=15 [bfloat16]=40 [autotune]=15)
+declare -A compiling=([float32]=15 [spectra]=5 [bfloat16]=10 [autotune]=10)
 total=0
 for step in "${!limit[@]}"; do total=$((total + limit[$step])); done
 ((total < 570)) || { echo "gpu_gate: the steps may take $total s, more than 570" >&2; exit 2; }
@@ -144,11 +144,13 @@ bench float32 "${both[@]}" --dtype float32 "${precision[@]}" "${sizes[@]}" "${pe
 if [[ $device == cuda ]]; then
   run training "$python" bench/train_step.py --precision ieee --precision tf32 \
     --steps 1000 --blocks 5 --out "$out/$name-training.json"
+  run model "$python" bench/tree_model.py --seconds 20 --out "$out/$name-model.json"
   bench spectra --pass forward-qr --pass forward-gram --dtype float64 \
     -w spectra-64 -w spectra-256 \
     -i htfkernels -i "linalg, node by node" -i "folded linalg"
 else
   skipped training "it is for a GPU"
+  skipped model "it is for a GPU"
   skipped spectra "it is for a GPU"
 fi
 bench bfloat16 "${both[@]}" --dtype bfloat16 "${sizes[@]}" "${peers[@]}"

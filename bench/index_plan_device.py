@@ -6,7 +6,7 @@ of the first two are compared before anything is timed.
 
     python bench/index_plan_device.py
     python bench/index_plan_device.py --samples 1e5 1e6 --repeats 20 --json plans.json
-    python bench/index_plan_device.py --emulated     # a check of this file where there is no GPU
+    HTF_EMULATE_CUDA=1 python bench/index_plan_device.py     # tiny: a check where there is no GPU
 """
 
 from __future__ import annotations
@@ -47,13 +47,9 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--repeats", type=int, default=10, help="of each way; one more warms up")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the CPU's way")
-    parser.add_argument(
-        "--emulated", action="store_true", help="without a GPU, and tiny: the times say nothing"
-    )
     parser.add_argument("--json", type=Path, help="file for the numbers")
     options = parser.parse_args()
-    if options.emulated:
-        os.environ["HTF_EMULATE_CUDA"] = "1"
+    if module.emulated():  # the times say nothing
         options.samples, options.repeats = [500], 1
     device = module.device_type()
     reason = module.why_not(device)

@@ -65,8 +65,8 @@ def stubs(tmp_path: Path) -> dict[str, str]:
 
 
 STEPS = [
-    "install", "tests", "memory", "race", "float32", "training", "spectra", "bfloat16", "autotune",
-    "report",
+    "install", "tests", "memory", "race", "float32", "training", "model", "spectra", "bfloat16",
+    "autotune", "report",
 ]  # fmt: skip
 
 
@@ -89,6 +89,7 @@ def test_on_a_gpu_every_step_runs_in_order(stubs: dict[str, str], tmp_path: Path
         "--tool racecheck --error-exitcode 9",
         "--dtype float32 --precision tf32 -w wide -w huge -w medium -w deep",
         "bench/train_step.py --precision ieee --precision tf32",
+        "bench/tree_model.py --seconds 20",
         "--dtype float64 -w spectra-64",
         "--dtype bfloat16 -w wide -w huge",
         "folded bmm, max-autotune",
@@ -100,7 +101,7 @@ def test_on_a_gpu_every_step_runs_in_order(stubs: dict[str, str], tmp_path: Path
     names = {path.name for path in (tmp_path / "out").iterdir()}
     stem = re.fullmatch(r"(gpu-gate-\d{8}T\d{6}Z-01234567)\.md", min(names, key=len))
     assert stem, names
-    steps = ("float32", "training", "spectra", "bfloat16", "autotune")
+    steps = ("float32", "training", "model", "spectra", "bfloat16", "autotune")
     endings = [".md", "-log.txt", *(f"-{step}.json" for step in steps)]
     assert names == {stem[1] + ending for ending in endings}
 

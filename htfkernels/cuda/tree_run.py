@@ -78,15 +78,23 @@ class Evaluation:
         self._counters: dict[int, Tensor] = {}
 
     @property
-    def _how(self) -> tuple[torch.dtype, int, Machine]:
+    def how(self) -> tuple[torch.dtype, int, Machine]:
+        """What plans depend on beside the tree and the batch."""
         return self._dtype, self._math, self._machine
 
     def _both(self, batch: int) -> tuple[Geometry, Geometry]:
         made = self._pairs.get(batch)
         if made is None:
-            made = geometries(self.tree, batch, *self._how)
+            made = geometries(self.tree, batch, *self.how)
             _keep(self._pairs, batch, made)
         return made
+
+    def fix(self, batch: int, pair: tuple[Geometry, Geometry]) -> None:
+        """From now on, forward and backward passes over so many samples are launched like this, one
+        after the other over one cut, in place of the way that the model of time chooses."""
+        self._pairs[batch] = pair
+        self._forward.pop((batch, True), None)
+        self._backward = {key: made for key, made in self._backward.items() if key[0] != batch}
 
     def _sizes(self, g: Geometry) -> list[int]:
         launched = (g.rows, *self.tree.widths, len(g.cut.roots), g.part, g.slots)
@@ -96,7 +104,7 @@ class Evaluation:
         """The plan of a forward pass, with ``keeping`` of one that a backward pass follows."""
         made = self._forward.get((batch, keeping))
         if made is None:
-            g = self._both(batch)[0] if keeping else geometry(self.tree, batch, *self._how)
+            g = self._both(batch)[0] if keeping else geometry(self.tree, batch, *self.how)
             table = self._table(("forward", g.cut), lambda: forward_table(g.cut))
             sizes = [*self._sizes(g), messages(g.cut)[1]]
             made = _Forward(g, table, sizes, max(1, len(g.cut.above) * g.tiles))
