@@ -133,7 +133,7 @@ struct SlotSink {
 #pragma unroll
       for (int i = 0; i < kFour; ++i) m.x[i] += before.x[i];
     }
-    store(place, m);
+    store_shared(place, m);
   }
 };
 
@@ -142,27 +142,29 @@ struct SlotSink {
 template <class Value, class Place>
 __device__ __forceinline__ void to_children(Four<Value> g, int count, Place place) {
   if (count == 1) {
-    store(place(0), g);
+    store_shared(place(0), g);
     return;
   }
   if (count == 2) {
     const Four<Value> a = load<kFour>(place(0)), b = load<kFour>(place(1));
-    store(place(0), g * b);
-    store(place(1), g * a);
+    store_shared(place(0), g * b);
+    store_shared(place(1), g * a);
     return;
   }
   // Four children at a time; g has all that came before as factors.
+#pragma unroll 1
   for (int c = 0; c < count; c += 4) {
     Four<Value> outside = g, m[4];
+#pragma unroll 1
     for (int after = c + 4; after < count; ++after) outside = outside * load<kFour>(place(after));
 #pragma unroll
     for (int i = 0; i < 4; ++i) m[i] = c + i < count ? load<kFour>(place(c + i)) : filled(Value(1));
     const Four<Value> low = m[0] * m[1], high = m[2] * m[3];
     const Four<Value> left = outside * high, right = outside * low;
-    store(place(c), left * m[1]);
-    if (c + 1 < count) store(place(c + 1), left * m[0]);
-    if (c + 2 < count) store(place(c + 2), right * m[3]);
-    if (c + 3 < count) store(place(c + 3), right * m[2]);
+    store_shared(place(c), left * m[1]);
+    if (c + 1 < count) store_shared(place(c + 1), left * m[0]);
+    if (c + 2 < count) store_shared(place(c + 2), right * m[3]);
+    if (c + 3 < count) store_shared(place(c + 3), right * m[2]);
     g = g * (low * high);
   }
 }
@@ -255,7 +257,7 @@ __global__ void __launch_bounds__(kThreads, backward_blocks<M, Stored, Rows>())
           const bool there = row < rows && col + i < p.outputs;
           v.x[i] = there ? static_cast<Value>(from[row * p.outputs + col + i]) : Value(0);
         }
-        store(g + row * ld + col, v);
+        store_shared(g + row * ld + col, v);
       });
     }
     // The product of the children's messages: those in shared memory, or on the path others'.
@@ -268,9 +270,10 @@ __global__ void __launch_bounds__(kThreads, backward_blocks<M, Stored, Rows>())
         Four<Value> v = product[i];
         if (kind != kPath) {
           v = load<kFour>(block.slot(list[0]) + at);
+#pragma unroll 1
           for (int c = 1; c < count; ++c) v = v * load<kFour>(block.slot(list[c]) + at);
         }
-        store(operand + at, v);
+        store_shared(operand + at, v);
       });
     }
     if (!leaf || (flags & kLoadGradient) != 0) __syncthreads();
@@ -347,7 +350,7 @@ __global__ void __launch_bounds__(kThreads, backward_blocks<M, Stored, Rows>())
           } else if (kind == kDown) {
             to_children(v[i], count, [&](int c) { return block.slot(list[c]) + at; });
           } else {  // one level further down the path, in place of this node's cotangent
-            store(g + at, v[i] * others[i]);
+            store_shared(g + at, v[i] * others[i]);
           }
         });
       }

@@ -42,7 +42,8 @@ struct Forward {
 template <class Stored, int Rows>
 struct MessageSink {
   using Value = ValueOf<Stored>;
-  Value* slot;  // null: global memory
+  bool shared;  // else global memory
+  Value* slot;
   int ld;
   bool first;
   Value* message;  // null: the result
@@ -51,10 +52,10 @@ struct MessageSink {
   bool fours;  // of the message are aligned
 
   __device__ __forceinline__ void operator()(int row, int col, Four<Value> m) const {
-    if (slot != nullptr) {
+    if (shared) {
       Value* to = slot + row * ld + col;
       if (!first) m = m * load<kFour>(to);
-      store(to, m);
+      store_shared(to, m);
       return;
     }
     if (row >= rows || col >= cols) return;
@@ -78,8 +79,8 @@ struct MessageSink {
 // How many blocks a multiprocessor should have room for: 2 leave 128 registers for a thread.
 template <Math M, class Stored, int Rows>
 constexpr int forward_blocks() {
-  const bool much = M == Math::tf32x3 || (M == Math::fma && sizeof(Stored) == 4);
-  return (Rows == 32 && much) || (Rows == 16 && sizeof(Stored) == 8) ? 1 : 2;
+  const bool tall = Rows == 32 && M == Math::fma;
+  return tall || M == Math::tf32x3 || (Rows == 16 && sizeof(Stored) == 8) ? 1 : 2;
 }
 
 template <Math M, class Stored, int Rows>
@@ -137,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, forward_blocks<M, Stored, Rows>())
       products_of<Rows>(operand, static_cast<const Value*>(p.messages), sizes.batch,
                         block.list(step), step.children, -1, first_row, rows, step.rows);
       for_fours<Rows>(padded(step.rows), [&](int row, int col, int i) {
-        store(source + row * sizes.ld + col, operand[i]);
+        store_shared(source + row * sizes.ld + col, operand[i]);
       });
     }
     product.clear();
@@ -145,7 +146,6 @@ __global__ void __launch_bounds__(kThreads, forward_blocks<M, Stored, Rows>())
     for (int chunk = 0; chunk < chunks; ++chunk) {
       copy_wait<kForwardStages - 2>();
       __syncthreads();  // the chunk and the slots are there, the oldest stage is free
-      fetch();
       const int depth = rows_of_chunk(step, chunk);
       if (step.group >= 0 && !row_of_weight) {
         const Stored* w = block.weights(at_stage);
@@ -160,6 +160,7 @@ __global__ void __launch_bounds__(kThreads, forward_blocks<M, Stored, Rows>())
           product.add(source, sizes.ld, w, sizes.pieces, terms, columns);
         }
       }
+      fetch();  // while the tensor cores are at work
       at_stage = at_stage + 1 == kForwardStages ? 0 : at_stage + 1;
     }
     Stored* result = static_cast<Stored*>(p.result) + first_row * cols;
@@ -174,7 +175,8 @@ __global__ void __launch_bounds__(kThreads, forward_blocks<M, Stored, Rows>())
       continue;
     }
     Value* message = static_cast<Value*>(p.messages) + step.message * sizes.batch;
-    const MessageSink<Stored, Rows> sink{step.target >= 0 ? block.slot(step.target) : nullptr,
+    const MessageSink<Stored, Rows> sink{step.target >= 0,
+                                         block.slot(step.target),
                                          sizes.ld,
                                          step.kind != 0,
                                          step.message < 0 ? nullptr : message + first_row * cols,

@@ -102,6 +102,17 @@ void set_widths(Sizes& s, int width, int vectors) {
   s.pieces = kWarp * (2 * (s.quarters - 1) + (most + 31) / 32);
 }
 
+// Shared memory through a register: or ptxas reads its window anew at each use, for some 30 cycles.
+template <class T>
+__device__ __forceinline__ T* kept_shared_memory() {
+#ifdef HTF_EMULATE
+  return shared_memory<T>();
+#else
+  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(shared_memory<T>()));
+  return static_cast<T*>(__cvta_shared_to_generic(__shfl_sync(~0u, at, 0)));
+#endif
+}
+
 // A block's shared memory and its task.
 template <Math M, class Stored, int Rows, int Stages>
 struct Block {
@@ -114,7 +125,7 @@ struct Block {
   int steps;
 
   __device__ __forceinline__ Block(const Sizes& s, const int* table, int task)
-      : sizes(s), part(shared_memory<int>()) {
+      : sizes(s), part(kept_shared_memory<int>()) {
     const int* head = table + kHead * task;
     const int begin = __ldg(head), ints = __ldg(head + 1);
     steps = __ldg(head + 2);
@@ -169,7 +180,7 @@ __device__ __forceinline__ void stage_some(T* to, const T* from, int count) {
 
 // A leaf whose message is a row of its weight has that for one chunk.
 __device__ __forceinline__ int chunks_of(const Step& step, bool row) {
-  return row ? 1 : (step.rows + kSide - 1) / kSide;
+  return row ? 1 : static_cast<int>(static_cast<unsigned>(step.rows + kSide - 1) / kSide);
 }
 __device__ __forceinline__ int rows_of_chunk(const Step& step, int chunk) {
   const int left = step.rows - chunk * kSide;

@@ -49,7 +49,34 @@ __device__ __forceinline__ Pack<T, V> load(const T* p) {
 }
 template <int V, class T>
 __device__ __forceinline__ void store(T* p, const Pack<T, V>& values) {
-  *reinterpret_cast<Pack<T, V>*>(p) = values;
+  if constexpr (std::is_same_v<T, BFloat16> && V == 4) {  // or each is stored by itself
+    *reinterpret_cast<uint2*>(p) =
+        make_uint2(pack_bf16(values.x[0], values.x[1]), pack_bf16(values.x[2], values.x[3]));
+  } else {
+    *reinterpret_cast<Pack<T, V>*>(p) = values;
+  }
+}
+// Into shared memory. nvcc stores a struct's members one by one where it likes, which are four
+// instructions, each of four times the bank conflicts.
+template <int V, class T>
+__device__ __forceinline__ void store_shared(T* p, const Pack<T, V>& v) {
+#ifndef HTF_EMULATE
+  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(p));
+  if constexpr (std::is_same_v<T, float> && V == 4) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"r"(to), "f"(v.x[0]), "f"(v.x[1]),
+                 "f"(v.x[2]), "f"(v.x[3])
+                 : "memory");
+    return;
+  } else if constexpr (std::is_same_v<T, double> && V == 4) {
+    asm volatile(
+        "st.shared.v2.f64 [%0], {%1, %2};\n"
+        "st.shared.v2.f64 [%0+16], {%3, %4};\n" ::"r"(to),
+        "d"(v.x[0]), "d"(v.x[1]), "d"(v.x[2]), "d"(v.x[3])
+        : "memory");
+    return;
+  }
+#endif
+  store(p, v);
 }
 
 template <class T>
@@ -70,7 +97,7 @@ __device__ __forceinline__ Four<T> filled(T x) {
   return all;
 }
 
-__host__ __device__ __forceinline__ int padded(int width) { return (width + 15) / 16 * 16; }
+__host__ __device__ __forceinline__ int padded(int width) { return (width + 15) & ~15; }
 
 // Which part of a weight a thread has.
 struct Share {
@@ -142,19 +169,21 @@ struct Summed {
     if (!own.none(terms, width)) {
       Value* to = scratch + own.quarter * Rows * ld;
       static_cast<const Own*>(this)->each([&](int row, int col, const Four<Value>& v) {
-        if (col < width) store(to + row * ld + col, v);
+        if (col < width) store_shared(to + row * ld + col, v);
       });
     }
     __syncthreads();
     for_fours<Rows>(width, [&](int row, int col, int i) {
       const Value* from = scratch + row * ld + col;
       sums[i] = load<kFour>(from);
-      for (int term = 16; term < terms; term += 16) {
-        from += Rows * ld;
-        const Four<Value> part = load<kFour>(from);
+      Four<Value> part[3];
 #pragma unroll
-        for (int j = 0; j < kFour; ++j) sums[i].x[j] += part.x[j];
-      }
+      for (int q = 0; q < 3; ++q)
+        part[q] = 16 * (q + 1) < terms ? load<kFour>(from + (q + 1) * Rows * ld) : filled(Value(0));
+#pragma unroll
+      for (int q = 0; q < 3; ++q)
+#pragma unroll
+        for (int j = 0; j < kFour; ++j) sums[i].x[j] += part[q].x[j];
     });
   }
 };

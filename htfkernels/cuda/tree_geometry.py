@@ -161,11 +161,11 @@ def _beside(
 ) -> int:
     """Blocks of a multiprocessor at a time: as registers (``forward_blocks`` of tree_forward.cuh,
     ``backward_blocks`` of tree_backward.cuh) and shared memory allow."""
-    double = dtype == torch.float64
+    alone = math == MATH["tf32x3"]
     if backward:
-        alone = double or math == MATH["tf32x3"] or rows == 32
+        alone |= dtype == torch.float64 or rows == 32
     else:
-        alone = (rows == 32 and math in (0, MATH["tf32x3"])) or (double and rows == 16)
+        alone |= (math == 0 and rows == 32) or (dtype == torch.float64 and rows == 16)
     if alone:
         return 1
     # Each block takes a kilobyte for itself; a multiprocessor has one more than a block can have.

@@ -169,7 +169,8 @@ class Spare:
     def take(self, count: int) -> Tensor:
         """Zeros that nobody else is given; made on the spot where too few are left."""
         if count > self.left:
-            self.left = 0
+            if count <= self._zeros.numel():
+                self.left = 0  # the next call that is not captured makes another
             return torch.zeros(count, dtype=torch.int32, device=self._zeros.device)
         self.left -= count
         return self._zeros[self.left : self.left + count]
