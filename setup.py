@@ -73,6 +73,19 @@ def nvcc_flags(archs):
     return flags
 
 
+def drop_stale(folder, sources, headers):
+    """Deletes the objects of sources that are older than a header, so that they are compiled again.
+
+    PyTorch without CUDA does not tell ninja which headers a .cu includes.
+    """
+    newest = max(map(os.path.getmtime, headers))
+    for source in sources:
+        path = os.path.join(folder, os.path.splitext(source)[0])
+        for built in (f"{path}.o", f"{path}_cuda.o"):  # the second beside a .cpp of the same name
+            if os.path.exists(built) and os.path.getmtime(built) < newest:
+                os.remove(built)
+
+
 plan = Extension(
     name="htfkernels._plan",
     sources=sorted(glob("csrc/plan/*.cpp")),
@@ -181,6 +194,12 @@ else:
                 extra_link_args=checks,
             )
         )
-    cmdclass = {"build_ext": cpp_extension.BuildExtension}
+
+    class Build(cpp_extension.BuildExtension):
+        def build_extensions(self):
+            drop_stale(self.build_temp, glob("csrc/**/*.cu", recursive=True), common["depends"])
+            super().build_extensions()
+
+    cmdclass = {"build_ext": Build}
 
 setup(ext_modules=ext_modules, cmdclass=cmdclass)

@@ -99,3 +99,21 @@ def test_wrong_settings(toolkit: str, setting: dict[str, str], message: str) -> 
     assert done.returncode != 0
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_is_older_than_a_header_is_compiled_again(tmp_path: Path) -> None:
+    times = {"csrc/a.o": 1, "csrc/b.o": 3, "csrc/c.o": 1, "csrc/c_cuda.o": 1, "csrc/d.o": 1, "h": 2}
+    for name, time in times.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        os.utime(path, (time, time))
+    script = """
+import runpy, sys, setuptools
+setuptools.setup = lambda **given: None
+drop_stale = runpy.run_path("setup.py")["drop_stale"]
+folder = sys.argv[1]
+drop_stale(folder, ["csrc/a.cu", "csrc/b.cu", "csrc/c.cu", "csrc/new.cu"], [folder + "/h"])
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, check=True)
+    assert sorted(p.name for p in (tmp_path / "csrc").iterdir()) == ["b.o", "d.o"]

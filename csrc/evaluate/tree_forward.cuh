@@ -19,7 +19,7 @@
 //
 // Why it is fast: nothing but latencies and instructions is in the way. A tree of 64 leaves, R = D
 // = 64, has 127 weights of 16 KB. One multiprocessor streams some 100 GB/s from L2, 20 us for all
-// of it, so that the tree is cut; a node's step is some 200 instructions of a warp and two
+// of it, so that the tree is cut; a node's step is some 400 instructions of a warp and two
 // barriers.
 #pragma once
 

@@ -44,7 +44,7 @@ CHUNK = 0.4e-6
 """Seconds, on an H100: two barriers, the table, copies to come, and latencies of a product.
 
 Measured on an H200 was an earlier step, of some 1200 instructions of a warp: 1.6 us whatever the
-rank, of which one of 350 has its share."""
+rank, of which one of 400 has its share."""
 STREAM = 100e9
 """Bytes a second that one multiprocessor gets from L2."""
 LONGEST = 256  # by index: a leaf's gradient is a product with vectors of zeros and ones
