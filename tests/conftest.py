@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -24,6 +25,11 @@ os.environ["HTF_POISON"] = "1"
 # On tensors as small as these a second thread costs more than it brings, and far more where the
 # cores are shared; the tests of threads ask for theirs.
 torch.set_num_threads(1)
+
+# Who runs the tests behind an `&` has a shell that ignores Control-C, and those who wait for the end
+# of what is interrupted would wait for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
