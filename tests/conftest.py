@@ -26,8 +26,8 @@ os.environ["HTF_POISON"] = "1"
 # cores are shared; the tests of threads ask for theirs.
 torch.set_num_threads(1)
 
-# Who runs the tests behind an `&` has a shell that ignores Control-C, and those who wait for the end
-# of what is interrupted would wait for ever.
+# Behind an `&` a shell has Control-C ignored, and tests that wait for what they interrupt would
+# wait for ever.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
