@@ -150,7 +150,7 @@ def test_dry_run(tmp_path: Path) -> None:
     found = verdicts(done.stdout)
     assert [*found] == STEPS
     skipped = [name for name in STEPS if found[name].startswith("skipped")]
-    assert skipped == ["install", "race", "training", "spectra", "autotune"]
+    assert skipped == ["install", "race", "training", "model", "spectra", "autotune"]
     files = sorted(out.glob("*.json"))
     assert len(files) == 2
     sizes = {"wide", "huge", "medium", "deep", "small", "few", "one", "ragged", "paper"}
