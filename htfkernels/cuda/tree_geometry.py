@@ -176,6 +176,9 @@ def launches(
     tree: Tree, batch: int, dtype: torch.dtype, math: int, machine: Machine, backward: bool,
     cuts: Sequence[Cut],
 ) -> Iterator[Geometry]:  # fmt: skip
+    """The ways to launch one pass over each cut, a way for each height of tiles that fits into the
+    device's shared memory. Arguments as in :func:`geometry`."""
+
     @cache
     def costs(rows: int, busy: int, again: bool) -> _Costs:
         stream = min(STREAM, _L2 / min(busy, machine.processors))
