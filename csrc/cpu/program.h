@@ -28,19 +28,23 @@ struct Program {
   const Step* step;  // points into the tensor
 
   // Reads and checks a program against the weights: the one place where the operations' arguments
-  // are looked at. Everything behind it trusts the sizes.
+  // are looked at. Everything behind it trusts every field.
   Program(const char* op, const Tensor& program, const std::vector<Tensor>& weights) {
     check(program.is_cpu() && program.scalar_type() == ScalarType::Long && program.dim() == 1 &&
-              program.is_contiguous() && program.numel() >= kHeader,
+              program.is_contiguous() && program.numel() >= kHeader + kFields,
           op, ": program must be a contiguous int64 CPU tensor made by a layout");
     const int64_t* p = program.const_data_ptr<int64_t>();
-    check(p[0] == 1 && p[1] > 0 && program.numel() == kHeader + p[1] * kFields, op,
+    const int64_t rows = program.numel() - kHeader;
+    check(p[0] == 1 && rows % kFields == 0 && p[1] == rows / kFields, op,
           ": program is not of this version of htfkernels");
     steps = p[1], groups = p[2], buffers = p[3], outputs = p[4], x_width = p[5], order = p[6];
     sum_root = p[7] != 0;
     step = reinterpret_cast<const Step*>(p + kHeader);
     check(static_cast<int64_t>(weights.size()) == groups, op, ": expected ", groups,
           " folded weights, got ", weights.size());
+    check(groups >= 1 && buffers >= 1 && buffers <= steps && outputs >= 1 && x_width >= 1 &&
+              order >= 1 && order < steps && (p[7] == 0 || p[7] == 1),
+          op, kBroken);
     const ScalarType dtype = weights[0].scalar_type();
     check(
         dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16,
@@ -52,14 +56,9 @@ struct Program {
             "] must be a 3-dimensional CPU tensor of the dtype of weights[0]");
       shapes.push_back({w.size(0), w.size(1), w.size(2)});
     }
-    check(buffers >= 1 && buffers <= steps && outputs >= 1 && x_width >= 1, op, kBroken);
-    std::vector<char> reached(steps, 0);  // whether a child has sent its message
-    int64_t leaves = 0;
-    for (int64_t s = 0; s < steps; ++s) {
-      check_step(op, weights, shapes, s, reached);
-      leaves += is_leaf(s);
-    }
-    check(leaves == order, op, kBroken);
+    std::vector<Seen> seen(steps);
+    for (int64_t s = 0; s < steps; ++s) check_step(op, weights, shapes, s, seen);
+    check_modes(op, seen);
   }
 
   void check_outputs(const char* op, int64_t out_features) const {
@@ -93,23 +92,41 @@ struct Program {
   struct Shape {
     int64_t count, rows, cols;
   };
+  struct Seen {
+    int64_t children = 0, below = 0, first = 0;  // of a step: steps below it, and the first of them
+    int64_t leaf = -1;                           // of a mode: its step
+    bool node = false;                           // of a node: whether a step has it
+  };
 
   void check_step(const char* op, const std::vector<Tensor>& weights,
-                  const std::vector<Shape>& shapes, int64_t s, std::vector<char>& reached) const {
+                  const std::vector<Shape>& shapes, int64_t s, std::vector<Seen>& seen) const {
     const Step& st = step[s];
+    const Seen below = seen[s];
     const bool leaf = is_leaf(s);
-    check(st.rows >= 1 && st.cols >= 1 && st.mode >= -1 && st.mode < order, op, kBroken);
-    check(leaf
-              ? st.buffer == -1 && st.offset >= 0 && st.offset <= x_width - st.rows && st.group >= 0
-              : reached[s] && st.offset == -1 && st.buffer >= 0 && st.buffer < buffers,
+    check(st.rows >= 1 && st.cols >= 1 && st.mode >= -1 && st.mode < order && st.node >= 0 &&
+              st.node < steps && !seen[st.node].node && st.children == below.children,
           op, kBroken);
+    seen[st.node].node = true;
+    if (leaf) {
+      check(st.children == 0 && st.buffer == -1 && st.group >= 0 && seen[st.mode].leaf < 0, op,
+            kBroken);
+      seen[st.mode].leaf = s;
+    } else {
+      // The steps below are those just before it, and no others.
+      check(st.children >= 1 && s - below.first == below.below && st.offset == -1 &&
+                st.buffer >= 0 && st.buffer < buffers,
+            op, kBroken);
+    }
     if (s == steps - 1) {
-      check(!leaf && st.parent == -1 && st.cols == outputs, op, kBroken);
+      check(!leaf && st.parent == -1 && st.first == 0 && st.cols == outputs, op, kBroken);
     } else {
       check(st.parent > s && st.parent < steps && !is_leaf(st.parent) &&
-                step[st.parent].rows == st.cols && (st.first != 0) == !reached[st.parent],
+                step[st.parent].rows == st.cols,
             op, kBroken);
-      reached[st.parent] = 1;
+      Seen& up = seen[st.parent];
+      check(st.first == (up.children == 0), op, kBroken);
+      if (up.children++ == 0) up.first = leaf ? s : below.first;
+      up.below += below.below + 1;
     }
     if (s == steps - 1 && sum_root) {
       check(st.group == -1 && outputs == 1, op, kBroken);
@@ -120,6 +137,17 @@ struct Program {
     check(st.slot < w.count && w.rows == st.rows && w.cols == st.cols, op, ": weights[", st.group,
           "] must be [F, ", st.rows, ", ", st.cols, "] with F > ", st.slot, ", got ",
           describe(weights[st.group]));
+  }
+
+  // Each mode has a leaf, and the packed vectors its columns, one mode after the other.
+  void check_modes(const char* op, const std::vector<Seen>& seen) const {
+    int64_t at = 0;
+    for (int64_t mode = 0; mode < order; ++mode) {
+      const int64_t leaf = seen[mode].leaf;
+      check(leaf >= 0 && step[leaf].offset == at && step[leaf].rows <= x_width - at, op, kBroken);
+      at += step[leaf].rows;
+    }
+    check(at == x_width, op, kBroken);
   }
 };
 

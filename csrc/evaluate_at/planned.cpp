@@ -24,46 +24,97 @@ IndexPlan::IndexPlan(const char* op, const Program& p, const Tensor& table, cons
   const auto* last = reinterpret_cast<const CutRow*>(row + framed);
   cuts.assign(last, last + cut);
 
-  const auto list = [&](int64_t at, int64_t n) {
-    broken(at >= 0 && n >= 0 && n <= length && at <= length - n);
+  // What an operand stands for: children of a step with all that is below them.
+  struct Operand {
+    int64_t rows, cols, level, parent, children;
   };
-  std::vector<int64_t> cols(framed), used(framed, 0);
-  const auto operand = [&](int64_t x, int64_t before, int64_t& count) {
+  std::vector<Operand> made;
+  std::vector<char> used(framed + p.steps, 0);  // rows, then leaves
+  const auto operand = [&](int64_t x, int64_t before) -> Operand {
     broken(x < before && x >= -p.steps && (x >= 0 || p.is_leaf(-(x + 1))));
-    if (x >= 0) broken(used[x]++ == 0);
-    count = x >= 0 ? rows[x].rows : p.step[-(x + 1)].rows;
-    return x >= 0 ? cols[x] : p.step[-(x + 1)].cols;
+    char& mine = used[x >= 0 ? x : framed - (x + 1)];
+    broken(mine == 0);
+    mine = 1;
+    if (x >= 0) return made[x];
+    const Step& leaf = p.step[-(x + 1)];
+    return {leaf.rows, leaf.cols, 0, leaf.parent, 1};
+  };
+  // The lists of a row, or of a cut, follow each other. What is in them is not looked at.
+  struct List {
+    int64_t at, size;
+  };
+  struct Span {
+    int64_t begin, end;
+  };
+  std::vector<Span> of_rows, of_cuts;
+  const auto span = [&](std::initializer_list<List> all_of_it) -> Span {
+    const int64_t begin = all_of_it.begin()->at;
+    int64_t at = begin;
+    for (const List& list : all_of_it) {
+      broken(list.at == at && at >= 0 && at <= length && list.size >= 0 &&
+             list.size <= length - at);
+      at += list.size;
+    }
+    return {begin, at};
   };
   for (int64_t k = 0; k < framed; ++k) {
     const FrameRow& f = rows[k];
-    int64_t n_left = 0, n_right = 0;
-    const int64_t width = operand(f.left, k, n_left);
-    broken(f.step >= -1 && f.step < p.steps && (f.step < 0 || !p.is_leaf(f.step)) && f.rows >= 0);
-    if (f.step >= 0) broken(p.step[f.step].rows == width);
-    cols[k] = f.step >= 0 ? p.step[f.step].cols : width;
-    const auto level = [&](int64_t x) { return x < 0 ? 0 : rows[x].level; };
-    broken(f.level > level(f.left) && f.level <= framed);
+    const Operand left = operand(f.left, k);
+    broken(f.step >= -1 && f.step < p.steps && f.rows >= 0);
+    Operand product{f.rows, left.cols, left.level, left.parent, left.children};
     if (f.right == kNoOperand) {
-      broken(f.rows == n_left && f.step >= 0);
-      continue;
+      broken(f.rows == left.rows && f.step >= 0);
+    } else {
+      const Operand right = operand(f.right, k);
+      broken(right.cols == left.cols && right.parent == left.parent);
+      product.level = std::max(left.level, right.level);
+      product.children += right.children;
+      of_rows.push_back(span({{f.left_ids, f.rows},
+                              {f.right_ids, f.rows},
+                              {f.left_start, left.rows + 1},
+                              {f.right_start, right.rows + 1},
+                              {f.right_order, f.rows}}));
     }
-    broken(operand(f.right, k, n_right) == width && f.level > level(f.right));
-    list(f.left_ids, f.rows), list(f.right_ids, f.rows), list(f.right_order, f.rows);
-    list(f.left_start, n_left + 1), list(f.right_start, n_right + 1);
+    broken(f.level > product.level && f.level <= framed);
+    product.level = f.level;
+    if (f.step >= 0) {
+      const Step& st = p.step[f.step];
+      broken(product.parent == f.step && product.children == st.children);
+      product = {f.rows, st.cols, f.level, st.parent, 1};
+    }
+    made.push_back(product);
   }
+  std::vector<int64_t> covered(p.steps, 0);  // children of a step that cuts stand for
   for (const CutRow& c : cuts) {
-    int64_t count = 0;
-    const int64_t width = operand(c.operand, framed, count);
-    broken(c.rows == count);
-    list(c.ids, batch);
-    if (form != kWalk) list(c.start, c.rows + 1), list(c.order, batch);
-    if (form == kFramedRoot)
-      broken(c.operand >= 0 && rows[c.operand].step == p.steps - 1 && cut == 1);
-    else
-      broken(c.parent >= 0 && c.parent < p.steps && !p.is_leaf(c.parent) &&
-             p.step[c.parent].rows == width);
+    const Operand whole = operand(c.operand, framed);
+    broken(c.rows == whole.rows);
+    of_cuts.push_back(form == kWalk
+                          ? span({{c.ids, batch}})
+                          : span({{c.start, c.rows + 1}, {c.order, batch}, {c.ids, batch}}));
+    if (form == kFramedRoot) {
+      broken(whole.parent == -1 && cut == 1);
+    } else {
+      broken(whole.parent >= 0 && c.parent == whole.parent);
+      covered[c.parent] += whole.children;
+    }
     if (form == kBilinear) broken(cut == 2 && c.parent == p.steps - 1 && p.outputs == 1);
   }
+  for (int64_t k = 0; k < framed; ++k) broken(used[k] != 0);
+  if (form != kFramedRoot)
+    for (int64_t s = 0; s < p.steps; ++s) {
+      if (covered[s] == 0) continue;
+      broken(covered[s] == p.step[s].children);
+      if (p.step[s].parent >= 0) ++covered[p.step[s].parent];
+    }
+  // Rows in their order and cuts in theirs, and nothing between or behind them.
+  std::size_t r = 0, c = 0;
+  int64_t at = 0;
+  while (r + c < of_rows.size() + of_cuts.size()) {
+    const bool is_row = r < of_rows.size() && of_rows[r].begin == at;
+    broken(is_row || (c < of_cuts.size() && of_cuts[c].begin == at));
+    at = is_row ? of_rows[r++].end : of_cuts[c++].end;
+  }
+  broken(at == length);
 }
 
 namespace {
