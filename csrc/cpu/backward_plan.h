@@ -33,8 +33,11 @@ class BackwardPlan : public Walk<S, Rows> {
         batch_(batch),
         wanted_(tree.steps, 0),
         slot_(tree.steps, 0),
-        piece_rows_(rows) {
+        piece_rows_(rows),
+        inputs_(inputs) {
     for (int64_t s = 0; s < tree.steps; ++s) {
+      if (weighted(s) && (inputs || !tree.is_leaf(s)))
+        largest_transposed_ = std::max(largest_transposed_, tree.step[s].cols * ld_rows(s));
       if (dw_[s] != nullptr || (tree.is_leaf(s) && inputs)) wanted_[s] = 1;
       if (wanted_[s] && tree.step[s].parent >= 0) wanted_[tree.step[s].parent] = 1;
       if (tree.is_leaf(s)) continue;
@@ -131,20 +134,25 @@ class BackwardPlan : public Walk<S, Rows> {
   }
 
   // Scratch of a thread: what a tile needs, a product and a transposed weight, the slots.
-  int64_t tile_elements() const { return (kTileMatrices + most_leaves_) * tile_ * widest_; }
+  int64_t tile_elements() const {
+    return tile_ * std::max((kTileMatrices + most_leaves_) * widest_, inputs_ ? kInputColumns : 0);
+  }
   int64_t piece_elements() const {
-    return tile_elements() + chunk_ * widest_ + widest_ * widest_ + slots_ * chunk_ * widest_ +
+    return tile_elements() + chunk_ * widest_ + largest_transposed_ + slots_ * chunk_ * widest_ +
            piece_rows_.window_elements();
   }
 
-  static constexpr int64_t kTileMatrices = 4;  // products and gradients of groups of children
+  static constexpr int64_t kTileMatrices = 4;    // products and gradients of groups of children
+  static constexpr int64_t kInputColumns = 512;  // of the vectors' gradient at a time
 
   const std::vector<T*> dw_;
   const int64_t batch_;
   std::vector<char> wanted_;  // whether a gradient at or below a step is asked for
   std::vector<int64_t> slot_;
-  Rows piece_rows_;  // windows of a whole chunk
+  Rows piece_rows_;    // windows of a whole chunk
+  const bool inputs_;  // whether the vectors' gradient is asked for
   std::vector<int64_t> top_, pieces_, product_at_;
+  int64_t largest_transposed_ = 0;  // elements of the largest transposed weight
   int64_t most_leaves_ = 0, top_columns_ = 0, slots_ = 0;
   int64_t chunk_ = 0, tile_ = 0;
 };

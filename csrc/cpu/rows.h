@@ -60,14 +60,15 @@ class DenseRows {
     return {window.data + at * window.count + (b - window.first) * leaf.rows, leaf.rows};
   }
 
-  // The same without a window: the caller's memory, or a widened copy in scratch.
-  std::pair<const T*, int64_t> alone(const Step& leaf, int64_t b, int64_t n, T* scratch) const {
-    const S* from = x_ + b * stride_ + leaf.offset;
+  // The same without a window, of some columns: the caller's memory, or a widened copy in scratch.
+  std::pair<const T*, int64_t> alone(const Step& leaf, int64_t b, int64_t n, int64_t first,
+                                     int64_t count, T* scratch) const {
+    const S* from = x_ + b * stride_ + leaf.offset + first;
     if constexpr (std::is_same_v<S, T>) {
       return {from, stride_};
     } else {
-      pack_rows(n, leaf.rows, from, stride_, scratch, leaf.rows);
-      return {scratch, leaf.rows};
+      pack_rows(n, count, from, stride_, scratch, count);
+      return {scratch, count};
     }
   }
 

@@ -56,7 +56,7 @@ class Walk {
         column_(tree.steps) {
     int64_t bytes = 0;  // of all weights that are multiplied with
     for (int64_t s = 0; s < tree_.steps; ++s) {
-      widest_ = std::max({widest_, ld_rows(s), ld_cols(s)});
+      widest_ = std::max(widest_, tree_.is_leaf(s) ? ld_cols(s) : std::max(ld_rows(s), ld_cols(s)));
       macs_ += macs(s);
       bytes += weight_of(s).bytes;
       if (kept(s)) {
@@ -234,15 +234,20 @@ class Walk {
       k_.transpose(st.rows, st.cols, weight_[s], ld_cols(s), to, ld_rows(s));
   }
 
-  // [n x rows] = dm W^T, dm [n x cols], with what transpose_weight made.
+  // [n x rows] = dm W^T, dm [n x cols], with what transpose_weight made; or some columns of it,
+  // from one of the transposed weight's on.
   void multiply_back(int64_t s, int64_t n, const T* dm, const T* transposed, T* to) const {
+    multiply_back(s, n, dm, transposed, ld_rows(s), to);
+  }
+  void multiply_back(int64_t s, int64_t n, const T* dm, const T* transposed, int64_t columns,
+                     T* to) const {
     const int64_t cols = tree_.step[s].cols, ld = ld_rows(s);
     if constexpr (std::is_same_v<S, BFloat16>)
       if (paired(s))
-        return pair_kernels()->gemm(n, ld, cols, dm, ld_cols(s),
-                                    reinterpret_cast<const Pair*>(transposed), ld, to, ld,
+        return pair_kernels()->gemm(n, columns, cols, dm, ld_cols(s),
+                                    reinterpret_cast<const Pair*>(transposed), ld, to, columns,
                                     Store::assign);
-    k_.gemm(n, ld, cols, dm, ld_cols(s), 1, transposed, ld, to, ld, Store::assign);
+    k_.gemm(n, columns, cols, dm, ld_cols(s), 1, transposed, ld, to, columns, Store::assign);
   }
   void multiply_back(int64_t s, int64_t n, const T* dm, const T* transposed,
                      const Products<T>& to) const {
@@ -271,7 +276,7 @@ class Walk {
   const Kernels<T>& k_;
   std::vector<int64_t> column_;  // of a kept message
   int64_t kept_columns_ = 0;
-  int64_t widest_ = 0;
+  int64_t widest_ = 0;  // row of a message or a product; a leaf's vectors may be far wider
   int64_t macs_ = 0;    // multiply-adds of a row's forward walk
   bool fetch_ = false;  // whether the weights are too many to stay in the cache by themselves
 

@@ -82,9 +82,10 @@ class BackwardWalk : public BackwardPlan<S, Rows> {
   }
 
  private:
-  using Base::chunk_, Base::tile_, Base::tile_elements, Base::piece_elements, Base::kTileMatrices;
+  using Base::chunk_, Base::tile_, Base::tile_elements, Base::piece_elements;
   using Base::dw_, Base::batch_, Base::wanted_, Base::slot_, Base::piece_rows_;
   using Base::k_, Base::rows_, Base::tree_, Base::widest_;
+  using Base::kInputColumns, Base::kTileMatrices;
   using Base::ld_cols, Base::ld_rows, Base::macs, Base::gathers, Base::elements;
   using Base::multiply_back, Base::multiply_gradient, Base::transpose_weight, Base::weighted;
   using Base::top_, Base::pieces_, Base::product_at_, Base::top_columns_, Base::slots_;
@@ -208,7 +209,7 @@ class BackwardWalk : public BackwardPlan<S, Rows> {
         });
     const int64_t whole = static_cast<int64_t>(pieces_.size());
     int64_t most = whole > 0 ? piece_elements() : 0;
-    if (!items.empty()) most = std::max(most, kGradientDepth * widest_);
+    if (!items.empty()) most = std::max(most, kGradientDepth * kGradientRows);
     for_each_item<T>(
         whole + static_cast<int64_t>(items.size()), chunk.count * this->macs_, most,
         [&](int64_t item, T* scratch) {
@@ -221,9 +222,11 @@ class BackwardWalk : public BackwardPlan<S, Rows> {
           const auto operand = [&](int64_t i, [[maybe_unused]] int64_t n) {
             if constexpr (Rows::kDense) {
               if (tree_.is_leaf(it.step))
-                return rows_.alone(tree_.step[it.step], chunk.b0 + i, n, scratch);
+                return rows_.alone(tree_.step[it.step], chunk.b0 + i, n, it.first, it.count,
+                                   scratch);
             }
-            return product_rows(it.step, chunk, p, i);
+            const auto [rows, ld] = product_rows(it.step, chunk, p, i);
+            return std::pair(rows + it.first, ld);
           };
           weight_gradient(it.step, it.first, it.count, chunk, top_d(it.step), operand, {});
         });
@@ -232,7 +235,7 @@ class BackwardWalk : public BackwardPlan<S, Rows> {
   void descend_piece(int64_t piece, const Chunk& chunk, T* scratch) const {
     T* product = scratch + tile_elements();
     T* transposed = product + chunk_ * widest_;
-    T* slots = transposed + widest_ * widest_;
+    T* slots = transposed + this->largest_transposed_;
     Window window{slots + slots_ * chunk_ * widest_, chunk.b0, chunk.count};
     const auto d_of = [&](int64_t s) {
       return s == piece ? chunk.top + chunk_ * slot_[s] : slots + slot_[s] * chunk_ * widest_;
@@ -364,9 +367,12 @@ class BackwardWalk : public BackwardPlan<S, Rows> {
   void input_gradient(int64_t s, int64_t i, int64_t n, const Chunk& chunk, const T* transposed,
                       const T* d, T* scratch) const {
     const Step& st = tree_.step[s];
-    const int64_t ld = ld_rows(s);
-    multiply_back(s, n, d + i * ld_cols(s), transposed, scratch);
-    unpack_rows(n, st.rows, scratch, ld, dx_ + (chunk.b0 + i) * x_width_ + st.offset, x_width_);
+    for (int64_t j = 0; j < st.rows; j += kInputColumns) {
+      const int64_t columns = std::min(kInputColumns, ld_rows(s) - j);
+      multiply_back(s, n, d + i * ld_cols(s), transposed + j, columns, scratch);
+      unpack_rows(n, std::min(columns, st.rows - j), scratch, columns,
+                  dx_ + (chunk.b0 + i) * x_width_ + st.offset + j, x_width_);
+    }
   }
 
   // A product from row i of the chunk on, and its leading dimension.
@@ -377,7 +383,7 @@ class BackwardWalk : public BackwardPlan<S, Rows> {
   }
 
   // Rows first .. first+count-1 of dW (columns, where rows are scattered), over the whole chunk;
-  // operand(i, n): the product, or a leaf's rows, from row i on.
+  // operand(i, n): the product, or a leaf's rows, from row i and column `first` on.
   template <class F>
   void weight_gradient(int64_t s, int64_t first, int64_t count, const Chunk& chunk, const T* d,
                        const F& operand, Ahead ahead) const {
@@ -399,8 +405,7 @@ class BackwardWalk : public BackwardPlan<S, Rows> {
       const int64_t n = std::min(kGradientDepth, chunk.count - i);
       const Store store = chunk.fresh && i == 0 ? Store::assign : Store::add;
       const auto [a, lda] = operand(i, n);
-      multiply_gradient(s, count, n, a + first, lda, d + i * ld, to, store,
-                        i == 0 ? ahead : Ahead{});
+      multiply_gradient(s, count, n, a, lda, d + i * ld, to, store, i == 0 ? ahead : Ahead{});
     }
   }
 
