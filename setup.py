@@ -8,6 +8,7 @@
     TORCH_CUDA_ARCH_LIST  GPU architectures, as for PyTorch's own extensions; by default
                           "8.0;9.0+PTX"
     MAX_JOBS              how many files are compiled at a time
+    HTF_CXX_FLAGS         further flags for the C++ of the CPU modules (bench/sanitize.sh)
     HTF_EMULATE_CUDA      1: htfkernels._C_emulated too, the CUDA operators on the CPU, for tests
 """
 
@@ -86,11 +87,15 @@ def drop_stale(folder, sources, headers):
                 os.remove(built)
 
 
+more_flags = shlex.split(os.environ.get("HTF_CXX_FLAGS", ""))
 plan = Extension(
     name="htfkernels._plan",
     sources=sorted(glob("csrc/plan/*.cpp")),
     include_dirs=[pybind11.get_include()],
-    extra_compile_args=["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra"],
+    extra_compile_args=[
+        *("-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra"),
+        *more_flags,
+    ],
     extra_link_args=["-pthread"],
     language="c++",
 )
@@ -133,7 +138,8 @@ else:
         *(part for path in cpp_extension.include_paths() for part in ("-isystem", path)),
     ]
     compile_args = cxx_args + shared_args
-    ext_modules = [cpp_extension.CppExtension(**extension, extra_compile_args=compile_args), plan]
+    cpu_args = compile_args + more_flags
+    ext_modules = [cpp_extension.CppExtension(**extension, extra_compile_args=cpu_args), plan]
     home = None if is_set("HTF_SKIP_CUDA_BUILD") else cuda_home()
     if home is not None:
         archs = architectures()

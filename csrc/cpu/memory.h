@@ -16,6 +16,9 @@
 
 namespace htf {
 
+// Of so many elements; throws std::bad_alloc where no memory has as many.
+std::size_t bytes_of(int64_t count, std::size_t each);
+
 // Uninitialised, on a cache line's boundary; throws std::bad_alloc.
 void* acquire(std::size_t bytes);
 void release(void* block) noexcept;
@@ -34,7 +37,7 @@ class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(int64_t size) {
-    if (size > 0) data_ = static_cast<T*>(acquire(static_cast<std::size_t>(size) * sizeof(T)));
+    if (size > 0) data_ = static_cast<T*>(acquire(bytes_of(size, sizeof(T))));
   }
   Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
   Buffer& operator=(Buffer&& other) noexcept {

@@ -39,34 +39,52 @@ struct Factor {
   const double* gram = nullptr;  // [cols x ld], where Gram matrices are used
 };
 
-// What one thread works with; sizes in elements, ld the widest padded row of the tree.
+// What one thread works with.
 class Workshop {
  public:
   static constexpr int64_t kBlock = 64;  // rows taken into a triangular factor at a time
 
-  static int64_t size(int64_t ld) {
-    return ld * ld + kBlock * ld + Orthogonal::absorb_work(ld) + std::max(ld, kBlock) * ld +
-           Orthogonal::cholesky_work(ld);
-  }
-  Workshop(double* memory, int64_t ld)
+  // Padded columns: of what is made square, and of what is taken a block of rows at a time.
+  struct Room {
+    int64_t square = 0, wide = 0;
+    void add(int64_t columns) { square = std::max(square, columns), add_rows(columns); }
+    void add_rows(int64_t columns) { wide = std::max(wide, columns); }
+
+    int64_t block() const { return kBlock * wide; }
+    int64_t gram() const { return std::max(square * square, block()); }
+    int64_t elements() const {
+      return square * square + block() + Orthogonal::absorb_work(square) + gram() +
+             Orthogonal::cholesky_work(square);
+    }
+  };
+  Workshop(double* memory, const Room& room)
       : k_(kernels<double>()),
         o_(orthogonal()),
         t_(memory),
-        block_(t_ + ld * ld),
-        work_(block_ + kBlock * ld),
-        gram_(work_ + Orthogonal::absorb_work(ld)),
-        cholesky_(gram_ + std::max(ld, kBlock) * ld) {}
+        block_(t_ + room.square * room.square),
+        work_(block_ + room.block()),
+        gram_(work_ + Orthogonal::absorb_work(room.square)),
+        cholesky_(gram_ + room.gram()) {}
 
   const Kernels<double>& kernel() const { return k_; }
-  double* block() const { return block_; }  // [kBlock x ld]
+  double* block() const { return block_; }  // [kBlock x wide]
 
   // out[n x ld] = a triangular factor of x[rows x ld], rows >= n.
   void triangle(int64_t rows, int64_t n, const double* x, double* out) {
     const int64_t ld = padded<double>(n);
+    triangle_of(
+        rows, n, [&](int64_t i, int64_t m, double* to) { std::copy_n(x + i * ld, m * ld, to); },
+        out);
+  }
+
+  // The same of a matrix whose rows i .. i+m-1 `fill(i, m, to)` puts somewhere.
+  template <class F>
+  void triangle_of(int64_t rows, int64_t n, const F& fill, double* out) {
+    const int64_t ld = padded<double>(n);
     std::fill_n(t_, ld * ld, 0.0);
     for (int64_t i = 0; i < rows; i += kBlock) {
       const int64_t m = std::min(kBlock, rows - i);
-      std::copy_n(x + i * ld, m * ld, block_);
+      fill(i, m, block_);
       o_.absorb(m, ld, 0, t_, ld, block_, ld, work_);
     }
     std::copy_n(t_, n * ld, out);

@@ -1,3 +1,4 @@
+#include "cpu/finite.h"
 #include "cpu/weights.h"
 #include "spectra/factors.h"
 #include "spectra/places.h"
@@ -44,17 +45,10 @@ class Spectra : Places<FactorPlace> {
     inner_ = Buffer<double>(inner_size_);
     const Tensor exponents = new_tensor(like, {exponent_size_}, ScalarType::Long);
     exponent_ = static_cast<int64_t*>(exponents.data_ptr());
-    const int64_t shop_size = Workshop::size(widest_);
-    for (const std::vector<int64_t>& places : by_height_)
-      wave(places, shop_size + scratch_, [&](int64_t v, double* memory) {
-        Workshop shop(memory, widest_);
-        up(v, shop, memory + shop_size);
-      });
-    for (const std::vector<int64_t>& places : by_depth_)
-      wave(places, shop_size + scratch_, [&](int64_t v, double* memory) {
-        Workshop shop(memory, widest_);
-        down(v, shop, memory + shop_size);
-      });
+    if (finite())
+      walk();
+    else
+      fill_with_nothing();
 
     const Tensor table = new_tensor(like, {p_.steps, kFactorFields}, ScalarType::Long);
     FactorRow* row = static_cast<FactorRow*>(table.data_ptr());
@@ -77,6 +71,33 @@ class Spectra : Places<FactorPlace> {
   }
 
  private:
+  void walk() {
+    const int64_t shop_size = room_.elements();
+    for (const std::vector<int64_t>& places : by_height_)
+      wave(places, shop_size + scratch_, [&](int64_t v, double* memory) {
+        Workshop shop(memory, room_);
+        up(v, shop, memory + shop_size);
+      });
+    for (const std::vector<int64_t>& places : by_depth_)
+      wave(places, shop_size + scratch_, [&](int64_t v, double* memory) {
+        Workshop shop(memory, room_);
+        down(v, shop, memory + shop_size);
+      });
+  }
+
+  // Decompositions by comparing numbers may lose what is not one: every matricization has the whole
+  // tensor's entries, and so has none that is known.
+  bool finite() const {
+    return std::all_of(source_.begin(), source_.end(),
+                       [](const Tensor& w) { return all_finite(w); });
+  }
+  void fill_with_nothing() {
+    constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
+    std::fill_n(frames_, frame_size_, kNone);
+    std::fill_n(environments_, environment_size_, kNone);
+    std::fill_n(exponent_, exponent_size_, int64_t{0});
+  }
+
   // Frames are triangular where they have as many rows as columns: that is what the structured
   // product of two of them lives by.
   bool triangulates(int64_t rows, int64_t n) const { return gram_ ? rows > n : rows >= n; }
@@ -84,9 +105,9 @@ class Spectra : Places<FactorPlace> {
   // Of few outputs, as the root has. Multiply-adds: all rows through the weight and into a triangle
   // of v.out columns, against into one of v.in columns.
   bool direct_is_cheaper(const FactorPlace& v, int64_t rows) const {
-    const int64_t through = rows * v.out * (v.in + 2 * v.out);
-    const int64_t shrunk = gram_ ? 3 * v.in * v.in * v.in : rows * v.in * v.in / 3;
-    return through < shrunk;
+    const double in = static_cast<double>(v.in), out = static_cast<double>(v.out);
+    const double through = rows * out * (in + 2 * out);
+    return through < (gram_ ? 3 * in * in * in : rows * in * in / 3);
   }
 
   int64_t rows_below(const FactorPlace& v) const {
@@ -125,9 +146,14 @@ class Spectra : Places<FactorPlace> {
       if (shrinks(v) && !v.direct && v.needed) needs_gram(v.left), needs_gram(v.right);
       if (v.needed) v.frame = take(frame_size_, v.rows * v.ld);
       v.exponents = take(exponent_size_, v.out);
-      if (!v.is_leaf()) v.weight = take(inner_size_, (v.step < 0 ? 1 : v.in) * v.ld);
-      widest_ = std::max({widest_, v.ld, v.ld_in});
-      scratch_ = std::max(scratch_, v.is_leaf() ? v.in * v.ld : v.product_rows * (v.ld_in + v.ld));
+      // What is made a triangle, and what is only multiplied, some rows at a time.
+      if (v.step >= 0) room_.add_rows(v.ld);
+      if (v.triangular) room_.add(v.ld);
+      if (v.is_leaf()) continue;
+      v.weight = take(inner_size_, (v.step < 0 ? 1 : v.in) * v.ld);
+      if (v.direct) room_.add_rows(v.ld_in);
+      if (shrinks(v) && !v.direct) room_.add(v.ld_in);
+      scratch_ = std::max(scratch_, v.product_rows * (v.ld_in + v.ld));
     }
   }
 
@@ -149,6 +175,7 @@ class Spectra : Places<FactorPlace> {
         v.environment_rows = at_most(rows, v.out);
         v.environment_triangular = sibling < 0 ? up.above_triangular : rows > v.out && !gram_;
         if (sibling >= 0 && rows > v.out) {
+          room_.add(v.ld);
           needs_gram(sibling);
           if (gram_ && up.above_gram < 0) up.above_gram = take(inner_size_, v.out * v.ld);
         }
@@ -158,6 +185,7 @@ class Spectra : Places<FactorPlace> {
       v.above_rows = at_most(v.environment_rows, v.in);
       v.above_triangular =
           v.step < 0 ? v.environment_triangular : triangulates(v.environment_rows, v.in);
+      if (v.step >= 0 && v.above_triangular) room_.add(v.ld_in);
       v.above = take(inner_size_, v.above_rows * v.ld_in);
       scratch_ = std::max(scratch_, v.out * v.ld_in + v.environment_rows * v.ld_in);
     }
@@ -184,20 +212,44 @@ class Spectra : Places<FactorPlace> {
     FactorPlace& v = place_[index];
     double* out = frames_ + v.frame;
     int64_t* exponents = exponent_ + v.exponents;
-    if (v.is_leaf() && !v.needed) {
-      std::vector<double> unused(v.in * v.ld);
-      scaled_weight(v.in, v.out, weight(v), nullptr, unused.data(), v.ld, exponents);
-    } else if (v.is_leaf()) {
-      const bool direct = !v.triangular;
-      double* x = direct ? out : scratch;
-      scaled_weight(v.in, v.out, weight(v), nullptr, x, v.ld, exponents);
-      normalise(v, x, v.in, 0, nullptr, exponents);
-      if (!direct) shop.triangle(v.in, v.out, x, out);
-    } else {
+    if (v.is_leaf())
+      leaf(v, shop, out, exponents);
+    else
       join(v, shop, scratch, out, exponents);
-    }
     if (v.frame_gram >= 0 && v.needed)
       shop.gram_of(v.out, out, v.rows, inner_.get() + v.frame_gram);
+  }
+
+  // Its weight, of many rows perhaps: twice some of them at a time.
+  void leaf(const FactorPlace& v, Workshop& shop, double* out, int64_t* exponents) {
+    const S* w = weight(v);
+    const auto rows = [&](int64_t i, int64_t m, double* to) {
+      pack_rows(m, v.out, w + i * v.out, v.out, to, v.ld);
+    };
+    std::vector<double> largest(v.ld, 0.0), some(v.ld);
+    for (int64_t i = 0; i < v.in; i += Workshop::kBlock) {
+      const int64_t m = std::min(Workshop::kBlock, v.in - i);
+      rows(i, m, shop.block());
+      orthogonal().column_maxima(m, v.ld, shop.block(), v.ld, some.data());
+      for (int64_t j = 0; j < v.out; ++j) largest[j] = std::max(largest[j], some[j]);
+    }
+    // Columns of zeros are taken to be like the others.
+    const int64_t most = exponent_of(*std::max_element(largest.begin(), largest.end()));
+    std::vector<int64_t> by(v.out);
+    for (int64_t j = 0; j < v.out; ++j) {
+      const int64_t own = largest[j] > 0 ? exponent_of(largest[j]) : most;
+      exponents[j] = own == kNothing ? 0 : own;
+      by[j] = -exponents[j];
+    }
+    if (!v.needed) return;
+    const auto scaled_rows = [&](int64_t i, int64_t m, double* to) {
+      rows(i, m, to);
+      scale_by_powers(m, v.out, to, v.ld, nullptr, by.data());
+    };
+    if (v.triangular)
+      shop.triangle_of(v.in, v.out, scaled_rows, out);
+    else
+      scaled_rows(0, v.in, out);
   }
 
   void join(FactorPlace& v, Workshop& shop, double* scratch, double* out, int64_t* exponents) {
@@ -346,7 +398,8 @@ class Spectra : Places<FactorPlace> {
   const bool gram_;
   std::vector<Tensor> source_;
   int64_t frame_size_ = 0, environment_size_ = 0, inner_size_ = 0, exponent_size_ = 0;
-  int64_t widest_ = 0, scratch_ = 0;
+  int64_t scratch_ = 0;
+  Workshop::Room room_;
   double *frames_ = nullptr, *environments_ = nullptr;
   int64_t* exponent_ = nullptr;
   Buffer<double> inner_;

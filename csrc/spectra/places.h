@@ -85,7 +85,8 @@ class Places {
     int64_t work = 0;
     for (const int64_t i : places) {
       const P& v = place_[i];
-      work += v.in * v.out * (std::max(v.in, v.out) + 64);
+      // A leaf of many rows is squared by its columns.
+      work += v.in * v.out * ((v.is_leaf() ? v.out : std::max(v.in, v.out)) + 64);
     }
     for_each_item<double>(static_cast<int64_t>(places.size()), work, scratch,
                           [&](int64_t i, double* memory) { f(places[i], memory); });

@@ -37,12 +37,14 @@ std::vector<Tensor> factor_values(const Tensor& frames, const Tensor& environmen
           table.size(0) - 1, ", got ", node);
     const FactorRow& r = row[node];
     const auto inside = [&](int64_t at, int64_t count, const Tensor& in) {
-      return at >= 0 && count >= 1 && r.ld >= 1 && at <= in.numel() &&
-             count <= (in.numel() - at) / r.ld;
+      return at >= 0 && count >= 1 && at <= in.numel() && count <= (in.numel() - at) / r.ld;
     };
-    check(r.cols >= 1 && r.ld == padded<double>(r.cols) && r.rows >= 1 && r.after >= 1 &&
-              r.frame_rows % (r.rows * r.after) == 0 && inside(r.frame, r.frame_rows, frames) &&
-              inside(r.environment, r.environment_rows, environments),
+    constexpr int64_t kFar = int64_t{1} << 60;
+    check(r.ld >= 1 && inside(r.frame, r.frame_rows, frames) &&
+              inside(r.environment, r.environment_rows, environments) && r.cols >= 1 &&
+              r.cols <= r.ld && r.ld == padded<double>(r.cols) && r.rows >= 1 &&
+              r.frame_rows % r.rows == 0 && r.after >= 1 && r.frame_rows / r.rows % r.after == 0 &&
+              r.scale >= -kFar && r.scale <= kFar,
           kValues, ": node ", node, " has no environment in this table");
     rows.push_back(r);
   }

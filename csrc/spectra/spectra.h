@@ -29,13 +29,14 @@
 //              its children's rows, M_child is M_node with its rows and columns dealt out anew, and
 //              needs no environment. 1: every node's own factors.
 //     result   frames and environments, float64, all nodes' one after the other, rows padded to
-//              eight columns; int64 table [nodes, 10] in the order of tree.nodes, see FactorRow;
-//              int64 exponents k of the frames' columns
+//              eight columns, NaN where a weight is not finite; int64 table [nodes, 10] in the
+//              order of tree.nodes, see FactorRow; int64 exponents k of the frames' columns
 //   factor_values
 //     frames, environments, table as above
 //     wanted   nodes
 //     result   float64: of each wanted node all singular values, descending, between 0 and
-//              about 1; int64 [wanted]: the powers of two that belong to them
+//              about 1, NaN where factors are not finite; int64 [wanted]: the powers of two that
+//              belong to them
 #pragma once
 
 #include "cpu/kernels.h"

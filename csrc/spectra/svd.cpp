@@ -5,11 +5,13 @@
 //   v^T
 //
 // One-sided Jacobi on eight matrices at a time: vectors of small singular values are as good as
-// those of large ones. A column of u or v whose singular value is zero may be zero too.
+// those of large ones. A column of u or v whose singular value is zero may be zero too. Of a matrix
+// that is not finite, all are NaN.
+#include <limits>
 #include <numeric>
 
+#include "cpu/finite.h"
 #include "cpu/orthogonal.h"
-#include "cpu/support.h"
 
 namespace htf {
 namespace {
@@ -31,6 +33,7 @@ bool decompose(const Shape& shape, int64_t first, int64_t count, const double* x
   const bool tall = shape.p >= shape.q;
   for (int64_t l = 0; l < count; ++l) {
     const double* from = x + (first + l) * shape.p * shape.q;
+    if (!all_finite(shape.p * shape.q, from)) continue;
     double largest = 0;
     for (int64_t i = 0; i < shape.p * shape.q; ++i) largest = std::max(largest, std::abs(from[i]));
     for (int64_t i = 0; i < shape.p; ++i)
@@ -44,6 +47,15 @@ bool decompose(const Shape& shape, int64_t first, int64_t count, const double* x
   std::vector<int64_t> order(n);
   for (int64_t l = 0; l < count; ++l) {
     const double* from = x + (first + l) * shape.p * shape.q;
+    double* longer = (tall ? u : v) + (first + l) * m * n;
+    double* shorter = (tall ? v : u) + (first + l) * n * n;
+    if (!all_finite(shape.p * shape.q, from)) {
+      constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
+      std::fill_n(s + (first + l) * n, n, kNone);
+      std::fill_n(longer, m * n, kNone);
+      std::fill_n(shorter, n * n, kNone);
+      continue;
+    }
     double largest = 0;
     for (int64_t i = 0; i < shape.p * shape.q; ++i) largest = std::max(largest, std::abs(from[i]));
     for (int64_t j = 0; j < n; ++j) {
@@ -57,8 +69,6 @@ bool decompose(const Shape& shape, int64_t first, int64_t count, const double* x
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(),
                      [&](int64_t i, int64_t j) { return size[i] > size[j]; });
-    double* longer = (tall ? u : v) + (first + l) * m * n;
-    double* shorter = (tall ? v : u) + (first + l) * n * n;
     for (int64_t r = 0; r < n; ++r) {
       const int64_t j = order[r];
       s[(first + l) * n + r] = largest > 0 ? size[j] * largest : size[j];

@@ -16,8 +16,9 @@ struct TracePlace : Place {
           transposed = -1;  // [in x ld] and [out x ld_in]; without a step a diagonal [ld]
   int64_t product = -1;     // of two children
   int64_t frame = -1, environment = -1;
-  int64_t above = -1;                        // A = E W^T
-  int64_t frame_raw = -1, above_raw = -1;    // explicit, where they have too many rows to stay so
+  int64_t above = -1;  // A = E W^T
+  // Explicit, where they have too many rows to stay so; a leaf's frame is its weight.
+  int64_t frame_raw = -1, above_raw = -1;
   int64_t frame_gram = -1, above_gram = -1;  // of explicit ones, where it is asked for
   int64_t exponents = 0;  // of the frame's columns, then by how much A is smaller, then of E
 };
@@ -54,7 +55,7 @@ class TraceTree : protected Places<TracePlace> {
   }
 
  protected:
-  int64_t scratch() const { return 5 * widest_ * widest_; }
+  int64_t scratch() const { return 5 * room_; }
 
   // P = G H of a place, or a smaller matrix with its eigenvalues, and u: tr(P^2) / tr(P)^2, or the
   // largest eigenvalue over tr(P).
@@ -69,7 +70,7 @@ class TraceTree : protected Places<TracePlace> {
 
     Trace(const TraceTree& tree, const TracePlace& v, double* memory) {
       const Kernels<double>& k = tree.k_;
-      const int64_t room = tree.widest_ * tree.widest_;
+      const int64_t room = tree.room_;
       product = memory, middle = memory + room, a = memory + 2 * room, b = memory + 3 * room;
       x = tree.x_ + v.frame, y = tree.x_ + v.environment;
       bool x_explicit = v.frame_explicit, y_explicit = v.environment_explicit;
@@ -184,7 +185,8 @@ class TraceTree : protected Places<TracePlace> {
   std::vector<Tensor> source_;
   double* x_ = nullptr;
   int64_t* exponent_ = nullptr;
-  int64_t size_ = 0, exponent_size_ = 0, widest_ = 8;
+  int64_t size_ = 0, exponent_size_ = 0;
+  int64_t room_ = 8;  // elements of the largest matrix that a step works with besides the numbers
 
  private:
   void set_frames() {
@@ -211,10 +213,16 @@ class TraceTree : protected Places<TracePlace> {
         if (v.product_explicit && !v.frame_explicit)
           v.frame_raw = take(size_, v.product_rows * v.ld);
       }
-      v.weight = take(size_, (v.step < 0 ? 1 : v.in) * v.ld);
-      if (v.step >= 0) v.transposed = take(size_, v.out * v.ld_in);
       v.exponents = take(exponent_size_, v.out + 2);
-      widest_ = std::max({widest_, v.ld, v.ld_in});
+      v.weight = take(size_, (v.step < 0 ? 1 : v.in) * v.ld);
+      if (v.is_leaf()) {
+        if (v.frame_raw >= 0) v.frame_raw = v.weight;
+        continue;
+      }
+      if (v.step >= 0) v.transposed = take(size_, v.out * v.ld_in);
+      if (!v.needed) continue;
+      needs_room(rows_of(v.product_explicit, v.product_rows, v.in), v);
+      if (v.step >= 0 && !v.product_explicit) needs_room(v.in, v);
     }
   }
 
@@ -234,6 +242,7 @@ class TraceTree : protected Places<TracePlace> {
           v.environment_explicit =
               up.above_explicit && sibling.frame_explicit && v.environment_rows <= v.out;
           if (!v.environment_explicit) {
+            needs_room(v.out, up);
             need_gram(sibling);
             if (up.above_explicit && up.above_gram < 0)
               up.above_gram = take(size_, up.in * up.ld_in);
@@ -242,13 +251,26 @@ class TraceTree : protected Places<TracePlace> {
         v.environment_rows = rows_of(v.environment_explicit, v.environment_rows, v.out);
       }
       v.environment = take(size_, v.environment_rows * v.ld);
+      if (v.asked) needs_room_for_trace(v);
       if (v.is_leaf()) continue;
+      needs_room(v.environment_explicit ? v.environment_rows : v.in, v);
       v.above_explicit = v.environment_explicit && v.environment_rows <= v.in;
       v.above_rows = rows_of(v.above_explicit, v.environment_rows, v.in);
       v.above = take(size_, v.above_rows * v.ld_in);
       if (v.environment_explicit && !v.above_explicit)
         v.above_raw = take(size_, v.environment_rows * v.ld_in);
     }
+  }
+
+  void needs_room(int64_t rows, const TracePlace& v) {
+    room_ = std::max(room_, rows * std::max(v.ld_in, v.ld));
+  }
+  // Its sides may be explicit, of fewer rows than columns, both, one or none.
+  void needs_room_for_trace(const TracePlace& v) {
+    const int64_t rows = std::max(v.frame_rows, v.environment_rows);
+    const bool both = v.frame_explicit && v.environment_explicit;
+    const int64_t most = std::max(rows * v.ld, v.out * padded<double>(rows));
+    room_ = std::max(room_, both ? most : v.out * v.ld);
   }
 
   void need_gram(TracePlace& v) {
@@ -267,7 +289,7 @@ class TraceTree : protected Places<TracePlace> {
                     exponents);
     }
     if (v.needed) make_frame(v, w, exponents, memory);
-    if (v.step >= 0) k_.transpose(v.in, v.out, w, v.ld, x_ + v.transposed, v.ld_in);
+    if (v.transposed >= 0) k_.transpose(v.in, v.out, w, v.ld, x_ + v.transposed, v.ld_in);
     if (v.needed && v.frame_gram >= 0)
       gram(v.out, v.ld, x_ + v.frame, v.frame_rows, x_ + v.frame_gram);
   }
@@ -284,18 +306,19 @@ class TraceTree : protected Places<TracePlace> {
     const int64_t weight_rows = v.step < 0 ? 1 : v.in;
     double* f = x_ + (v.frame_raw >= 0 ? v.frame_raw : v.frame);
     if (v.product_explicit) {
-      if (v.is_leaf())
-        std::copy_n(w, v.in * v.ld, f);
-      else if (v.step < 0)
+      if (v.is_leaf()) {
+        if (f != w) std::copy_n(w, v.in * v.ld, f);
+      } else if (v.step < 0) {
         std::copy_n(product_of(v), v.product_rows * v.ld, f);
-      else
+      } else {
         k_.gemm(v.product_rows, v.ld, v.in, product_of(v), v.ld_in, 1, w, v.ld, f, v.ld,
                 Store::assign);
+      }
       std::vector<double> largest(v.ld);
       orthogonal().column_maxima(v.product_rows, v.ld, f, v.ld, largest.data());
       const std::vector<int64_t> by = shrink(v, largest, exponents);
       scale_by_powers(v.product_rows, v.out, f, v.ld, nullptr, by.data());
-      scale_by_powers(weight_rows, v.out, w, v.ld, nullptr, by.data());
+      if (f != w) scale_by_powers(weight_rows, v.out, w, v.ld, nullptr, by.data());
       if (v.frame_raw >= 0) gram(v.out, v.ld, f, v.product_rows, x_ + v.frame);
       return;
     }

@@ -48,6 +48,11 @@ class TraceGradients : TraceTree<S> {
   }
   // vectors: of tree.nodes.
   std::vector<Tensor> of_vectors(const std::vector<SingularVectors>& vectors) {
+    for (const TracePlace& v : place_) {
+      if (!v.asked) continue;
+      const int64_t count = vectors[this->p_.step[v.step].node].count;
+      this->room_ = std::max({room(), count * v.ld, v.out * padded<double>(count)});
+    }
     return run([&](const TracePlace& v, double* scratch) {
       by_vectors(v, vectors[this->p_.step[v.step].node], scratch);
     });
@@ -79,13 +84,13 @@ class TraceGradients : TraceTree<S> {
     return by_weights();
   }
 
-  int64_t room() const { return this->widest_ * this->widest_; }
+  int64_t room() const { return this->room_; }
 
   // The rank is 1 / u, u = tr(P^2) / t^2, so that d rank = <Q, dP> with Q = 2 / (t u) - 2 P / (t
   // u)^2; or u = tr(X P) / t with the projection X, and Q = 1 / (t u) - X / (t u^2).
   void by_trace(const TracePlace& v, double grad, double* scratch) {
     const Trace trace(*this, v, scratch);
-    if (!(trace.t > 0) || grad == 0) return;
+    if (trace.t <= 0 || grad == 0) return;
     const int64_t p = trace.p, ldp = trace.ldp, ld = v.ld, n = v.out;
     const double one = (this->stable_ ? 1 : 2) * grad / (trace.t * trace.u), other = -one / trace.u;
     double* q = trace.product;
@@ -245,13 +250,16 @@ class TraceGradients : TraceTree<S> {
     double *gp = scratch, *spare = scratch + room(), *more = scratch + 2 * room();
     double *g = g_ + v.frame, *gw = g_ + v.weight;
     const double* w = x_ + v.weight;
+    if (v.is_leaf()) {
+      if (v.frame_raw >= 0)
+        through_gram(v.in, v.out, v.ld, x_ + v.frame_raw, g, gw);
+      else
+        add(v.in, v.ld, g, gw);
+      return;
+    }
     if (v.frame_raw >= 0) {
       through_gram(v.product_rows, v.out, v.ld, x_ + v.frame_raw, g, spare, Store::assign);
       g = spare;
-    }
-    if (v.is_leaf()) {
-      add(v.in, v.ld, g, gw);
-      return;
     }
     const int64_t rows = rows_of(v.product_explicit, v.product_rows, v.in);
     const double* product = this->product_of(v);

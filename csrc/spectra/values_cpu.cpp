@@ -1,6 +1,8 @@
+#include <array>
 #include <map>
 #include <numeric>
 
+#include "cpu/finite.h"
 #include "spectra/factors.h"
 #include "spectra/spectra.h"
 
@@ -14,6 +16,7 @@ struct Matrix {
   int64_t exponent = 0;
   int64_t rest = 0;     // columns of the node's matrix
   int64_t source = -1;  // of the anchor's, where several nodes read one
+  bool finite = true;
 };
 
 class Values {
@@ -27,10 +30,12 @@ class Values {
       m.size = std::min(r.rows, m.rest);
       m.at = total_;
       total_ += m.size;
-      const int64_t most = padded<double>(std::max(r.frame_rows, r.environment_rows));
-      widest_ = std::max({widest_, most, r.ld});
+      const auto [few, many] = std::minmax(r.frame_rows, r.environment_rows);
+      product_ = std::max(product_, many * padded<double>(few));
+      transposed_ = std::max(transposed_, r.cols * padded<double>(few));
       if (r.rows < r.frame_rows)
         dealt_ = std::max(dealt_, std::max(r.rows, m.rest) * padded<double>(m.size));
+      most_ = std::max(most_, m.size);
       work_ += m.size * m.size * (m.size + r.ld + 64);
       matrix_.push_back(m);
     }
@@ -43,7 +48,7 @@ class Values {
     share();
     const Buffer<double> products(shared_size_);
     products_ = products.get();
-    for_each_item<double>(static_cast<int64_t>(shared_.size()), work_, 2 * widest_ * widest_,
+    for_each_item<double>(static_cast<int64_t>(shared_.size()), work_, transposed_,
                           [&](int64_t i, double* memory) {
                             const FactorRow& r = matrix_[shared_[i]].from;
                             multiply(r, r.frame_rows >= r.environment_rows, memory,
@@ -51,11 +56,13 @@ class Values {
                           });
     const Buffer<double> entries(2 * total_);
     diagonal_ = entries.get(), side_ = diagonal_ + total_;
-    const int64_t scratch = Workshop::size(widest_) + 2 * widest_ * widest_ + dealt_;
-    for_each_item<double>(count, work_, scratch, [&](int64_t i, double* memory) {
-      reduce(matrix_[i], memory, memory + Workshop::size(widest_));
-      exponents[i] = matrix_[i].exponent;
-    });
+    room_.add(padded<double>(most_));
+    const int64_t shop_size = std::max(room_.elements(), Orthogonal::bidiagonal_work(room_.square));
+    for_each_item<double>(count, work_, shop_size + product_ + spare_elements() + dealt_,
+                          [&](int64_t i, double* memory) {
+                            reduce(matrix_[i], memory, memory + shop_size);
+                            exponents[i] = matrix_[i].exponent;
+                          });
     // Matrices of like size share their sweeps.
     std::vector<int64_t> order(count);
     std::iota(order.begin(), order.end(), 0);
@@ -64,20 +71,22 @@ class Values {
     });
     const int64_t groups = (count + L - 1) / L;
     std::atomic<bool> converged{true};
-    for_each_item<double>(groups, work_, 2 * L * widest_, [&](int64_t g, double* memory) {
+    for_each_item<double>(groups, work_, 2 * L * most_, [&](int64_t g, double* memory) {
       const int64_t some = std::min(L, count - g * L);
       if (!diagonalise(order.data() + g * L, some, values, memory)) converged = false;
     });
-    check(converged, "factor_values: the singular values did not converge; a weight may be ",
-          "infinite or not a number");
+    check(converged, "factor_values: the singular values did not converge");
   }
 
  private:
   // Matrices that several nodes' are parts of are made first, once.
   void share() {
-    std::map<int64_t, std::vector<int64_t>> readers;
-    for (std::size_t i = 0; i < matrix_.size(); ++i)
-      readers[matrix_[i].from.environment].push_back(static_cast<int64_t>(i));
+    std::map<std::array<int64_t, 6>, std::vector<int64_t>> readers;
+    for (std::size_t i = 0; i < matrix_.size(); ++i) {
+      const FactorRow& r = matrix_[i].from;
+      readers[{r.environment, r.environment_rows, r.frame, r.frame_rows, r.cols, r.ld}].push_back(
+          static_cast<int64_t>(i));
+    }
     for (const auto& [at, nodes] : readers) {
       if (nodes.size() < 2) continue;
       const FactorRow& r = matrix_[nodes[0]].from;
@@ -88,22 +97,31 @@ class Values {
     }
   }
 
+  // Of a transposed factor, and of the triangle.
+  int64_t spare_elements() const { return std::max(transposed_, most_ * padded<double>(most_)); }
+
   // To a square matrix, with a triangle of the longer side's rows; that to a bidiagonal one.
   void reduce(Matrix& m, double* memory, double* scratch) {
     const FactorRow& r = m.from;
-    Workshop shop(memory, widest_);
-    double *x = scratch, *spare = scratch + widest_ * widest_, *dealt = spare + widest_ * widest_;
+    Workshop shop(memory, room_);
+    double *x = scratch, *spare = scratch + product_, *dealt = spare + spare_elements();
     const int64_t n = m.size, ld = padded<double>(n), longer = std::max(r.rows, m.rest);
-    const double* product = products_ + m.source;
-    if (m.source < 0) {
+    const double* product = x;
+    if (m.source >= 0)
+      product = products_ + m.source;
+    else
       multiply(r, r.frame_rows >= r.environment_rows, spare, x);
-      product = x;
-    }
     if (r.rows < r.frame_rows) {
       deal_out(m, product, ld, dealt);
       x = dealt;
     } else if (m.source >= 0) {
       std::copy_n(product, longer * ld, x);
+    }
+    m.finite = all_finite(longer * ld, x);
+    if (!m.finite) {
+      std::fill_n(diagonal_ + m.at, n, 0.0);
+      std::fill_n(side_ + m.at, n, 0.0);
+      return;
     }
     std::vector<double> largest(longer);
     o_.row_maxima(longer, ld, x, ld, largest.data());
@@ -162,6 +180,10 @@ class Values {
     for (int64_t l = 0; l < count; ++l) {
       const Matrix& m = matrix_[which[l]];
       double* out = values + m.at;
+      if (!m.finite) {
+        std::fill_n(out, m.size, std::numeric_limits<double>::quiet_NaN());
+        continue;
+      }
       for (int64_t i = 0; i < m.size; ++i) out[i] = std::abs(d[i * L + l]);
       std::sort(out, out + m.size, std::greater<double>());
     }
@@ -172,7 +194,11 @@ class Values {
   const Kernels<double>& k_;
   const Orthogonal& o_;
   std::vector<Matrix> matrix_;
-  int64_t total_ = 0, widest_ = 8, work_ = 0, dealt_ = 0;
+  int64_t total_ = 0, work_ = 0;
+  // Elements of the largest product, of a factor transposed for one, of one dealt out; values of
+  // the largest one.
+  int64_t product_ = 0, transposed_ = 0, dealt_ = 0, most_ = 0;
+  Workshop::Room room_;
   std::vector<int64_t> shared_;
   int64_t shared_size_ = 0;
   double *diagonal_ = nullptr, *side_ = nullptr, *products_ = nullptr;
