@@ -7,6 +7,7 @@ numbers.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -157,6 +158,20 @@ class Layout:
         # Without what is derived from them: hashes differ between processes.
         fields = (self.tree, self.mode_dims, self.ranks, self.out_features)
         return (_interned, (*fields, self.root, self.share_weights))
+
+    def to_json(self) -> str:
+        """A JSON object with the tree (as :meth:`ModeTree.to_json` writes it) and the other
+        attributes."""
+        return json.dumps(
+            {
+                "tree": json.loads(self.tree.to_json()),
+                "mode_dims": self.mode_dims,
+                "ranks": self.ranks,
+                "out_features": self.out_features,
+                "root": self.root,
+                "share_weights": self.share_weights,
+            }
+        )
 
     def shape(self, node: Node) -> tuple[int, int]:
         """Shape ``[R_in, R_out]`` of a node's weight."""

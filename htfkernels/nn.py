@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +42,10 @@ class HTF(nn.Module):
 
     Raises:
         ValueError: dimensions or ranks that do not fit the tree.
+
+    A ``state_dict`` holds the layout beside the weights (``"_extra_state"``), and
+    ``load_state_dict`` refuses weights of another tree, dimensions or ranks, with ``strict=False``
+    too; a state without it, as earlier versions saved it, is taken if its shapes fit.
 
     Attributes:
         layout: tree, dimensions and the folding of the weights.
@@ -183,8 +189,9 @@ class HTF(nn.Module):
 
     def norm(self) -> Tensor:
         """The end tensor's Euclidean norm, all outputs together, see :func:`htfkernels.norm`."""
-        first = self.weights[0]
-        return inner_products.norm([(1.0, (self.layout, self._folded()))]).value(first.dtype)
+        weights = self._folded()
+        functional.check_same("norm", weights, None)
+        return inner_products.norm([(1.0, (self.layout, weights))]).value(weights[0].dtype)
 
     def local_component_norms(self) -> dict[Node, Tensor]:
         """For each interior node ``v`` the norms ``[R_v]`` of its local components.
@@ -285,6 +292,66 @@ class HTF(nn.Module):
         weights = {node: self.node_weight(node) for node in self.tree.nodes}
         return mode_sets.matricization_spectrum(self.tree, weights, modes, method, max_cost)
 
+    def get_extra_state(self) -> Tensor:
+        """The layout as a ``state_dict`` holds it, under ``"_extra_state"``: its JSON as bytes,
+        ``uint8`` on the CPU. Weights alone do not tell the tree that they are of."""
+        return torch.tensor([*self.layout.to_json().encode()], dtype=torch.uint8, device="cpu")
+
+    def set_extra_state(self, state: Any) -> None:
+        """Checks that weights come from a model with this layout.
+
+        Raises:
+            ValueError: they come from another tree, or from other dimensions, ranks or sharing.
+        """
+        if (reason := self._not_of_this_layout(state)) is not None:
+            raise ValueError(f"set_extra_state: {reason}")
+
+    def _not_of_this_layout(self, state: Any) -> str | None:
+        """One sentence, or None where the saved layout is this model's."""
+        mine = json.loads(self.layout.to_json())
+        try:
+            # Rounded: somebody may have averaged, or cast, all tensors of a state.
+            codes = state.to("cpu", torch.float64).round().to(torch.uint8).tolist()
+            saved = json.loads(bytes(codes).decode())
+            tree = ModeTree.from_json(json.dumps(saved["tree"]))
+            others = {key: saved[key] for key in mine if key != "tree"}
+        except (AttributeError, LookupError, RecursionError, RuntimeError, TypeError, ValueError):
+            return "_extra_state must be the layout that the weights are of, and cannot be read"
+        if tree != self.tree:
+            return (
+                f"the weights are of the mode tree {_cut(tree.to_nested())}; this model's is "
+                f"{_cut(self.tree.to_nested())} (without _extra_state in the state, they are taken "
+                "all the same)"
+            )
+        for key, value in others.items():
+            if value != mine[key]:
+                return (
+                    f"the weights are of a model whose {key} is {_cut(value)}; this model's is "
+                    f"{_cut(mine[key])}"
+                )
+        return None
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # A mismatch is listed beside those of the shapes. Earlier states do not hold their layout.
+        key = f"{prefix}_extra_state"
+        others = dict(state_dict)
+        if key in others and (reason := self._not_of_this_layout(others.pop(key))) is not None:
+            error_msgs.append(reason)
+        super()._load_from_state_dict(
+            others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if key in missing_keys:
+            missing_keys.remove(key)
+
     def extra_repr(self) -> str:
         layout = self.layout
         dims, ranks = sorted(set(layout.mode_dims)), sorted(set(layout.ranks))
@@ -294,6 +361,11 @@ class HTF(nn.Module):
             f"out_features={layout.out_features}, root={layout.root!r}{shared}, "
             f"parameters={layout.num_parameters}"
         )
+
+
+def _cut(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _span(values: list[int]) -> str:

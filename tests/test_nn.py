@@ -36,7 +36,7 @@ def test_parameters_are_folded():
     assert shapes == [(8, 3, 5), (4, 5, 4), (2, 4, 2), (1, 2, 6)]
     assert [tuple(p.shape) for p in model.parameters()] == [g.shape for g in model.layout.groups]
     assert sum(p.numel() for p in model.parameters()) == model.layout.num_parameters
-    assert list(model.state_dict()) == [f"weights.{i}" for i in range(4)]
+    assert list(model.state_dict()) == ["_extra_state", *(f"weights.{i}" for i in range(4))]
 
 
 def test_shared_weights():

@@ -133,6 +133,7 @@ def save_model(path: _Path, model: nn.Module) -> None:
     tensors = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
     metadata = {"format": "pt"}
     if isinstance(model, hk.HTF):
+        del tensors["_extra_state"]  # the layout, which is in the metadata
         metadata["htf"] = json.dumps(layout_to_dict(model.layout))
     save_file(tensors, path, metadata)
     with open(path, "rb+") as file:
@@ -270,13 +271,17 @@ def _keep_capturable(saved: dict[str, Any], optimizer: torch.optim.Optimizer) ->
 def _read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(file, framework="pt") as weights:
-            return {k: weights.get_tensor(k) for k in weights.keys()}, weights.metadata() or {}
+            tensors = {k: weights.get_tensor(k) for k in weights.keys()}
+            metadata = weights.metadata() or {}
     except FileNotFoundError:
         raise
     except (SafetensorError, OSError, RuntimeError) as error:
         if not file.exists():  # removed while it was being opened: safetensors tells it in two ways
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file)) from error
         raise UserError(f"{file} cannot be read as safetensors: {error}") from error
+    if "htf" in metadata:  # for load_state_dict, which compares it with the model's
+        tensors["_extra_state"] = torch.tensor([*metadata["htf"].encode()], dtype=torch.uint8)
+    return tensors, metadata
 
 
 def _load_weights(
@@ -291,14 +296,8 @@ def _load_weights(
 
 def layout_to_dict(layout: hk.Layout) -> dict[str, Any]:
     """A layout as JSON holds it."""
-    return {
-        "tree": json.loads(layout.tree.to_json()),
-        "mode_dims": list(layout.mode_dims),
-        "ranks": list(layout.ranks),
-        "out_features": layout.out_features,
-        "root": layout.root,
-        "share_weights": layout.share_weights,
-    }
+    found: dict[str, Any] = json.loads(layout.to_json())
+    return found
 
 
 def _layout_from_dict(saved: dict[str, Any]) -> hk.Layout:
