@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from htfkernels import inner_products as products
+from htfkernels.exponents import sign
+from htfkernels.functional import check_same
 from htfkernels.layout import Layout, RootKind
 from htfkernels.nn import HTF
 
@@ -55,7 +57,7 @@ def slog_inner(a: HTF, b: HTF) -> tuple[Tensor, Tensor]:
         (1.0, True)
     """
     found = products.inner(*_factors("slog_inner", a, b))
-    return found.mantissa.detach().sign().to(_dtype(a)), found.logabs(_dtype(a))
+    return sign(found.mantissa).to(_dtype(a)), found.logabs(_dtype(a))
 
 
 def norm(a: HTF) -> Tensor:
@@ -231,6 +233,7 @@ def _factors(op: str, *models: HTF) -> list[products.Factors]:
     for name, model in zip("ab", models, strict=False):
         if not isinstance(model, HTF):
             raise ValueError(f"{op}: {name} must be an HTF, got {type(model).__name__}")
+        check_same(op, model._folded(), None)
     if len(models) == 2:
         x, y = (m.layout for m in models)
         if x.tree != y.tree:

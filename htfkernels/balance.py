@@ -84,11 +84,16 @@ def balance(tree: ModeTree, weights: Sequence[Tensor]) -> tuple[list[Tensor], Te
         power = below[:, None] - (top.amax() if node.is_root else top)
         power = torch.where(seen, power, power.minimum(30 - exponent))
         near = scaled(w, power)
-        gram = near.T @ (near if inner is None else inner @ near)
-        # Where terms cancel, rounding errors are all that is left on the diagonal.
+        image = near if inner is None else inner @ near
+        if node.is_root:  # of many outputs only the diagonal is needed
+            squares = (near * image).sum(0)
+        else:
+            grams[node.index] = near.T @ image
+            squares = grams[node.index].diagonal()
+        # Where terms cancel, rounding errors are all that is left of the squares.
         bound = near.abs().T @ (norm * alive)
-        norms[node.index] = gram.diagonal().maximum(eps * bound.square()).sqrt()
-        grams[node.index], exponents[node.index] = gram, top
+        norms[node.index] = squares.maximum(eps * bound.square()).sqrt()
+        exponents[node.index] = top
         powers.append(power)
     root = tree.root.index
     last = torch.frexp(norms[root].norm()).exponent.long()

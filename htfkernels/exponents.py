@@ -11,7 +11,13 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["leading", "power", "split"]
+__all__ = ["leading", "power", "sign", "split"]
+
+
+def sign(t: Tensor) -> Tensor:
+    """-1, 0 or 1, without gradient; NaN where ``t`` is, of which PyTorch's sign is 0."""
+    t = t.detach()
+    return torch.where(t.isnan(), t, t.sign())
 
 
 def split(t: Tensor) -> tuple[Tensor, Tensor]:

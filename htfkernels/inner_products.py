@@ -16,6 +16,7 @@ from torch import Tensor
 from htfkernels.exponents import leading, power, split
 from htfkernels.layout import Layout
 from htfkernels.ops.spectra import singular_values
+from htfkernels.output_mode import with_output_mode
 from htfkernels.plan import plan_for
 
 __all__ = ["Factors", "Number", "inner", "norm"]
@@ -48,27 +49,35 @@ def inner(x: Factors, y: Factors) -> Number:
     """``<T_x, T_y>`` by cross-Gram matrices ``X_v``: of the frames of ``v`` in both models.
 
     ``X_leaf = W_x^T W_y``, ``X_v = W_x^T (Hadamard product of the children's X) W_y``; the answer
-    is the trace of the root's, the outputs being one more mode.
+    is the trace of the root's, the outputs being one more mode. Of the root's, only the diagonal is
+    computed.
     """
     tree, x, y = x[0].tree, _double(x), _double(y)
     grams: dict[int, _Scaled] = {}
     for nodes in _same_shaped([x[0], y[0]], lambda v: len(tree._children[v])):
         left, right = _stacked(x, nodes), _stacked(y, nodes)
         if nodes[0] < tree.order:
-            left, rows = _columns_scaled(left, torch.zeros_like(left[..., 0]))
-            right, columns = _columns_scaled(right, torch.zeros_like(right[..., 0]))
+            left, rows = _unit_columns(left)
+            right, columns = _unit_columns(right)
             gram = left.mT @ right
         else:
             children = zip(*(tree._children[v] for v in nodes), strict=True)
             p = _hadamard([_Scaled.stack(grams[c] for c in same) for same in children])
             left, rows = _columns_scaled(left, p.rows, p.matrix.any(-1))
             right, columns = _columns_scaled(right, p.columns, p.matrix.any(-2))
+            if nodes[0] == tree.root.index:
+                return _sum((left * (p.matrix @ right)).sum(-2)[0], (rows + columns)[0])
             gram = left.mT @ p.matrix @ right
         grams.update(zip(nodes, _balanced(gram, rows, columns).unbind(), strict=True))
-    gram, rows, columns = grams[tree.root.index]
-    terms, exponents = gram.diagonal(), rows + columns
-    largest = leading(terms, exponents, -1)
-    return Number((terms * power(exponents - largest, terms)).sum(), largest.squeeze(-1))
+    raise AssertionError("a tree has a root")
+
+
+def _sum(terms: Tensor, exponents: Tensor) -> Number:
+    """The sum of ``terms * 2**exponents``."""
+    mantissas, own = split(terms)
+    exponents = own + exponents
+    largest = leading(mantissas, exponents, -1)
+    return Number((mantissas * power(exponents - largest, terms)).sum(), largest.squeeze(-1))
 
 
 def norm(terms: Sequence[Term]) -> Number:
@@ -94,7 +103,7 @@ def norm(terms: Sequence[Term]) -> Number:
         if same
     ]
     rounding = torch.finfo(torch.float64).eps * len(terms[0][1][0].tree.nodes)
-    known = mantissa > rounding * sum(sizes)
+    known = ~(mantissa <= rounding * sum(sizes))  # NaN stays
     # Zero, with the derivatives of the squared norm: sqrt(1 + change) has those of the norm, of
     # any order, and keeps the value.
     change = sum(
@@ -110,9 +119,9 @@ def norm(terms: Sequence[Term]) -> Number:
 @torch.no_grad()
 def _norm_of_one(coefficient: float, factors: Factors) -> Number:
     """From the singular values at the root, its outputs being the columns."""
-    layout, weights = factors
+    layout, weights, root = with_output_mode(*factors)
     plan = plan_for("spectra", layout, weights[0].dtype, weights[0].device.type)
-    root = layout.tree.root.index
+    root = min(root, layout.tree.root.index)
     values, exponents, *_ = singular_values(plan, weights, [root], gram=False)
     return Number(abs(coefficient) * values.norm(), exponents[0].double())
 
@@ -137,7 +146,7 @@ def _norm_by_frames(terms: Sequence[Term]) -> Number:
     for nodes in _same_shaped([f[0] for f in factors], shapes):
         weights = [_stacked(f, nodes) for f in factors]
         if nodes[0] < tree.order:
-            parts = [_Frame(*_columns_scaled(w, torch.zeros_like(w[..., 0]))) for w in weights]
+            parts = [_Frame(*_unit_columns(w)) for w in weights]
         else:
             same = zip(*(below(v) for v in nodes), strict=True)
             product = _khatri_rao([_Frame.stack(child) for child in same])
@@ -236,15 +245,13 @@ def _unit_columns(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return matrix * power(-half, matrix) * power(rest, matrix), exponent
 
 
-def _columns_scaled(
-    weight: Tensor, rows: Tensor, live: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def _columns_scaled(weight: Tensor, rows: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
     """``2**rows * weight [.., m, n]`` as unit columns and their exponents ``[.., n]``.
 
     Rows that are not ``live`` meet nothing but zeros: they do not count in the scale. A column of
     zeros has the scale of ones.
     """
-    live = torch.ones_like(rows) if live is None else live.to(rows.dtype)
+    live = live.to(rows.dtype)
     mantissa, exponent = split(weight)
     exponent = exponent + rows.unsqueeze(-1)
     counted = mantissa * live.unsqueeze(-1)

@@ -17,10 +17,13 @@ import torch
 from torch import Tensor
 
 from htfkernels.balance import balance, scaled
+from htfkernels.finite import all_finite
+from htfkernels.functional import check_same
 from htfkernels.layout import Layout
 from htfkernels.mode_cores import Tensors, best_center, core_matrix, svd_flops
 from htfkernels.mode_grams import Doubled, gram_flops, gram_matrix, plan_gram
 from htfkernels.ops.autograd import only_once
+from htfkernels.spectra import check_method
 from htfkernels.tree import ModeTree, Node
 from htfkernels.tree_checks import as_int, format_modes
 
@@ -115,8 +118,10 @@ def matricization_spectrum(
 
     Raises:
         ValueError: ``modes`` is empty, or names a mode twice or one that is not there; there is no
-            such method, or it is not affordable.
-        torch.linalg.LinAlgError: a weight is not finite.
+            such method, or it is not affordable; ``max_cost`` is not made of numbers; the weights
+            are not real floating point of one dtype on one device.
+        torch.linalg.LinAlgError: a weight is infinite or not a number. Under ``torch.vmap`` all
+            singular values are NaN then.
 
     Example:
         >>> model = HTF(ModeTree.balanced(8), mode_dims=2, ranks=3)
@@ -124,11 +129,10 @@ def matricization_spectrum(
         >>> bool(even.norm().isclose(model.full_tensor().norm()))
         True
     """
-    if method not in ("auto", "qr", "gram"):
-        raise ValueError(
-            f'matricization_spectrum: method must be "auto", "qr" or "gram", got {method!r}'
-        )
-    shapes = tuple((int(w.shape[0]), int(w.shape[1])) for w in (weights[n] for n in tree.nodes))
+    check_method("matricization_spectrum", method)
+    by_node = [weights[n] for n in tree.nodes]
+    check_same("matricization_spectrum", by_node, None)
+    shapes = tuple((int(w.shape[0]), int(w.shape[1])) for w in by_node)
     plan = _plan(tree, shapes, _rows("matricization_spectrum", tree, modes))
     limit = _limit(max_cost)
     works = {"qr": plan.cost.qr, "gram": plan.cost.gram}
@@ -141,11 +145,18 @@ def matricization_spectrum(
         )
     _log.info('matricization_spectrum: "%s" for %s', chosen, plan.cost)
     dtype = weights[tree.root].dtype
-    double = [_OnceDifferentiable.apply(weights[n]).double() for n in tree.nodes]
+    finite = all_finite(by_node)
+    transformed = torch._C._are_functorch_transforms_active()
+    if not transformed and not bool(finite):
+        raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+            "matricization_spectrum: a weight is infinite or not a number"
+        )
+    double = [_OnceDifferentiable.apply(w).double() for w in by_node]
     powers, total = balance(tree, double)
     near = [scaled(w, p) for w, p in zip(double, powers, strict=True)]
     values = _by_qr(plan, near) if chosen == "qr" else _by_gram(plan, near)
-    return scaled(values, total).to(dtype)
+    values = scaled(values, total).to(dtype)
+    return torch.where(finite, values, torch.nan) if transformed else values
 
 
 def spectrum_cost(layout: Layout, modes: Iterable[int]) -> Cost:
@@ -171,6 +182,8 @@ def spectrum_cost(layout: Layout, modes: Iterable[int]) -> Cost:
 
 
 def _rows(name: str, tree: ModeTree, modes: Iterable[int]) -> tuple[int, ...]:
+    if not isinstance(modes, Iterable):
+        raise ValueError(f"{name}: modes must be a sequence of integers, got {modes!r}")
     rows = [as_int(f"{name}: a mode", m) for m in modes]
     if not rows or len(set(rows)) < len(rows) or not set(rows) <= set(range(tree.order)):
         raise ValueError(f"{name}: modes must be distinct, of 0..{tree.order - 1}, got {rows}")
@@ -180,9 +193,16 @@ def _rows(name: str, tree: ModeTree, modes: Iterable[int]) -> tuple[int, ...]:
 def _limit(max_cost: tuple[float, float] | float | None) -> Work:
     if max_cost is None:
         return LIMIT
-    if isinstance(max_cost, tuple):
-        return Work(*max_cost)
-    return Work(max_cost, max_cost * (LIMIT.bytes / LIMIT.flops))
+    given = max_cost if isinstance(max_cost, (tuple, list)) else (max_cost,)
+    numbers = all(isinstance(x, (int, float)) and x >= 0 for x in given)
+    if not numbers or len(given) not in (1, 2):
+        raise ValueError(
+            "matricization_spectrum: max_cost must be (flops, bytes) or a number of flops, none "
+            f"negative, got {max_cost!r}"
+        )
+    if len(given) == 2:
+        return Work(*given)
+    return Work(given[0], given[0] * (LIMIT.bytes / LIMIT.flops))
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -230,7 +250,8 @@ def _plan(tree: ModeTree, shapes: tuple[tuple[int, int], ...], modes: tuple[int,
     center, size = best_center(tree, rows, shapes)
     doubled = plan_gram(tree, rows, shapes)
     # Both balance the weights first, by Gram matrices of all nodes.
-    balancing = gram_flops(tree.nodes, shapes)
+    inner, outputs = shapes[-1]
+    balancing = gram_flops(tree.nodes[:-1], shapes) + 2 * inner * inner * outputs
     weight = max(max(d, r) * r for d, r in shapes)
     qr = Work(
         balancing + size.flops + svd_flops(size.a, size.b),

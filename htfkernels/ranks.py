@@ -2,12 +2,15 @@
 
 All are differentiable, except the numerical rank; the ranks do not change when ``s`` is scaled and
 are 0 where all singular values are. Derivatives are finite everywhere: where one does not exist (at
-vanishing singular values, or at a largest one that is not alone) a subgradient is taken.
+vanishing singular values, or at a largest one that is not alone) a subgradient is taken. Where a
+singular value is NaN, so are the measures; the numerical rank, an integer, raises.
 """
 
 from __future__ import annotations
 
 import math
+import numbers
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +43,8 @@ def numerical_rank(s: Tensor, tol: float | None = None, rtol: float | None = Non
         ``[...]`` int64.
 
     Raises:
-        ValueError: both tolerances are given, or one is negative.
+        ValueError: both tolerances are given, or one is not a number of at least 0; a singular
+            value is infinite or NaN. A compiled graph and ``torch.func`` have -1 then.
 
     Example:
         >>> numerical_rank(torch.tensor([3.0, 1e-3, 1e-9])), numerical_rank(
@@ -50,15 +54,26 @@ def numerical_rank(s: Tensor, tol: float | None = None, rtol: float | None = Non
     """
     if tol is not None and rtol is not None:
         raise ValueError(f"numerical_rank: expected tol or rtol, got both ({tol} and {rtol})")
-    given = rtol if tol is None else tol
-    if given is not None and not given >= 0:
-        raise ValueError(f"numerical_rank: a tolerance must not be negative, got {given}")
+    for name, given in (("tol", tol), ("rtol", rtol)):
+        if given is not None and not (_is_number(given) and given >= 0):
+            raise ValueError(
+                f"numerical_rank: {name} must be a number of at least 0, got {given!r}"
+            )
     if s.shape[-1] == 0:
         return torch.zeros(s.shape[:-1], dtype=torch.int64, device=s.device)
-    if tol is not None:
-        return (s > tol).sum(-1)
+    largest = s.amax(-1, keepdim=True)
     relative = s.shape[-1] * torch.finfo(s.dtype).eps if rtol is None else rtol
-    return (s > s.amax(-1, keepdim=True) * relative).sum(-1)
+    count = (s > (largest * relative if tol is None else tol)).sum(-1)
+    finite = largest.squeeze(-1).isfinite()
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return torch.where(finite, count, -1)
+    if not bool(finite.all()):
+        raise ValueError("numerical_rank: a singular value is infinite or not a number")
+    return count
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, numbers.Real) or (isinstance(x, Tensor) and x.numel() == 1)
 
 
 def effective_rank(s: Tensor) -> Tensor:
@@ -128,26 +143,31 @@ def schatten_norm(s: Tensor, p: float) -> Tensor:
         >>> schatten_norm(torch.tensor([3.0, 4.0]), 2)
         tensor(5.)
     """
-    if not p > 0:
-        raise ValueError(f"schatten_norm: p must be positive, got {p}")
+    if not (_is_number(p) and p > 0):
+        raise ValueError(f"schatten_norm: p must be a positive number, got {p!r}")
     if s.shape[-1] == 0:
         return s.sum(-1)
     if math.isinf(p):
         return s.amax(-1)
     # Where s is 0 the derivative of s^p is not finite for p < 1.
-    positive = s > 0
+    positive = ~_not_positive(s)
     scale = _largest(s)
     powers = torch.where(positive, s / scale, torch.ones_like(s)) ** p
     total = torch.where(positive, powers, torch.zeros_like(s)).sum(-1)
-    some = total > 0
+    some = ~_not_positive(total)
     root = torch.where(some, total, torch.ones_like(total)) ** (1 / p)
     return torch.where(some, root * scale.squeeze(-1), torch.zeros_like(total))
+
+
+def _not_positive(x: Tensor) -> Tensor:
+    """Whether a number is 0 (or less): what is NaN is not, and stays where this decides."""
+    return x.detach() <= 0
 
 
 def _largest(s: Tensor) -> Tensor:
     """The largest of each row as a constant, 1 where it is 0."""
     top = s.detach().amax(-1, keepdim=True)
-    return torch.where(top > 0, top, torch.ones_like(top))
+    return torch.where(_not_positive(top), torch.ones_like(top), top)
 
 
 def _scaled(s: Tensor) -> Tensor:
@@ -156,23 +176,23 @@ def _scaled(s: Tensor) -> Tensor:
 
 
 def _any(s: Tensor) -> Tensor:
-    return (s.detach() > 0).any(-1)
+    return ~_not_positive(s).all(-1)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    some = denominator.detach() > 0
-    safe = torch.where(some, denominator, torch.ones_like(denominator))
-    return torch.where(some, numerator / safe, torch.zeros_like(numerator))
+    zero = _not_positive(denominator)
+    safe = torch.where(zero, torch.ones_like(denominator), denominator)
+    return torch.where(zero, torch.zeros_like(numerator), numerator / safe)
 
 
 def _shares(s: Tensor) -> Tensor:
     s = _scaled(s)
     total = s.sum(-1, keepdim=True)
-    return s / torch.where(total.detach() > 0, total, torch.ones_like(total))
+    return s / torch.where(_not_positive(total), torch.ones_like(total), total)
 
 
 def _entropy(p: Tensor) -> Tensor:
     # entr(0) = 0 too, but with an infinite derivative.
-    positive = p.detach() > 0
-    safe = torch.where(positive, p, torch.ones_like(p))
-    return -torch.where(positive, p * safe.log(), torch.zeros_like(p)).sum(-1)
+    zero = _not_positive(p)
+    safe = torch.where(zero, torch.ones_like(p), p)
+    return -torch.where(zero, torch.zeros_like(p), p * safe.log()).sum(-1)

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from htfkernels import grams
-from htfkernels.functional import Weights, fold
+from htfkernels.functional import Weights, check_same, fold
 from htfkernels.layout import Layout
 from htfkernels.ops.spectra import Factors, Pull, factors_of, pullback, singular_values, svd
+from htfkernels.output_mode import with_output_mode
 from htfkernels.plan import Plan, plan_for
 from htfkernels.ranks import numerical_rank
 from htfkernels.tree import ModeTree, Node
@@ -34,6 +35,9 @@ class Spectra(dict[Node, Tensor]):
 
     The values of a deep tree may be outside of that dtype's range, and are then 0 or infinite;
     ``relative`` has them in range.
+
+    Where a weight is infinite or not a number, no value is known: all are NaN, at every node, since
+    every matricization has all entries of the tensor.
 
     Attributes:
         method: ``"qr"`` or ``"gram"``, the one that was taken.
@@ -79,7 +83,11 @@ class Spectra(dict[Node, Tensor]):
 
     def numerical_ranks(self, rtol: float | None = None) -> dict[Node, int]:
         """Numbers of singular values above ``rtol`` times the largest, by default the larger of
-        ``K eps`` (see :func:`htfkernels.numerical_rank`) and the method's accuracy."""
+        ``K eps`` (see :func:`htfkernels.numerical_rank`) and the method's accuracy.
+
+        Raises:
+            ValueError: the singular values are NaN, or ``rtol`` is not a number of at least 0.
+        """
 
         def ranks(s: Tensor) -> Tensor:
             least = max(s.shape[-1] * torch.finfo(s.dtype).eps, self.accuracy)
@@ -119,7 +127,8 @@ def matricization_spectra(
     Frames and environments are kept as factors ``F`` of at most as many rows as columns, with the
     same Gram matrix: ``F_leaf = R(W)``, ``F_v = R(R(KhatriRao(F_c)) W_v)``, ``E_c =
     R(KhatriRao(E_v W_v^T, F_siblings))``, so that ``sigma(M_v) = sigma(F_v E_v^T)``. All is
-    computed in float64, whatever the weights' dtype. With ``"qr"``, ``R`` is a QR decomposition's
+    computed in float64, whatever the weights' dtype, in memory proportional to the weights' and to
+    ``R^2``. With ``"qr"``, ``R`` is a QR decomposition's
     triangular factor: errors below 1e-13 of the largest singular value, ``O(N R^4)`` operations.
     With ``"gram"`` it is a Cholesky factor of the Gram matrix: below 1e-7, ``O(N R^3)``. Where no
     factor has more rows than columns, both are exact.
@@ -139,10 +148,12 @@ def matricization_spectra(
         layout: needed with folded weights only.
 
     Returns:
-        for each node at most ``min(prod D of its modes, R_out)`` singular values.
+        for each node at most ``min(prod D of its modes, R_out)`` singular values, NaN where a
+        weight is infinite or not a number.
 
     Raises:
-        ValueError: there is no such method, or a node is of another tree.
+        ValueError: there is no such method, a node is not of this tree, or the weights are not real
+            floating point of one dtype on one device.
 
     Example:
         >>> model = hk.HTF(hk.ModeTree.balanced(4), mode_dims=3, ranks=2)
@@ -158,8 +169,9 @@ def run_spectra(
     layout: Layout, weights: Sequence[Tensor], nodes: Iterable[Node] | None, method: str
 ) -> Spectra:
     wanted = wanted_nodes("matricization_spectra", layout, nodes)
-    indices = list(dict.fromkeys(n.index for n in wanted))
-    plan, weights, gram = _prepare("matricization_spectra", layout, weights, method)
+    plan, weights, gram, leaf = _prepare("matricization_spectra", layout, weights, method)
+    places = [place_of(n, leaf) for n in wanted]
+    indices = list(dict.fromkeys(places))
     dtype = weights[0].dtype
     flat, exponents, sizes = _values(plan, weights, indices, gram)
     powers = exponents[_owners(tuple(sizes), exponents.device)]
@@ -171,8 +183,8 @@ def run_spectra(
     result.method, result.accuracy = ("gram", ACCURACY["gram"]) if gram else ("qr", ACCURACY["qr"])
     by_index = dict(zip(indices, absolute.to(dtype).split(sizes), strict=True))
     relative = dict(zip(indices, flat.to(dtype).split(sizes), strict=True))
-    result.update((n, by_index[n.index]) for n in wanted)
-    result.relative = {n: relative[n.index] for n in wanted}
+    result.update((n, by_index[i]) for n, i in zip(wanted, places, strict=True))
+    result.relative = {n: relative[i] for n, i in zip(wanted, places, strict=True)}
     result._exponents = list(result), exponents.detach()  # in the order of the indices
     return result
 
@@ -189,47 +201,72 @@ def run_principal_frames(
 ) -> dict[Node, PrincipalFrame]:
     """See :meth:`htfkernels.HTF.principal_frames`."""
     wanted = wanted_nodes("principal_frames", layout, nodes)
-    plan, weights, gram = _prepare("principal_frames", layout, weights, method)
+    outputs = weights[-1]
+    plan, weights, gram, leaf = _prepare("principal_frames", layout, weights, method)
     dtype = weights[0].dtype
-    indices = list(dict.fromkeys(n.index for n in wanted))
+    places = [place_of(n, leaf) for n in wanted]
+    indices = list(dict.fromkeys(places))
     accuracy = ACCURACY["gram" if gram else "qr"]
     found = {}
     with torch.no_grad():
         factors = factors_of(plan, weights, indices, gram)
         scales = [f.scale for f in factors]
         vectors = _singular_vectors(factors, scales, accuracy, plan.backend)
-        kept = [(s > 0).sum() for s, _, _ in vectors]
+        kept = [torch.where(s.isnan().any(), -1, (s > 0).sum()) for s, _, _ in vectors]
         counts = torch.stack(kept).tolist() if kept else []  # waits for a device, once
+        if -1 in counts:
+            raise ValueError("principal_frames: a weight is infinite or not a number")
         each = zip(indices, factors, vectors, counts, strict=True)
         for i, f, (s, left, right), keep in each:
             columns = f.frame_exponents.double()
             left = left[:, :keep] * (-columns).exp2()[:, None]
             right = right[:, :keep] * (columns - f.scale).exp2()[:, None]
             values = s[:keep] * _together([f.scale], s.device).exp2()
+            if i == leaf:  # the root's, with rows and columns exchanged
+                right = outputs[0].double().T @ left
+                left = right / values
             found[i] = PrincipalFrame(values.to(dtype), left.to(dtype), right.to(dtype))
-    return {n: found[n.index] for n in wanted}
+    return {n: found[i] for n, i in zip(wanted, places, strict=True)}
 
 
 def wanted_nodes(op: str, layout: Layout, nodes: Iterable[Node] | None) -> list[Node]:
     tree = layout.tree
     if nodes is None:
         return [n for n in tree.nodes if not n.is_root]
+    if isinstance(nodes, str) or not isinstance(nodes, Iterable):
+        raise ValueError(f"{op}: nodes must be a sequence of the tree's nodes, got {nodes!r}")
     wanted = list(nodes)
-    foreign = next((n for n in wanted if not isinstance(n, Node) or n.tree != tree), None)
-    if foreign is not None:
-        raise ValueError(f"{op}: {foreign} is a node of another tree")
+    for node in wanted:
+        if not isinstance(node, Node):
+            raise ValueError(f"{op}: nodes must be nodes of the tree (tree.nodes), got {node!r}")
+        if node.tree != tree:
+            raise ValueError(f"{op}: {node} is a node of another tree")
     return wanted
+
+
+def place_of(node: Node, leaf: int) -> int:
+    """A node's index in a tree that may have a leaf for the outputs, see
+    :func:`htfkernels.output_mode.with_output_mode`."""
+    if node.index < leaf:
+        return node.index
+    return leaf if node.is_root else node.index + 1
+
+
+def check_method(op: str, method: str) -> None:
+    if not isinstance(method, str) or method not in ("auto", "qr", "gram"):
+        raise ValueError(f'{op}: method must be "auto", "qr" or "gram", got {method!r}')
 
 
 def _prepare(
     op: str, layout: Layout, weights: Sequence[Tensor], method: str
-) -> tuple[Plan, Sequence[Tensor], bool]:
-    if method not in ("auto", "qr", "gram"):
-        raise ValueError(f'{op}: method must be "auto", "qr" or "gram", got {method!r}')
+) -> tuple[Plan, Sequence[Tensor], bool, int]:
+    check_method(op, method)
+    check_same(op, weights, None)
     dtype, device = weights[0].dtype, weights[0].device.type
+    layout, weights, leaf = with_output_mode(layout, weights)
     plan = plan_for("spectra", layout, dtype, device)
     gram = method == "gram" or (method == "auto" and dtype != torch.float64)
-    return plan, weights, gram
+    return plan, weights, gram, leaf
 
 
 def _values(
@@ -344,7 +381,7 @@ def _decomposed(frame: Tensor, environment: Tensor, accuracy: float, backend: st
     ``u`` is put together from those.
     """
     u, s, v = svd(frame @ environment.mT, backend)
-    found = s > accuracy * s[..., :1]
+    found = ~(s <= accuracy * s[..., :1])  # NaN stays
     inverse = torch.where(found, 1 / torch.where(found, s, 1), 0)[..., None, :]
     left, right = environment.mT @ v * inverse, frame.mT @ u * inverse
     left = left + left @ (u.mT @ (u - frame @ left))
@@ -370,7 +407,15 @@ def _pulls(
 
 def _contracted(sides: grams.Sides, pulls: dict[int, Pull]) -> Tensor:
     """``sum grad_i (a_i^T G a_i + b_i^T H b_i) / (2 sigma_i)``, in the scale of ``sides``."""
-    slots = [i for i, n in enumerate(sides.nodes) if n in pulls]
+    alike: dict[int, list[int]] = {}  # by their numbers of singular values
+    for slot, node in enumerate(sides.nodes):
+        if node in pulls:
+            alike.setdefault(len(pulls[node].weight), []).append(slot)
+    parts = (_contracted_slots(sides, slots, pulls) for slots in alike.values())
+    return sum(parts, torch.zeros(()))
+
+
+def _contracted_slots(sides: grams.Sides, slots: list[int], pulls: dict[int, Pull]) -> Tensor:
     chosen = [pulls[sides.nodes[i]] for i in slots]
     columns = sides.frame_exponents[slots] - torch.stack([p.columns for p in chosen])
     shift = sides.environment_exponents[slots] - _together(

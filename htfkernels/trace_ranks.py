@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from htfkernels import grams
+from htfkernels.functional import check_same
 from htfkernels.layout import Layout
 from htfkernels.ops import autograd
+from htfkernels.output_mode import with_output_mode
 from htfkernels.plan import Plan, plan_for
-from htfkernels.spectra import wanted_nodes
+from htfkernels.spectra import place_of, wanted_nodes
 from htfkernels.tree import Node
 
 __all__ = ["run_trace_ranks"]
@@ -23,8 +25,12 @@ def run_trace_ranks(
     layout: Layout, weights: Sequence[Tensor], nodes: Iterable[Node] | None, stable: bool
 ) -> dict[Node, Tensor]:
     """See :meth:`htfkernels.HTF.renyi2_ranks` and ``stable_ranks``."""
-    wanted = wanted_nodes("stable_ranks" if stable else "renyi2_ranks", layout, nodes)
-    indices = list(dict.fromkeys(n.index for n in wanted))
+    op = "stable_ranks" if stable else "renyi2_ranks"
+    wanted = wanted_nodes(op, layout, nodes)
+    check_same(op, weights, None)
+    layout, weights, leaf = with_output_mode(layout, weights)
+    places = [place_of(n, leaf) for n in wanted]
+    indices = list(dict.fromkeys(places))
     dtype = weights[0].dtype
     plan = plan_for("trace_ranks", layout, dtype, weights[0].device.type)
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -35,7 +41,7 @@ def run_trace_ranks(
     else:
         ranks = _call(plan, indices, stable, weights)[0]
     found = dict(zip(indices, ranks.to(dtype).unbind(0), strict=True))
-    return {n: found[n.index] for n in wanted}
+    return {n: found[i] for n, i in zip(wanted, places, strict=True)}
 
 
 def _call(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from htfkernels.exponents import leading, power, split
+from htfkernels.exponents import leading, power, sign, split
 from htfkernels.layout import Layout
 
 
@@ -59,7 +59,7 @@ def slog(layout: Layout, weights: Sequence[Tensor], x: Tensor) -> tuple[Tensor, 
     zero = value == 0  # has no gradient, and must not spoil those of the other rows
     log = torch.where(zero, -math.inf, torch.where(zero, 1.0, value).abs().log())
     logabs = log + exponent.to(value.dtype).unsqueeze(-1) * math.log(2.0)
-    return value.detach().sign(), logabs
+    return sign(value), logabs
 
 
 def _scaled(t: Tensor, dim: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:

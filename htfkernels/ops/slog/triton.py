@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from htfkernels.exponents import power
+from htfkernels.exponents import power, sign
 from htfkernels.gpu import configs, ragged, scaled
 from htfkernels.gpu.memory import empty
 from htfkernels.gpu.reduce import gradients
@@ -55,7 +55,7 @@ def slog_keeping(
         # Once for each node; nodes that share a weight share its exponent.
         exponent = exponent + by_weight.sum() * (len(of) // by_weight.numel())
     logabs = value.double().abs().log() + exponent * math.log(2.0)
-    result = torch.stack((value.sign().to(x.dtype), logabs.to(x.dtype)), -1)
+    result = torch.stack((sign(value).to(x.dtype), logabs.to(x.dtype)), -1)
     return result, messages, shift, value
 
 

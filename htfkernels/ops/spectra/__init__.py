@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from htfkernels.finite import all_finite
 from htfkernels.ops import autograd
 from htfkernels.ops.spectra import reference
 from htfkernels.plan import Plan
@@ -63,7 +64,8 @@ def singular_values(
     """Of some nodes (no repetitions) the singular values.
 
     Returns:
-        all values in one flat float64 tensor, between 0 and about 1; int64 ``[nodes]``, the powers
+        all values in one flat float64 tensor, between 0 and about 1, or NaN, all of them, where a
+        weight is infinite or not a number; int64 ``[nodes]``, the powers
         of two that they are to be taken by; how many there are of each; with ``keep`` what
         :func:`factors_of` would compute again.
     """
@@ -143,15 +145,19 @@ _MOST = 64
 
 
 def svd(matrices: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    """``[F, p, q] -> u [F, p, k], s [F, k], v [F, q, k]``."""
+    """``[F, p, q] -> u [F, p, k], s [F, k], v [F, q, k]``; NaN where a matrix is not finite."""
     if backend == "cpp" and min(matrices.shape[1:]) <= _MOST:
         u, s, v = autograd.call("small_svd", matrices)
         return u, s, v
+    finite = matrices.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    matrices = torch.where(finite, matrices, 0)
     if backend == "cuda" and (found := _cuda().svd(matrices)) is not None:
         u, s, v = found
-        return u, s, v
-    u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
-    return u, s, vh.mT
+    else:
+        u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
+        v = vh.mT
+    u, v = (torch.where(finite, x, torch.nan) for x in (u, v))
+    return u, torch.where(finite[:, 0], s, torch.nan), v
 
 
 def _cuda() -> Any:
@@ -166,5 +172,11 @@ def _count(row: list[int]) -> int:
 def _reference_factors(
     plan: Plan, weights: Sequence[Tensor], nodes: Sequence[int], gram: bool
 ) -> list[tuple[reference.Scaled, reference.Scaled]]:
-    frames, environments = reference.factors(plan.layout, weights, gram)
-    return [(frames[n], environments[n]) for n in nodes]
+    finite = bool(all_finite(weights))
+    known = weights if finite else [torch.zeros_like(w) for w in weights]
+    frames, environments = reference.factors(plan.layout, known, gram)
+    found = [(frames[n], environments[n]) for n in nodes]
+    if finite:
+        return found
+    # Every matricization has all entries of the tensor.
+    return [((f + torch.nan, j), (e + torch.nan, k)) for (f, j), (e, k) in found]

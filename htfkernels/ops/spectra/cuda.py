@@ -1,7 +1,7 @@
 """Factors of matricizations and their singular values by the CUDA kernels of csrc/spectra/.
 
-All is float64 whatever the weights' dtype. Where a weight is infinite or not a number, so are
-singular values: that they did not converge nobody waits to hear.
+All is float64 whatever the weights' dtype. Where a weight is infinite or not a number, factors and
+singular values are NaN: that they did not converge nobody waits to hear.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from htfkernels.cuda.module import call
 from htfkernels.cuda.spectra import Program, program
 from htfkernels.cuda.spectra_tasks import widest
+from htfkernels.finite import all_finite
 from htfkernels.layout import Layout
 
 __all__ = ["factors", "singular_values", "svd"]
@@ -28,7 +29,7 @@ def singular_values(
     values, exponents = call(
         "spectra_values", *kept, steps.value_table, steps.value_launches, steps.value_sizes
     )
-    return values, exponents, steps.counts, kept
+    return values + _nothing(weights), exponents, steps.counts, kept
 
 
 def factors(
@@ -42,12 +43,13 @@ def factors(
     ``[R]``, int64, and the scale ``[]``, int64 (see :class:`htfkernels.ops.spectra.Factors`)."""
     steps = _program(layout, weights, nodes, gram)
     memory, exponents = kept or _run(layout, weights, nodes, gram)[1]
+    nothing = _nothing(weights)
     found: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
     for shape in steps.shapes:
         columns = torch.arange(shape.columns, device=memory.device)
         k, e = exponents[shape.exponents[:, :, None] + columns]
         frame, environment = (
-            memory[at[:, None] + torch.arange(rows * shape.columns, device=memory.device)]
+            memory[at[:, None] + torch.arange(rows * shape.columns, device=memory.device)] + nothing
             for at, rows in zip(shape.at, shape.rows, strict=True)
         )
         scale = (k + e).amax(1)
@@ -73,6 +75,11 @@ def _program(
     layout: Layout, weights: Sequence[Tensor], nodes: Sequence[int], gram: bool
 ) -> Program:
     return program(layout, tuple(nodes), gram, weights[0].device)
+
+
+def _nothing(weights: Sequence[Tensor]) -> Tensor:
+    """0, or NaN where a weight is not finite: comparisons on the way may lose that."""
+    return torch.where(all_finite(weights), 0.0, torch.nan)
 
 
 def _run(

@@ -28,11 +28,13 @@ def factors(
     for node in tree.nodes:
         w = _weight(layout, weights, node.index)
         if node.is_leaf:
-            product = torch.eye(len(w), dtype=torch.float64, device=device), 0 * w[:, 0].long()
+            through, exponents = _scaled(w, torch.zeros_like(w[:, 0], dtype=torch.int64))
         else:
-            product = _khatri_rao([frames[c.index] for c in node.children], shrink)
-        frame, exponents = _normalised(product[0] @ (scaled := _scaled(w, product[1]))[0])
-        frames.append((_by_qr(frame), exponents + scaled[1]))
+            product, exponents = _khatri_rao([frames[c.index] for c in node.children], shrink)
+            weight, exponents = _scaled(w, exponents)
+            through = product @ weight
+        frame, grown = _normalised(through)
+        frames.append((_by_qr(frame), exponents + grown))
     outputs = torch.eye(layout.out_features, dtype=torch.float64, device=device)
     environments: list[Scaled] = [_normalised(outputs)] * len(tree.nodes)
     for node in reversed(tree.interior):
@@ -51,11 +53,14 @@ def factors(
 
 def values(frame: Scaled, environment: Scaled) -> tuple[Tensor, int]:
     """Singular values of ``F E^T``, descending, near 1, and the power of two they are to be taken
-    by."""
+    by; NaN where a factor is not finite."""
     exponents = frame[1] + environment[1]
     largest = int(exponents.amax())
     scale = torch.ldexp(torch.ones_like(frame[0][0]), (exponents - largest).double())
-    s = torch.linalg.svdvals((frame[0] * scale) @ environment[0].T)
+    matrix = (frame[0] * scale) @ environment[0].T
+    if not bool(matrix.isfinite().all()):
+        return matrix.new_full((min(matrix.shape),), torch.nan), 0
+    s = torch.linalg.svdvals(matrix)
     k = int(torch.frexp(s[0]).exponent)
     return torch.ldexp(s, torch.tensor(-float(k), device=s.device)), largest + k
 
