@@ -100,11 +100,11 @@ def test_no_singular_values():
 
 def test_bad_arguments():
     s = torch.ones(3)
-    with pytest.raises(ValueError, match="p must be positive, got 0"):
+    with pytest.raises(ValueError, match="p must be a positive number, got 0"):
         hk.schatten_norm(s, 0)
     with pytest.raises(ValueError, match="tol or rtol, got both"):
         hk.numerical_rank(s, tol=1.0, rtol=1.0)
-    with pytest.raises(ValueError, match="must not be negative, got nan"):
+    with pytest.raises(ValueError, match="must be a number of at least 0, got nan"):
         hk.numerical_rank(s, rtol=math.nan)
 
 

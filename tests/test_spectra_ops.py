@@ -319,7 +319,7 @@ def test_weights_that_are_no_numbers(bad):
     with torch.no_grad():
         model.weights[1][0, 2, 1] = bad
         for method in ("qr", "gram"):
-            with pytest.raises(RuntimeError, match="infinite or not a number"):
-                model.matricization_spectra(method=method)
+            for s in model.matricization_spectra(method=method).values():
+                assert bool(s.isnan().all())
         for ranks in (model.renyi2_ranks(), model.stable_ranks()):
             assert all(bool(r.isnan()) for r in ranks.values())
