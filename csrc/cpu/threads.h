@@ -7,7 +7,8 @@
 
 namespace htf {
 
-// PyTorch's number.
+// PyTorch's number; one in a process that was forked. OpenMP's threads are not there, and whoever
+// waits for them waits for ever.
 int64_t num_threads();
 
 // Runs run(context, t) for t = 0 .. threads-1, each in a thread of its own. What one of them throws
