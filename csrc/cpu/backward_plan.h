@@ -80,7 +80,7 @@ class BackwardPlan : public Walk<S, Rows> {
     const int64_t chunks = (rows + chunk_ - 1) / chunk_;
     chunk_ = std::min(rows, ((rows + chunks - 1) / chunks + 7) / 8 * 8);
     tile_ = std::min(kTile, chunk_);
-    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t threads = num_threads();
     while (!top_.empty() && tile_ > 16 && chunk_ <= tile_ / 2 * threads)
       tile_ = (tile_ / 2 + 7) / 8 * 8;
     while (tile_ > 8 && tile_elements() * static_cast<int64_t>(sizeof(T)) > kTileBytes)

@@ -168,7 +168,7 @@ class Frames {
       tiles += (f.rows + kRows - 1) / kRows;
       work += f.rows * ld(r) * (f.step >= 0 ? p_.step[f.step].rows : kMoved);
     }
-    const int64_t threads = work < kWorthThreads ? 1 : torch::stable::get_num_threads();
+    const int64_t threads = work < kWorthThreads ? 1 : num_threads();
     std::vector<Item> items;
     for (const int64_t r : batch) {
       const FrameRow& f = row_[r];
@@ -323,6 +323,7 @@ class Frames {
       const T* p = product(f, i, n, it.j, padded<T>(it.cols), scratch, ldp);
       k_.gemm(it.cols, ldd, n, p, 1, ldp, gradient_[it.row].get() + i * ldd, ldd, to, ldd,
               i == 0 ? Store::assign : Store::add);
+      worked(it.cols * n * ldd);
     }
   }
 
@@ -359,9 +360,10 @@ class Frames {
       for (int64_t i = it.i; i < it.i + it.n; ++i) {
         T* to = it.to + i * n;
         if (is_grid(f)) {
-          k_.sum_products(n, rows(it.left ? f.right : f.left), nullptr,
-                          dp + (it.left ? i * nr : i) * n, it.left ? n : nr * n, all.data(), other,
-                          n, to);
+          const int64_t count = rows(it.left ? f.right : f.left);
+          k_.sum_products(n, count, nullptr, dp + (it.left ? i * nr : i) * n, it.left ? n : nr * n,
+                          all.data(), other, n, to);
+          worked(kMoved * n * count);
           continue;
         }
         const int32_t* start = lists_ + (it.left ? f.left_start : f.right_start);
@@ -372,6 +374,7 @@ class Frames {
         else
           k_.sum_products(n, count, lists_ + f.right_order + from, dp, n, lists_ + f.left_ids,
                           other, n, to);
+        worked(kMoved * n * count);
       }
     });
   }

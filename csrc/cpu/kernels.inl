@@ -154,19 +154,24 @@ struct Fetch {
   }
 };
 
+constexpr int64_t kLongPanel = 1 << 18;  // rows times depth
+
 // Three vectors wide keeps the FMA units busiest; four left over go as two and two.
 HTF_INLINE int64_t panel_vectors(int64_t left) {
   return left == 4 || left == 2 ? 2 : left >= 3 ? 3 : 1;
 }
 
-// A panel of VECS vectors of columns, all rows.
+// A panel of VECS vectors of columns, all rows. One that takes longer than a moment says what it
+// has worked: there are matrices that are multiplied in one call.
 template <class T, int VECS, bool UNIT, class Into>
 HTF_INLINE void panel(int64_t m, int64_t k, const T* a, int64_t rs, int64_t cs, const T* b,
                       int64_t ldb, const Into& into, int64_t col, Fetch& fetch) {
+  const bool is_long = m * k >= kLongPanel;
   int64_t i = 0;
   for (; i + HTF_ROWS <= m; i += HTF_ROWS) {
     fetch.some();
     tile<T, HTF_ROWS, VECS, UNIT>(k, a + i * rs, rs, cs, b, ldb, into.at(i, col));
+    if (is_long) worked(HTF_ROWS * VECS * (HTF_VECTOR_BYTES / static_cast<int64_t>(sizeof(T))) * k);
   }
   remainder<T, VECS, UNIT, HTF_ROWS - 1>(m - i, k, a + i * rs, rs, cs, b, ldb, into.at(i, col));
 }

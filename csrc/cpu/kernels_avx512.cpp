@@ -1,5 +1,6 @@
 #include "cpu/kernels.h"
 #include "cpu/orthogonal.h"
+#include "interrupt.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

@@ -1,4 +1,5 @@
 #include "cpu/kernels.h"
+#include "interrupt.h"
 
 #if defined(HTF_PAIRS)
 #include <immintrin.h>

@@ -1,5 +1,6 @@
 #include "cpu/kernels.h"
 #include "cpu/orthogonal.h"
+#include "interrupt.h"
 
 #define HTF_VECTOR_BYTES 16
 #define HTF_ROWS 4

@@ -1,5 +1,7 @@
 #include "cpu/memory.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <bit>
 #include <cstdlib>
@@ -54,9 +56,14 @@ struct Pool {
   std::uint64_t releases = 0;
 };
 
-// Never destroyed: tensors may outlive static destructors.
+// Never destroyed: tensors may outlive static destructors. Nobody holds the mutex while the process
+// forks: the child would wait for a thread that it does not have.
 Pool& pool() {
-  static Pool* const it = new Pool;
+  static Pool* const it = [] {
+    pthread_atfork([] { pool().mutex.lock(); }, [] { pool().mutex.unlock(); },
+                   [] { pool().mutex.unlock(); });
+    return new Pool;
+  }();
   return *it;
 }
 

@@ -190,6 +190,7 @@ void absorb(int64_t m, int64_t n, int64_t first, double* t, int64_t ldt, double*
       }
     }
     gemm<double>(m, rest, kS, strip, lda, 1, work, rest, strip + kS, lda, Store::add, {});
+    worked(2 * m * rest * kS);
   }
 }
 
@@ -242,6 +243,7 @@ void cholesky(int64_t n, const double* g, int64_t ldg, double* t, int64_t ldt, d
     }
     out[pivot] = length;
     left[pivot] = -1;
+    worked(rank * ld);
   }
   for (int64_t i = 0; i < n; ++i)
     for (int64_t j = 0; j < ld; j += 8)

@@ -120,6 +120,7 @@ void bidiagonal(int64_t n, double* a, int64_t lda, double* d, double* e, double*
     for (int64_t j = from; j < vectors; j += kMost)
       rows_sum<kMost>(vectors - j < kMost ? vectors - j : kMost, m, row + lda + 8 * j, lda, s,
                       u + 8 * j, v, w + 8 * j);
+    worked(4 * m * m);
   }
 }
 
@@ -149,6 +150,7 @@ HTF_INLINE Eight smaller8(Eight f, Eight g, Eight h) {
 // unreduced block [low, high] and shift; a sweep goes over all their blocks, and a lane takes part
 // where it is inside its own.
 bool bidiagonal_values(int64_t n, double* d, double* e) {
+  constexpr int64_t kSweep = 1024;  // multiply-adds in the time of two rotations and their roots
   constexpr double eps = 2.220446049250313e-16;
   constexpr int64_t L = Orthogonal::kLanes;
   if (n < 2) return true;
@@ -239,6 +241,7 @@ bool bidiagonal_values(int64_t n, double* d, double* e) {
       }
       f = in ? f2 : f;
     }
+    worked(kSweep * (most - least));
   }
   return false;
 }
@@ -258,7 +261,7 @@ bool jacobi(int64_t m, int64_t n, double* a, double* v) {
   for (int64_t i = 0; i < m * n; ++i) norm += load8(a + i * L) * load8(a + i * L);
   for (int sweep = 0; sweep < 40; ++sweep) {
     bool turned = false;
-    for (int64_t p = 0; p + 1 < n; ++p)
+    for (int64_t p = 0; p + 1 < n; ++p) {
       for (int64_t q = p + 1; q < n; ++q) {
         double *x = a + p * m * L, *y = a + q * m * L;
         Eight xx{}, yy{}, xy{};
@@ -280,6 +283,8 @@ bool jacobi(int64_t m, int64_t n, double* a, double* v) {
         rotate8(m, x, y, turn ? c : all8(1.0), turn ? c * t : Eight{});
         rotate8(n, v + p * n * L, v + q * n * L, turn ? c : all8(1.0), turn ? c * t : Eight{});
       }
+      worked((n - p) * (3 * m + 2 * n) * L);
+    }
     if (!turned) return true;
   }
   return false;

@@ -17,6 +17,7 @@
 
 #include "check.h"
 #include "cpu/memory.h"
+#include "cpu/threads.h"
 
 namespace htf {
 
@@ -33,25 +34,28 @@ constexpr int64_t kWorthThreads = 1 << 19;
 constexpr int64_t kMoved = 8;  // multiply-adds in the time of moving one element
 
 // Runs f(item, scratch) for every item, the next free thread taking the next item; items must not
-// share results. Each thread has scratch memory of its own. Allocates before the threads start: an
-// exception inside PyTorch's parallel region would lose its message. work is that of all items
-// together.
+// share results. Each thread has scratch memory of its own. work is that of all items together. An
+// item of more than a moment says itself what it has worked.
 template <class T, class F>
 void for_each_item(int64_t items, int64_t work, int64_t scratch_size, const F& f) {
-  const int64_t threads =
-      work < kWorthThreads ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), items);
+  const int64_t threads = work < kWorthThreads ? 1 : std::min(num_threads(), items);
+  const int64_t each = work / std::max<int64_t>(items, 1);
   if (threads <= 1) {
     Buffer<T> scratch(scratch_size);
-    for (int64_t i = 0; i < items; ++i) f(i, scratch.get());
+    for (int64_t i = 0; i < items; ++i) {
+      f(i, scratch.get());
+      worked(each);
+    }
     return;
   }
   std::vector<Buffer<T>> scratch;
   for (int64_t t = 0; t < threads; ++t) scratch.emplace_back(scratch_size);
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t)
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;)
-        f(i, scratch[t].get());
+  in_threads(threads, [&](int64_t t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) {
+      f(i, scratch[t].get());
+      worked(each);
+    }
   });
 }
 

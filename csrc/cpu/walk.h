@@ -110,11 +110,13 @@ class Walk {
                      [&](int64_t item, T* scratch) {
                        const int64_t i = item * tile, n = std::min(tile, count - i);
                        const Tile t(*this, scratch, tile, b0 + i, n);
-                       if (messages == nullptr)
-                         for (int64_t s = 0; s < tree_.steps; ++s) step_forward(s, t);
-                       else
-                         for (int64_t s = 0; s < tree_.steps; ++s)
+                       for (int64_t s = 0; s < tree_.steps; ++s) {
+                         if (messages == nullptr)
+                           step_forward(s, t);
+                         else
                            step_keeping(s, t, messages, batch, i);
+                         worked(n * macs(s));
+                       }
                        finish(b0 + i, n, t.result);
                      });
   }
@@ -125,7 +127,7 @@ class Walk {
     std::vector<int64_t> roots, above;
   };
   Pieces pieces(const std::vector<int64_t>& cost, const std::vector<char>& wanted) const {
-    const int64_t root = tree_.steps - 1, threads = torch::stable::get_num_threads();
+    const int64_t root = tree_.steps - 1, threads = num_threads();
     std::vector<int64_t> below = cost;
     for (int64_t s = 0; s < root; ++s) below[tree_.step[s].parent] += below[s];
     Pieces p{{root}, {}};
@@ -287,7 +289,7 @@ class Walk {
   // Equal tiles, so many of them that all threads have work.
   int64_t tile_rows(int64_t count) const {
     constexpr int64_t kUnit = 8;  // rows of a register tile
-    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t threads = num_threads();
     int64_t tile =
         fetch_ && widest_ * static_cast<int64_t>(sizeof(T)) <= kTallRow ? kTallTile : kTile;
     while (tile > 2 * kUnit && count <= tile / 2 * threads) tile /= 2;
@@ -299,7 +301,7 @@ class Walk {
   // Whether threads that share out subtrees are done sooner than threads that share out tiles: the
   // multiply-adds of the thread that is last.
   bool subtrees_pay(int64_t batch) const {
-    const int64_t threads = torch::stable::get_num_threads(), tile = tile_rows(batch);
+    const int64_t threads = num_threads(), tile = tile_rows(batch);
     const int64_t tiles = (batch + tile - 1) / tile;
     if (tiles >= threads) return false;
     std::vector<int64_t> below(tree_.steps);
@@ -400,6 +402,7 @@ class Walk {
     interior_message(s, t.n, form_product(s, t, messages, batch, i),
                      tree_.step[s].parent < 0 ? t.result : kept_message(messages, batch, s, i),
                      Store::assign);
+    worked(t.n * macs(s));
   }
 
   const T* form_product(int64_t s, const Tile& t, const T* messages, int64_t batch,

@@ -201,6 +201,7 @@ class BackwardWalk : public BackwardPlan<S, Rows> {
             const int64_t s = top_[t];
             T* p = dw_[s] == nullptr ? nullptr : chunk.top + chunk_ * product_at_[t];
             descend(s, i, n, chunk, transposed_at_[s], top_d, p, scratch, rows_, window);
+            worked(n * macs(s));
             if (dx_ == nullptr) continue;
             for (const int64_t* c = tree_.begin(s); c < tree_.end(s); ++c)
               if (tree_.is_leaf(*c))
@@ -252,6 +253,7 @@ class BackwardWalk : public BackwardPlan<S, Rows> {
         else
           descend(s, i, n, chunk, transposed, d_of, dw_[s] == nullptr ? nullptr : product, scratch,
                   piece_rows_, window);
+        worked(n * macs(s));
       }
       if (dw_[s] == nullptr) continue;
       const auto operand = [&](int64_t i, int64_t) {
@@ -396,6 +398,7 @@ class BackwardWalk : public BackwardPlan<S, Rows> {
           const int64_t n = std::min(kTile, chunk.count - i);
           rows_.rows(st, chunk.b0 + i, n, at);
           k_.scatter(n, count, at, d + i * ld + first, ld, (*chunk.dw)[s] + first, ld);
+          worked(kMoved * n * count);
         }
         return;
       }
@@ -406,6 +409,7 @@ class BackwardWalk : public BackwardPlan<S, Rows> {
       const Store store = chunk.fresh && i == 0 ? Store::assign : Store::add;
       const auto [a, lda] = operand(i, n);
       multiply_gradient(s, count, n, a, lda, d + i * ld, to, store, i == 0 ? ahead : Ahead{});
+      worked(n * count * ld);
     }
   }
 

@@ -68,9 +68,11 @@ class Planned {
       const CutRow& cut = plan_.cuts[0];
       const T* root = frames_.frame(cut.operand);
       const int64_t ld = frames_.ld(cut.operand);
-      for (int64_t b = 0; b < plan_.batch; ++b)
+      for (int64_t b = 0; b < plan_.batch; ++b) {
         for (int64_t o = 0; o < p_.outputs; ++o)
           out[b * p_.outputs + o] = static_cast<S>(root[ids(cut)[b] * ld + o]);
+        worked(kMoved * p_.outputs);
+      }
     } else if (plan_.form == IndexPlan::kBilinear) {
       bilinear(out);
     } else {
@@ -140,6 +142,7 @@ class Planned {
             k_.product(1, ld, left + i * ld, ld, w.get(), ld, scaled, ld, Store::assign);
             for (int64_t q = start[i]; q < start[i + 1]; ++q)
               out[order[q]] = static_cast<S>(k_.dot(ld, scaled, right + ids(n)[order[q]] * ld));
+            worked(kMoved * ld * (start[i + 1] - start[i]));
           }
         });
   }
@@ -165,22 +168,24 @@ class Planned {
     const int64_t part_a = rows_together(a), part_n = rows_together(n);
     const int64_t items_a = da != nullptr || own ? (a.rows + part_a - 1) / part_a : 0;
     const int64_t items_n = dn != nullptr ? (n.rows + part_n - 1) / part_n : 0;
-    for_each_item<T>(
-        items_a + items_n, 2 * kMoved * plan_.batch * ld, ld, [&](int64_t item, T* scratch) {
-          const bool left = item < items_a;
-          const CutRow &mine = left ? a : n, &other = left ? n : a;
-          const int64_t part = left ? part_a : part_n,
-                        first = (left ? item : item - items_a) * part;
-          T* d = left ? da : dn;
-          for (int64_t i = first; i < std::min(mine.rows, first + part); ++i) {
-            const int64_t from = plan_.lists[mine.start + i];
-            T* sum = left && own ? z.get() + i * ld : scratch;
-            k_.sum_rows(ld, plan_.lists[mine.start + i + 1] - from, plan_.lists + mine.order + from,
-                        g, ids(other), frames_.frame(other.operand), ld, sum);
-            if (d != nullptr)
-              k_.product(1, ld, sum, ld, w.get(), ld, d + i * ld, ld, Store::assign);
-          }
-        });
+    for_each_item<T>(items_a + items_n, 2 * kMoved * plan_.batch * ld, ld,
+                     [&](int64_t item, T* scratch) {
+                       const bool left = item < items_a;
+                       const CutRow &mine = left ? a : n, &other = left ? n : a;
+                       const int64_t part = left ? part_a : part_n,
+                                     first = (left ? item : item - items_a) * part;
+                       T* d = left ? da : dn;
+                       for (int64_t i = first; i < std::min(mine.rows, first + part); ++i) {
+                         const int64_t from = plan_.lists[mine.start + i];
+                         const int64_t count = plan_.lists[mine.start + i + 1] - from;
+                         T* sum = left && own ? z.get() + i * ld : scratch;
+                         k_.sum_rows(ld, count, plan_.lists + mine.order + from, g, ids(other),
+                                     frames_.frame(other.operand), ld, sum);
+                         worked(kMoved * ld * count);
+                         if (d != nullptr)
+                           k_.product(1, ld, sum, ld, w.get(), ld, d + i * ld, ld, Store::assign);
+                       }
+                     });
     if (!own) return;
     const int64_t rank = p_.step[p_.steps - 1].rows;
     const T* frame = frames_.frame(a.operand);
@@ -205,6 +210,7 @@ class Planned {
       for (int64_t q = plan_.lists[cut.start + i]; q < plan_.lists[cut.start + i + 1]; ++q)
         for (int64_t o = 0; o < p_.outputs; ++o)
           d[i * ld + o] += static_cast<T>(grad[plan_.lists[cut.order + q] * p_.outputs + o]);
+      worked(kMoved * p_.outputs * (plan_.lists[cut.start + i + 1] - plan_.lists[cut.start + i]));
     }
   }
 

@@ -120,7 +120,7 @@ class FullTensor {
     const int64_t blocks = parts_of(nr_, block_), cols = padded<T>(block_ * outs_);
     // Rows that share a block of E: as many as leave each thread some items.
     const int64_t work = nl_ * nr_ * outs_ * rank_;
-    const int64_t threads = work < kWorthThreads ? 1 : torch::stable::get_num_threads();
+    const int64_t threads = work < kWorthThreads ? 1 : num_threads();
     const int64_t part = std::max(kFewest, rounded(nl_ * blocks / (4 * threads)));
     const int64_t parts = parts_of(nl_, part);
     for_each_item<T>(parts * blocks, work, cols * (2 * ld_ + kTile), [&](int64_t item, T* e) {
@@ -129,8 +129,10 @@ class FullTensor {
       expand(j, n, e);
       k_.transpose(n * outs_, rank_, e, ld_, et, cols);
       const int64_t from = item / blocks * part, to = std::min(nl_, from + part);
-      for (int64_t i = from; i < to; i += kTile)
+      for (int64_t i = from; i < to; i += kTile) {
         tile(i, std::min(kTile, to - i), n * outs_, et, cols, c, out + (i * nr_ + j) * outs_);
+        worked(kTile * rank_ * n * outs_);
+      }
     });
   }
 
@@ -229,6 +231,7 @@ class FullTensor {
         if (dn != nullptr || dw != nullptr)
           k_.gemm(cols, ld_, m, g, 1, ldg, l_ + i * ld_, ld_, de, ld_,
                   i == l.from ? Store::assign : Store::add);
+        worked(2 * m * ld_ * cols);
       }
       for (int64_t o = 0; o < outs_; ++o) {
         const T *de_o = de + o * ld_, *w = w_.get() + o * ld_, *rows = n_ + j * ld_;

@@ -125,6 +125,7 @@ Tensor group_rmsprop_cpu(const GroupStep& s, const Tensor& average) {
     using S = decltype(number);
     using T = typename ComputeOf<S>::type;
     const GroupRMSprop<S> step(s);
+    const Undisturbed whole;  // a step is taken, or not taken
     const double before = *average.const_data_ptr<T>();
     const T after = static_cast<T>(s.alpha * before + (1 - s.alpha) * step.squares());
     *result.mutable_data_ptr<T>() = after;

@@ -23,6 +23,8 @@
 #include <utility>
 #include <vector>
 
+#include "../interrupt.inl"
+
 namespace py = pybind11;
 
 namespace {
@@ -31,6 +33,7 @@ using Array32 = py::array_t<int32_t, py::array::c_style>;
 
 constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
 constexpr int64_t kWorthThreads = 1 << 15;  // entries for each thread
+constexpr int64_t kEntry = 64;              // multiply-adds in the time of an entry
 constexpr int kDigit = 11;                  // bits of a radix digit: its counters stay in L1
 
 struct Free {
@@ -79,22 +82,39 @@ int useful_threads(int64_t n, int64_t threads) {
 // f(chunk, begin, end) for `chunks` pieces of 0 .. n-1, each in a thread of its own.
 template <class F>
 void in_chunks(int64_t n, int chunks, const F& f) {
-  struct Joined {
-    std::vector<std::thread> threads;
-    ~Joined() {
-      for (std::thread& t : threads) t.join();
+  htf::Crew crew;
+  const auto run = [&](int c, bool caller) {
+    crew.run(caller, [&] { f(c, n * c / chunks, n * (c + 1) / chunks); });
+  };
+  {
+    struct Joined {
+      std::vector<std::thread> threads;
+      ~Joined() {
+        for (std::thread& t : threads) t.join();
+      }
+    } others;
+    others.threads.reserve(chunks);
+    for (int c = 1; c < chunks; ++c) {
+      try {
+        others.threads.emplace_back([&run, c] { run(c, false); });
+      } catch (const std::system_error&) {  // no more threads to be had
+        run(c, true);
+      }
     }
-  } others;
-  others.threads.reserve(chunks);
-  for (int c = 1; c < chunks; ++c) {
-    const int64_t begin = n * c / chunks, end = n * (c + 1) / chunks;
-    try {
-      others.threads.emplace_back([&f, c, begin, end] { f(c, begin, end); });
-    } catch (const std::system_error&) {  // no more threads to be had
-      f(c, begin, end);
-    }
+    run(0, true);
   }
-  f(0, 0, n / chunks);
+  crew.finish();
+}
+
+// f(i) for i = begin .. end-1, which a signal can end.
+template <class F>
+void each(int64_t begin, int64_t end, const F& f) {
+  constexpr int64_t kTogether = 4096;
+  for (int64_t from = begin; from < end; from += kTogether) {
+    const int64_t to = std::min(from + kTogether, end);
+    for (int64_t i = from; i < to; ++i) f(i);
+    htf::worked(kEntry * (to - from));
+  }
 }
 
 // Without the instruction, which the baseline of x86-64 lacks, std::popcount calls a function.
@@ -112,17 +132,17 @@ int64_t mark(std::vector<uint64_t>& bits, int64_t n, int64_t limit, int chunks, 
   in_chunks(n, chunks, [&](int, int64_t begin, int64_t end) {
     for (int64_t from = begin; from < end && total.load() <= limit; from += 4096) {
       int64_t fresh = 0;
-      for (int64_t i = from; i < std::min(from + 4096, end); ++i) {
+      each(from, std::min(from + 4096, end), [&](int64_t i) {
         const uint64_t at = position(i), bit = uint64_t{1} << (at & 63);
         uint64_t* word = &bits[at >> 6];
-        if (__atomic_load_n(word, __ATOMIC_RELAXED) & bit) continue;
+        if (__atomic_load_n(word, __ATOMIC_RELAXED) & bit) return;
         if (chunks > 1) {
           fresh += !(__atomic_fetch_or(word, bit, __ATOMIC_RELAXED) & bit);
         } else {
           *word |= bit;
           ++fresh;
         }
-      }
+      });
       total += fresh;
     }
   });
@@ -145,7 +165,7 @@ void radix_sort(Buffer<Item>& items, int bits, int chunks) {
     };
     in_chunks(n, chunks, [&](int c, int64_t begin, int64_t end) {
       std::vector<int64_t> count(buckets, 0);
-      for (int64_t i = begin; i < end; ++i) ++count[digit(items[i])];
+      each(begin, end, [&](int64_t i) { ++count[digit(items[i])]; });
       counts[c] = std::move(count);
     });
     int64_t at = 0;
@@ -153,7 +173,7 @@ void radix_sort(Buffer<Item>& items, int bits, int chunks) {
       for (int c = 0; c < chunks; ++c) at += std::exchange(counts[c][d], at);
     in_chunks(n, chunks, [&](int c, int64_t begin, int64_t end) {
       int64_t* to = counts[c].data();
-      for (int64_t i = begin; i < end; ++i) other[to[digit(items[i])]++] = items[i];
+      each(begin, end, [&](int64_t i) { other[to[digit(items[i])]++] = items[i]; });
     });
     std::swap(items, other);
   }
@@ -164,9 +184,10 @@ template <class F>
 Ints starts_of(int64_t n, int64_t buckets, int chunks, const F& id) {
   Ints start(buckets + 1);
   in_chunks(n, chunks, [&](int, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
+    each(begin, end, [&](int64_t i) {
       for (int64_t k = i > 0 ? id(i - 1) + 1 : 0; k <= id(i); ++k)
         start[k] = static_cast<int32_t>(i);
+    });
   });
   for (int64_t k = n > 0 ? id(n - 1) + 1 : 0; k <= buckets; ++k) start[k] = static_cast<int32_t>(n);
   return start;
@@ -200,7 +221,7 @@ class DistinctPairs {
     std::atomic<bool> bad{false};
     in_chunks(n_, chunks_, [&](int, int64_t begin, int64_t end) {
       uint32_t most = 0;
-      for (int64_t i = begin; i < end; ++i) most = std::max(most, static_cast<uint32_t>(ids[i]));
+      each(begin, end, [&](int64_t i) { most = std::max(most, static_cast<uint32_t>(ids[i])); });
       if (begin < end && most >= rows) bad = true;
     });
     if (bad)
@@ -222,14 +243,14 @@ class DistinctPairs {
     }
     Pairs out{Ints(n_), Ints(rows), Ints(rows)};
     in_chunks(n_, chunks_, [&](int, int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
+      each(begin, end, [&](int64_t i) {
         const uint64_t at = cell(i), below = (uint64_t{1} << (at & 63)) - 1;
         out.ids[i] = rank[at >> 6] + popcount(bits[at >> 6] & below);
-      }
+      });
     });
     in_chunks(words, chunks_, [&](int, int64_t begin, int64_t end) {
       int64_t row = begin * 64 / nb_;
-      for (int64_t w = begin; w < end; ++w) {
+      each(begin, end, [&](int64_t w) {
         int32_t to = rank[w];
         for (uint64_t left = bits[w]; left != 0; left &= left - 1) {
           const int64_t at = w * 64 + std::countr_zero(left);
@@ -237,7 +258,7 @@ class DistinctPairs {
           out.left[to] = static_cast<int32_t>(row);
           out.right[to++] = static_cast<int32_t>(at - row * nb_);
         }
-      }
+      });
     });
     return out;
   }
@@ -266,14 +287,14 @@ class DistinctPairs {
     const int left_bits = std::bit_width(static_cast<uint64_t>(na_ - 1));
     Buffer<Item> items(n_);
     in_chunks(n_, chunks_, [&](int, int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        items[i] = {key(i, right_bits), static_cast<int32_t>(i)};
+      each(begin, end,
+           [&](int64_t i) { items[i] = {key(i, right_bits), static_cast<int32_t>(i)}; });
     });
     radix_sort(items, left_bits + right_bits, chunks_);
     const auto is_first = [&](int64_t i) { return i == 0 || items[i].key != items[i - 1].key; };
     std::vector<int64_t> before(chunks_, 0);
     in_chunks(n_, chunks_, [&](int c, int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) before[c] += is_first(i);
+      each(begin, end, [&](int64_t i) { before[c] += is_first(i); });
     });
     int64_t rows = 0;
     for (int64_t& count : before) rows += std::exchange(count, rows);
@@ -281,7 +302,7 @@ class DistinctPairs {
     Pairs out{Ints(n_), Ints(rows), Ints(rows)};
     in_chunks(n_, chunks_, [&](int c, int64_t begin, int64_t end) {
       int64_t row = before[c] - 1;
-      for (int64_t i = begin; i < end; ++i) {
+      each(begin, end, [&](int64_t i) {
         const uint64_t pair = items[i].key;
         if (is_first(i)) {
           ++row;
@@ -289,7 +310,7 @@ class DistinctPairs {
           out.right[row] = static_cast<int32_t>(pair & ((uint64_t{1} << right_bits) - 1));
         }
         out.ids[items[i].sample] = static_cast<int32_t>(row);
-      }
+      });
     });
     return out;
   }
@@ -334,10 +355,10 @@ py::tuple group(const Array32& ids, int64_t buckets, int64_t threads) {
     std::atomic<bool> bad{false};
     in_chunks(n, chunks, [&](int, int64_t begin, int64_t end) {
       bool outside = false;
-      for (int64_t i = begin; i < end; ++i) {
+      each(begin, end, [&](int64_t i) {
         outside |= static_cast<uint32_t>(id[i]) >= buckets;
         items[i] = {static_cast<uint32_t>(id[i]), static_cast<int32_t>(i)};
-      }
+      });
       if (outside) bad = true;
     });
     if (bad)
@@ -346,7 +367,7 @@ py::tuple group(const Array32& ids, int64_t buckets, int64_t threads) {
     start = starts_of(n, buckets, chunks,
                       [&](int64_t i) { return static_cast<int64_t>(items[i].key); });
     in_chunks(n, chunks, [&](int, int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) order[i] = items[i].at;
+      each(begin, end, [&](int64_t i) { order[i] = items[i].at; });
     });
   }
   return py::make_tuple(to_numpy(std::move(start)), to_numpy(std::move(order)));
@@ -359,10 +380,11 @@ py::array_t<int32_t> starts(const Array32& ids, int64_t buckets, int64_t threads
   {
     const int32_t* id = ids.data();
     py::gil_scoped_release released;
-    for (int64_t i = 0; i < n; ++i)
+    each(0, n, [&](int64_t i) {
       if (id[i] < (i > 0 ? id[i - 1] : 0) || id[i] >= buckets)
         throw std::invalid_argument("starts: ids must ascend within 0 .. " +
                                     std::to_string(buckets - 1));
+    });
     start = starts_of(n, buckets, useful_threads(n, threads),
                       [&](int64_t i) { return static_cast<int64_t>(id[i]); });
   }
@@ -393,9 +415,9 @@ py::list columns(const py::array_t<int64_t>& indices, const std::vector<int64_t>
     py::gil_scoped_release released;
     in_chunks(n, useful_threads(n, threads), [&](int, int64_t begin, int64_t end) {
       constexpr int64_t kBlock = 512;  // 8 modes of it fit in L1
-      for (int64_t from = begin; from < end; from += kBlock)
+      for (int64_t from = begin; from < end; from += kBlock) {
+        const int64_t to = std::min(from + kBlock, end);
         for (int m = 0; m < count; ++m) {
-          const int64_t to = std::min(from + kBlock, end);
           bool outside = false;
           for (int64_t i = from; i < to; ++i) {
             const int64_t index = at(i, modes[m]);
@@ -404,6 +426,8 @@ py::list columns(const py::array_t<int64_t>& indices, const std::vector<int64_t>
           }
           if (outside) bad[m] = true;
         }
+        htf::worked(kEntry * count * (to - from));
+      }
     });
   }
   for (int m = 0; m < count; ++m)

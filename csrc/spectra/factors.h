@@ -187,6 +187,7 @@ inline void scale_by_powers(int64_t m, int64_t n, double* x, int64_t ld, const i
   for (int64_t pass = 0; pass < (twice ? 2 : 1); ++pass)
     orthogonal().scale(m, ld, x, ld, rows != nullptr ? by_row.data() + pass * m : nullptr,
                        columns != nullptr ? by_column.data() + pass * ld : nullptr);
+  worked(kMoved * m * ld);
 }
 
 // out[rows x ld] = 2^row_exponents W 2^-exponents for a weight's [rows x cols], ones without one;
