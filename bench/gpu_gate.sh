@@ -3,9 +3,9 @@
 #
 #   bash bench/gpu_gate.sh [--dry] [DIRECTORY]
 #
-# Builds the package for this GPU, runs the GPU's tests, a memory checker and a race checker, measures,
-# and leaves JSON, a Markdown table and a log in DIRECTORY (bench/results; of a dry run a temporary one). Exit code 1: a step
-# failed; the later ones ran.
+# Builds the package for this GPU, checks its kernels against the formulas, runs the GPU's tests, a
+# memory checker and a race checker, measures, and leaves JSON, tables and a log in DIRECTORY
+# (bench/results; of a dry run a temporary one). Exit code 1: a step failed; the later ones ran.
 #
 # --dry, or HTF_GATE_DEVICE=cpu HTF_GATE_SCALE=tiny: the same steps on a CPU with tiny workloads,
 # to check this script. HTF_GATE_PYTHON: the Python to use. HTF_COMMIT: what this is a copy of, where
@@ -27,7 +27,7 @@ done
 # Seconds of each step at most. A benchmark stops to begin workloads some time before its limit, and
 # keeps what it has at each: the important ones come first.
 declare -A limit=(
-  [install]=100 [tests]=90 [memory]=40 [race]=40 [float32]=115 [training]=25 [model]=30
+  [install]=90 [verify]=30 [tests]=80 [memory]=38 [race]=38 [float32]=113 [training]=25 [model]=30
   [spectra]=25 [bfloat16]=60 [autotune]=25 [report]=15
 )
 declare -A budget=([float32]=90 [spectra]=15 [bfloat16]=40 [autotune]=15)
@@ -61,6 +61,7 @@ run() { # STEP COMMAND...: within its limit; shows the end of what it printed
   # Interrupted first: pytest still says then what had failed.
   timeout -s INT -k 5 "${limit[$step]}" "$@" >"$part" 2>&1 || code=$?
   { printf '== %s\n' "$step"; cat "$part"; } >>"$log"
+  [[ $step == verify ]] && cp "$part" "$out/$name-verify.txt"
   tail -n 10 "$part"
   if [[ $step == memory || $step == race ]] && grep -q "Device not supported" "$part"; then
     code=0
@@ -96,6 +97,10 @@ if [[ $device == cuda ]]; then
   capability=$("$python" -c "import torch; print('%d.%d' % torch.cuda.get_device_capability())")
   TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability} HTF_NVCC_FLAGS=-lineinfo \
     run install "$python" -m pip install -q --no-build-isolation --no-deps -e .
+  # Of Triton's kernels, which it has to compile first, those that are measured by `auto` below.
+  run verify "$python" -m htflearn.cli verify cuda "triton tf32" "triton bfloat16" cpp
+  # From here on kernels run by name, whatever was found, but for what is measured.
+  export HTF_VERIFY=0
   parallel=()
   "$python" -c "import xdist" 2>/dev/null && parallel=(-n 10)
   # Values and gradients: every new shape of a kernel is compiled, and time is short.
@@ -117,10 +122,12 @@ if [[ $device == cuda ]]; then
     skipped memory "compute-sanitizer is not on the PATH"
     skipped race "compute-sanitizer is not on the PATH"
   fi
+  unset HTF_VERIFY
   repeats=20 precision=(--precision tf32)
 else
   export PYTHONPATH=$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}
   skipped install "a dry run leaves the environment as it is"
+  run verify "$python" -m htflearn.cli verify
   run tests "$python" -m pytest -q -p no:cacheprovider tests/test_evaluate.py -k "cpp or batch"
   run memory "$python" bench/sanitize.py --device cpu --only primes batch1
   skipped race "it is for a GPU"
@@ -177,5 +184,5 @@ fi
 printf '\n== summary (%s s of at most %s)\n' "$SECONDS" "$total"
 [[ -e $table ]] && cat "$table"
 printf '%s\n' "${verdicts[@]}" | tee -a "$log"
-echo "written: $name.md, $name-*.json, $name-log.txt"
+echo "written: $name.md, $name-*.json, $name-verify.txt, $name-log.txt"
 exit "$failed"

@@ -9,15 +9,12 @@ Without one it is a short test. Exit code 1: a result was not the reference's.
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable
 from itertools import product
-from typing import Any
 
 import torch
 
 import htfkernels as hk
-from htfkernels import dispatch, spectra, testing
+from htfkernels import checks, dispatch, testing
 
 # Primes, one-child nodes, several outputs, mixed arities, a batch of one, of none, and one that no
 # tile size divides.
@@ -48,52 +45,9 @@ CHECKS = [
 ALLOWED = 0.25
 
 
-Function = Callable[..., Any]
-
-
-def planned(case: testing.Case, inputs: testing.Inputs) -> tuple[Function, tuple[Any, ...]]:
-    """Entries at indices for which there is a plan."""
-    plan = hk.IndexPlan.make(case.layout, inputs.indices)
-    on = {str(plan.lists.device): plan}
-
-    def run(*weights: torch.Tensor) -> torch.Tensor:
-        here = on.setdefault(str(weights[0].device), plan.to(weights[0].device))
-        return hk.evaluate_at(case.tree, weights, here, layout=case.layout)
-
-    return run, inputs.weights
-
-
-def check(op: str, case: testing.Case, dtype: torch.dtype, device: str) -> float:
+def check(op: str, case: testing.Case, numbers: checks.Numbers) -> float:
     """The largest error of values and gradients, relative to their condition scale."""
-    inputs = testing.make_inputs(case, dtype, device)
-    if op == "evaluate_at_planned":
-        function, arguments = planned(case, inputs)
-    else:
-        function, arguments = testing.operation(op, case, inputs)
-    exact, scale = testing.exact(function, arguments)
-    worst = testing.error(function(*arguments), exact, scale)
-    step = testing.gradients(function)
-    cotangent = torch.ones_like(exact)
-    exact, scale = testing.exact(step, (cotangent, *arguments))
-    found = step(cotangent.to(dtype), *arguments)
-    return max(worst, testing.error(found, exact, scale))
-
-
-def check_spectra(op: str, case: testing.Case, dtype: torch.dtype, device: str) -> float:
-    """The largest error of a node's singular values, relative to its largest. Takes their gradients
-    too."""
-    inputs = testing.make_inputs(case, dtype, device)
-    weights = [w.detach().requires_grad_() for w in inputs.weights]
-    found = spectra.matricization_spectra(case.tree, weights, layout=case.layout)
-    grads = torch.autograd.grad(sum(s.sum() for s in found.values()), weights)
-    with hk.use_backend("reference"):
-        given = [w.double().cpu() for w in inputs.weights]
-        exact = spectra.matricization_spectra(case.tree, given, layout=case.layout, method="qr")
-    worst = 0.0 if all(bool(g.isfinite().all()) for g in grads) else math.inf
-    for node, values in exact.items():
-        off = (found[node].detach().double().cpu() - values).abs().amax() / values.amax()
-        worst = max(worst, float(off))
-    return worst
+    return max(result.error for result in checks.held(op, case, numbers))
 
 
 def main() -> int:
@@ -114,7 +68,7 @@ def main() -> int:
             left += 1
             continue
         with hk.use_backend(backend), hk.use_precision(precision):
-            off = (check_spectra if op == "spectra" else check)(op, case, dtype, given.device)
+            off = check(op, case, checks.Numbers(dtype, precision, given.device))
         count += 1
         if not off < ALLOWED:
             bad += 1

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 
 import torch
 
+from htfkernels import verdicts
 from htfkernels.cuda import estimate, limits
 from htfkernels.cuda import module as cuda_module
 from htfkernels.layout import Layout
@@ -21,7 +22,9 @@ __all__ = [
     "Spec",
     "backends",
     "choose",
+    "device_of",
     "interpreted",
+    "refusal",
     "requested",
     "use_backend",
     "why_not",
@@ -29,6 +32,7 @@ __all__ = [
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
 _PREFERENCE = ("cuda", "triton", "cpp", "reference")
+_WITHOUT_WHOLE_TREES = ("triton", "cuda", "cpp", "reference")
 _CPP_OPS = {
     "evaluate",
     "evaluate_at",
@@ -113,12 +117,34 @@ def requested() -> str:
 
 
 def backends() -> dict[str, str | None]:
-    """Every backend, with None where it can run here and the reason where it cannot."""
-    device = {"cuda": cuda_module.device_type(), "triton": "cpu" if interpreted() else "cuda"}
+    """Every backend, with None where it can run here and the reason where it cannot; also which of
+    its kernels ``auto`` leaves alone, where some have computed something wrong on this machine
+    (``htf verify``)."""
     return {
-        name: why_not(name, Spec("evaluate", torch.float32, device.get(name, "cpu")))
+        name: why_not(name, Spec("evaluate", torch.float32, device_of(name))) or _failures(name)
         for name in BACKENDS
     }
+
+
+def device_of(backend: str) -> str:
+    """The device type that a backend's kernels run on in this process."""
+    if backend == "cuda":
+        return cuda_module.device_type()
+    return "cuda" if backend == "triton" and not interpreted() else "cpu"
+
+
+def _failures(backend: str) -> str | None:
+    """What is known of kernels that failed; nothing is checked."""
+    device = device_of(backend)
+    if verdicts.trusted() or (device == "cpu" and backend in _ON_CPU):
+        return None
+    found = (
+        verdicts.known_failure(family, math, device)
+        for family in verdicts.FAMILIES
+        if family.backend == backend
+        for math in family.maths
+    )
+    return "; ".join(sentence for sentence in found if sentence) or None
 
 
 def why_not(backend: str, spec: Spec) -> str | None:
@@ -167,12 +193,35 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
+def refusal(backend: str, spec: Spec) -> str | None:
+    """None where ``auto`` may take the backend, else one sentence that says why it does not: it
+    cannot run the operation, is slow, or its kernels failed on this device.
+
+    Raises:
+        htfkernels.verdicts.Unverified: whether they do is not known, and cannot be found out while
+            a CUDA graph is captured.
+    """
+    return _unable(backend, spec) or _failure(backend, spec)
+
+
+def _unable(backend: str, spec: Spec) -> str | None:
+    reason = why_not(backend, spec)
+    return _ON_CPU.get(backend) if reason is None and spec.device == "cpu" else reason
+
+
+def _failure(backend: str, spec: Spec) -> str | None:
+    if backend not in verdicts.BACKENDS:
+        return None
+    return verdicts.failure(backend, spec.op, spec.dtype, spec.precision, spec.device)
+
+
 def choose(spec: Spec, request: str) -> tuple[str, str]:
     """The backend to run, and why.
 
     Raises:
         RuntimeError: a backend was asked for by name and cannot run the operation, and the
-            reference does not stand in for it, as it does in ``slog``.
+            reference does not stand in for it, as it does in ``slog``. Or ``auto`` wants kernels
+            that nobody has checked, while a CUDA graph is captured.
     """
     if request != "auto":
         reason = why_not(request, spec)
@@ -180,21 +229,30 @@ def choose(spec: Spec, request: str) -> tuple[str, str]:
             if spec.op in _REFERENCE_STANDS_IN:
                 return "reference", reason
             raise RuntimeError(f"{spec.op}: backend {request!r} was asked for, but {reason}")
-        return request, "asked for"
+        return request, _asked_for(request, spec)
+    unable = {name: _unable(name, spec) for name in _PREFERENCE}
+    order, phrase = _PREFERENCE, "the fastest for this device"
+    if unable["cuda"] is None and unable["triton"] is None:
+        better, phrase = _whole_tree(spec)
+        order = _PREFERENCE if better else _WITHOUT_WHOLE_TREES
     reasons: list[str] = []
-    for name in _PREFERENCE:
-        reason = why_not(name, spec)
-        if reason is None and spec.device == "cpu" and name in _ON_CPU:
-            reason = _ON_CPU[name]
-        if reason is None and name == "cuda" and why_not("triton", spec) is None:
-            better, phrase = _whole_tree(spec)
-            if better:
-                return name, phrase
-            reason = phrase
+    for name in order:
+        reason = unable[name] or _failure(name, spec)
         if reason is None:
-            return name, "; ".join(reasons) or "the fastest for this device"
+            return name, "; ".join(reasons) or phrase
         reasons.append(reason)
     raise AssertionError("the reference runs everywhere")
+
+
+def _asked_for(backend: str, spec: Spec) -> str:
+    """With what is known against its kernels, which does not stop them."""
+    if spec.device == "cpu" and backend in _ON_CPU:
+        return "asked for"
+    try:
+        reason = _failure(backend, spec)
+    except verdicts.Unverified:
+        reason = None
+    return "asked for" if reason is None else f"asked for, although {reason}"
 
 
 def _whole_tree(spec: Spec) -> tuple[bool, str]:

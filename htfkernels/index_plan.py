@@ -56,7 +56,6 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from htfkernels import dispatch
-from htfkernels.cuda import module as cuda_module
 from htfkernels.cuda.index_loops import OnDevice
 from htfkernels.index_build import (
     BILINEAR,
@@ -128,9 +127,9 @@ class IndexPlan:
         combinations among the samples is framed; operands are combined in pairs, the two with the
         fewest rows first.
 
-        The plan of indices on a GPU is built there, if the CUDA kernels can run and there are at
-        least 4,096 tuples, or the backend ``"cuda"`` was asked for by name; else on the CPU. It is
-        the same plan.
+        The plan of indices on a GPU is built there, if the CUDA kernels can run, have been found
+        right on it and there are at least 4,096 tuples, or the backend ``"cuda"`` was asked for by
+        name; else on the CPU. It is the same plan.
 
         Args:
             layout: tree and shapes.
@@ -271,9 +270,12 @@ class IndexPlan:
 
 def _loops(indices: Tensor) -> type[Loops]:
     """Where a plan is built."""
-    by_name = dispatch.requested() == "cuda"
-    wanted = by_name or (indices.is_cuda and len(indices) >= WORTH_LAUNCHES)
-    return OnDevice if wanted and cuda_module.why_not(indices.device.type) is None else OnCpu
+    spec = dispatch.Spec("index_plan", indices.dtype, indices.device.type)
+    if dispatch.requested() == "cuda":
+        return OnDevice if dispatch.why_not("cuda", spec) is None else OnCpu
+    if not indices.is_cuda or len(indices) < WORTH_LAUNCHES:
+        return OnCpu
+    return OnDevice if dispatch.refusal("cuda", spec) is None else OnCpu
 
 
 def _saved(part: int, whole: int) -> str:

@@ -11,8 +11,8 @@ import numpy
 import torch
 
 import htfkernels as hk
+from htfkernels import dispatch, verdicts
 from htfkernels.cuda import module as cuda_module
-from htfkernels.dispatch import requested
 
 __all__ = ["info_text"]
 
@@ -39,14 +39,34 @@ def info_text() -> str:
         ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} CPUs"),
         ("CPU capability", torch.backends.cpu.get_cpu_capability()),
         ("CUDA", _cuda()),
-        ("backend asked for", requested()),
+        ("backend asked for", dispatch.requested()),
     ]
-    for name, reason in hk.backends().items():
+    for name in dispatch.BACKENDS:
+        spec = dispatch.Spec("evaluate", torch.float32, dispatch.device_of(name))
+        reason = dispatch.why_not(name, spec)
         rows.append((f"backend {name}", "runs here" if reason is None else f"no: {reason}"))
+        if reason is None and spec.device == "cuda":
+            rows += [(f"  {state}", names) for state, names in _verified(name)]
     rows.append(("compiled module", _build()))
     rows.append(("compiled for CUDA", _cuda_build()))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
+
+
+def _verified(backend: str) -> list[tuple[str, str]]:
+    """What is known of a backend's kernels; ``htf verify`` finds it out."""
+    if verdicts.trusted():
+        return [("trusted", "HTF_VERIFY says that nothing is to be checked")]
+    found: dict[str, list[str]] = {"verified": [], "FAILED": [], "not checked yet": []}
+    for place in verdicts.places("cuda"):
+        for family in verdicts.FAMILIES:
+            for math in family.maths if family.backend == backend else ():
+                verdict = verdicts.known(family, math, place)
+                state = "not checked yet"
+                if verdict is not None:
+                    state = "verified" if verdict.failure is None else "FAILED"
+                found[state].append(f"{family.name} {math}")
+    return [(state, ", ".join(names)) for state, names in found.items() if names]
 
 
 def _version(distribution: str) -> str:

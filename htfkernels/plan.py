@@ -70,14 +70,18 @@ def plan_for(op: str, layout: Layout, dtype: torch.dtype, device: str, rows: int
     if device == "cpu":
         return make_plan(op, layout, dtype, device, dispatch.requested())
     about = 1 << (rows - 1).bit_length() if rows else 0
-    precision = float32_precision() if dtype == torch.float32 else "ieee"
-    return make_plan(op, layout, dtype, device, dispatch.requested(), about, precision)
+    return make_plan(op, layout, dtype, device, dispatch.requested(), about, _precision(dtype))
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return float32_precision() if dtype == torch.float32 else "ieee"
 
 
 @torch.compiler.assume_constant_result
 def _traced_backend(op: str, number: int, dtype: torch.dtype, device: str) -> str:
     # A graph may be for any number of rows.
-    spec = dispatch.Spec(op, dtype, device, layout_of(number), _TRACED_ROWS)
+    precision = _precision(dtype)
+    spec = dispatch.Spec(op, dtype, device, layout_of(number), _TRACED_ROWS, precision)
     backend = dispatch.choose(spec, dispatch.requested())[0]
     if backend == "triton" and device == "cpu":
         raise RuntimeError(f"{op}: Triton's interpreter does not run under torch.compile")

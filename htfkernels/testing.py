@@ -1,11 +1,12 @@
-"""Shared cases, inputs and tolerances: what a backend has to pass, for this project's tests and
-    for others'.
+"""Shared cases, inputs and tolerances: what a backend has to pass, for this project's tests and for
+others'.
 
 A backend's author writes::
 
     for case in testing.cases():
-        function, arguments = testing.operation("evaluate", case, testing.make_inputs(case,
-        torch.float32)) exact, scale = testing.exact(function, arguments)
+        inputs = testing.make_inputs(case, torch.float32)
+        function, arguments = testing.operation("evaluate", case, inputs)
+        exact, scale = testing.exact(function, arguments)
         with hk.use_backend("mine"):
             testing.assert_matches(function(*arguments), exact, torch.float32, "forward", scale)
 
@@ -18,18 +19,22 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import inf, sqrt
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from htfkernels import functional
+from htfkernels import functional, spectra
 from htfkernels.dispatch import use_backend
+from htfkernels.index_plan import IndexPlan
 from htfkernels.layout import Layout
 from htfkernels.tree import ModeTree
 
 __all__ = [
+    "MORE_OPS",
     "OPS",
+    "TF32",
     "TOLERANCES",
     "Case",
     "Inputs",
@@ -38,6 +43,7 @@ __all__ = [
     "error",
     "exact",
     "gradients",
+    "group_rmsprop",
     "make_inputs",
     "operation",
     "random_tree",
@@ -50,6 +56,8 @@ Direction = Literal["forward", "backward", "second"]
 Function = Callable[..., Any]
 
 OPS = ("evaluate", "evaluate_at", "full_tensor")
+MORE_OPS = ("evaluate_at_planned", "slog", "spectra")
+"""What :func:`operation` knows beside them."""
 
 # How far a result may be off the float64 one, relative to the condition scale of `exact`: twice the
 # largest error over all `cases`, operations and three seeds, which on an AVX-512 CPU is
@@ -78,9 +86,25 @@ TOLERANCES: dict[tuple[torch.dtype, Direction], float] = {
     (torch.float16, "second"): 9e-3,
 }
 
+# For each node. A TF32 product rounds both operands to 11 bits, or cuts them off there in a
+# gradient; a node has a part in a term either on the way up or on the way down.
+TF32: dict[Direction, float] = {"forward": 2.0**-10, "backward": 2.0**-9}
 
-def tolerance(dtype: torch.dtype, direction: Direction) -> float:
-    """The largest error allowed, relative to the condition scale (see :func:`exact`)."""
+
+def tolerance(
+    dtype: torch.dtype, direction: Direction, precision: str = "ieee", nodes: int = 1
+) -> float:
+    """The largest error allowed, relative to the condition scale (see :func:`exact`).
+
+    Args:
+        dtype: in what precision a result was computed.
+        direction: ``"forward"``, ``"backward"`` or ``"second"``.
+        precision: of float32 products; ``"tf32"`` has bounds of its own, for the first two
+            directions.
+        nodes: of the tree, which those bounds grow with.
+    """
+    if precision == "tf32" and dtype == torch.float32:
+        return TF32[direction] * nodes
     return TOLERANCES[dtype, direction]
 
 
@@ -240,18 +264,25 @@ def make_inputs(
 def operation(op: str, case: Case, inputs: Inputs) -> tuple[Function, tuple[Tensor, ...]]:
     """An operation as a function of its differentiable arguments alone, and those arguments.
 
-    The weights come first, one for each group; for ``"evaluate"`` the vectors follow. The function
-    runs on the backend in force when it is called.
+    The weights come first, one for each group; for ``"evaluate"`` and ``"slog"`` the vectors
+    follow. The function runs on the backend in force when it is called.
+
+    ``"slog"`` is sign times the exponential of log-magnitude, and so has the values and gradients
+    of ``"evaluate"``. ``"spectra"`` is the singular values of all nodes' matricizations in one
+    tensor.
     """
     layout, tree = case.layout, case.tree
     count = len(inputs.weights)
-    if op == "evaluate":
+    if op in ("evaluate", "slog"):
         together = isinstance(inputs.vectors, Tensor)
 
         def evaluate(*arguments: Tensor) -> Tensor:
             weights, vectors = arguments[:count], arguments[count:]
             x = vectors[0] if together else vectors
-            return functional.evaluate(tree, weights, x, layout=layout)
+            if op == "evaluate":
+                return functional.evaluate(tree, weights, x, layout=layout)
+            sign, logabs = functional.slog_evaluate(tree, weights, x, layout=layout)
+            return sign * logabs.exp()
 
         given = (inputs.vectors,) if isinstance(inputs.vectors, Tensor) else inputs.vectors
         return evaluate, (*inputs.weights, *given)
@@ -267,7 +298,64 @@ def operation(op: str, case: Case, inputs: Inputs) -> tuple[Function, tuple[Tens
             return functional.full_tensor(tree, weights, layout=layout)
 
         return full_tensor, inputs.weights
-    raise ValueError(f"operation: expected one of {', '.join(OPS)}, got {op!r}")
+    if op == "evaluate_at_planned":
+        with use_backend("reference"):  # the plan is not what is looked at
+            made = IndexPlan.make(layout, inputs.indices.cpu()).to(inputs.indices.device)
+
+        def evaluate_at_planned(*weights: Tensor) -> Tensor:
+            return functional.evaluate_at(tree, weights, made, layout=layout)
+
+        return evaluate_at_planned, inputs.weights
+    if op == "spectra":
+
+        def singular_values(*weights: Tensor) -> Tensor:
+            found = spectra.matricization_spectra(tree, weights, tree.nodes, layout=layout)
+            return torch.cat([*found.values()])
+
+        return singular_values, inputs.weights
+    raise ValueError(f"operation: expected one of {', '.join((*OPS, *MORE_OPS))}, got {op!r}")
+
+
+def group_rmsprop(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    average: float,
+    step: int,
+    lr: Sequence[float],
+    weight_decay: Sequence[float],
+    alpha: float,
+    eps: float,
+) -> tuple[list[Tensor], float]:
+    """A step of RMSprop with one adaptive step size for all parameters, in float64 on the CPU::
+
+        d = g + weight_decay p
+        v <- alpha v + (1 - alpha) sum of |d|^2
+        p <- p - lr / (sqrt(v / (1 - alpha^step)) + eps) d
+
+    Args:
+        params, grads: of the same shapes.
+        average: ``v`` before the step.
+        step: which step it is, from 1.
+        lr, weight_decay: for each parameter.
+        alpha, eps: numbers.
+
+    Returns:
+        the parameters and ``v`` after it.
+
+    Example:
+        >>> group_rmsprop([torch.ones(2)], [torch.ones(2)], 0.0, 1, [0.5], [0.0], 0.5, 0.0)[1]
+        1.0
+    """
+    before = [p.detach().double().cpu() for p in params]
+    moves = [
+        g.detach().double().cpu() + w * p
+        for p, g, w in zip(before, grads, weight_decay, strict=True)
+    ]
+    squares = sum(float(d.square().sum()) for d in moves)
+    average = alpha * average + (1 - alpha) * squares
+    denominator = sqrt(average / (1 - alpha**step)) + eps
+    steps = zip(before, moves, lr, strict=True)
+    return [p - size / denominator * d for p, d, size in steps], average
 
 
 def gradients(function: Function) -> Function:
@@ -313,9 +401,11 @@ def exact(function: Function, arguments: Iterable[Tensor]) -> tuple[Any, Any]:
 
 def error(actual: Any, expected: Any, scale: Any) -> float:
     """The largest error of any entry, relative to its scale; ``inf`` where a NaN or an unequal
-    infinity is."""
+    infinity is, and where a shape is another."""
     worst = 0.0
     for a, e, s in _leaves(actual, expected, scale):
+        if a.shape != e.shape:
+            return inf
         if a.numel() == 0:
             continue
         relative = _relative(a, e, s)
@@ -329,6 +419,7 @@ def assert_matches(
     dtype: torch.dtype,
     direction: Direction,
     scale: Any | None = None,
+    allowed: float | None = None,
 ) -> None:
     """Holds a result against the float64 one.
 
@@ -339,10 +430,12 @@ def assert_matches(
         direction: ``"forward"``, ``"backward"`` or ``"second"``.
         scale: the condition scale of :func:`exact`; by default, for functions that have none, the
             largest magnitude of each expected tensor.
+        allowed: the largest error; by default :func:`tolerance` of the dtype.
 
     Raises:
-        AssertionError: shapes differ, or an entry is further off than the table allows.
+        AssertionError: shapes differ, or an entry is further off than is allowed.
     """
+    allowed = tolerance(dtype, direction) if allowed is None else allowed
     if scale is None:
         scale = [
             torch.full_like(e, float(e.detach().abs().max()) if e.numel() else 1.0)
@@ -353,7 +446,7 @@ def assert_matches(
             raise AssertionError(
                 f"result {i}: expected the shape {list(e.shape)}, got {list(a.shape)}"
             )
-        found, allowed = error(a, e, s), tolerance(dtype, direction)
+        found = error(a, e, s)
         if not found <= allowed:
             raise AssertionError(
                 f"result {i}: {direction} in {dtype} is off by {found:.2e} of its scale, allowed "

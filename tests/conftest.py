@@ -6,12 +6,13 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
-from htfkernels import dispatch, testing
+from htfkernels import dispatch, plan, testing, verdicts
 from htfkernels.cuda import module as cuda_module
 
 settings.register_profile(
@@ -21,6 +22,10 @@ settings.load_profile("reproducible")
 
 # The C++ kernels' memory comes full of NaN: nothing may be read before it is written.
 os.environ["HTF_POISON"] = "1"
+
+# Kernels are what the tests look at: no verdict on them is wanted beforehand, and none is left in
+# the user's cache folder. The tests of verdicts ask for theirs.
+os.environ["HTF_VERIFY"] = "0"
 
 # On tensors as small as these a second thread costs more than it brings, and far more where the
 # cores are shared; the tests of threads ask for theirs.
@@ -36,6 +41,20 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def same_numbers_every_time() -> None:
     """Random weights and inputs do not depend on which tests ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def verifying(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """As a machine where nothing is known of any kernels, and ``auto`` takes those of GPUs that run
+    on the CPU in this process; the cache folder."""
+    monkeypatch.delenv("HTF_VERIFY")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(dispatch, "_ON_CPU", {})
+    verdicts.forget()
+    plan.make_plan.cache_clear()
+    yield tmp_path / "htfkernels" / "verified"
+    verdicts.forget()
+    plan.make_plan.cache_clear()
 
 
 @pytest.fixture

@@ -71,12 +71,6 @@ def choose(monkeypatch):
     return choose
 
 
-def roundings(case, precision):
-    """How far TF32 products may be off: each rounds its two operands to 11 bits, and relative
-    errors of factors add."""
-    return 2 * len(case.tree.nodes) * 2.0**-11 if precision == "tf32" else None
-
-
 def check(case, dtype, precision, op="evaluate"):
     inputs = testing.make_inputs(case, dtype, ON)
     function, arguments = testing.operation(op, case, inputs)
@@ -89,16 +83,12 @@ def check(case, dtype, precision, op="evaluate"):
     with hk.use_backend("cuda"), hk.use_precision(precision):
         value = function(*arguments)
         found = gradients(cotangent, *arguments)
-    allowed = roundings(case, precision)
     for actual, (exact, scale), direction in (
         (value, testing.exact(function, arguments), "forward"),
         (found, testing.exact(gradients, (cotangent, *arguments)), "backward"),
     ):
-        if allowed is None:
-            testing.assert_matches(actual, exact, dtype, direction, scale)
-        else:
-            factor = 1 if direction == "forward" else 2
-            assert testing.error(actual, exact, scale) <= factor * allowed
+        allowed = testing.tolerance(dtype, direction, precision, len(case.tree.nodes))
+        testing.assert_matches(actual, exact, dtype, direction, scale, allowed)
     return [value, *found]
 
 

@@ -27,9 +27,6 @@ F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 MODES = [(F32, "ieee"), (F32, "tf32"), (F32, "tf32x3"), (BF16, "ieee"), (F64, "ieee")]
 NAMES = ["ieee", "tf32", "tf32x3", "bf16", "f64"]
 
-# Operands of 11 bits, rounded to the nearest, three times on the way.
-TF32 = 4 * 2.0**-10
-
 
 def index_sets(layout):
     few = torch.stack([torch.randint(d, (6,)) for d in layout.mode_dims], dim=1)
@@ -76,16 +73,13 @@ def check(layout, indices, dtype, precision="ieee"):
     assert value.dtype == dtype
     arguments = (torch.rand_like(value), *weights)
     grads = testing.gradients(kernels)(*arguments)
-    allowed = TF32 * layout.tree.order if precision == "tf32" else None
     for found, function, given, direction in (
         (value, exact, weights, "forward"),
         (grads, testing.gradients(exact), arguments, "backward"),
     ):
         expected, scale = testing.exact(function, given)
-        if allowed is None:
-            testing.assert_matches(found, expected, dtype, direction, scale)
-        else:
-            assert testing.error(found, expected, scale) < allowed
+        allowed = testing.tolerance(dtype, direction, precision, len(layout.tree.nodes))
+        testing.assert_matches(found, expected, dtype, direction, scale, allowed)
     return plan
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import htfkernels as hk
+from htfkernels import testing
 from htfkernels.cuda import module
 from htfkernels.cuda.train import group_rmsprop_
 from htflearn import GroupRMSprop
@@ -46,15 +47,10 @@ class Step:
         self.decay = [0.1 * (i % 2) for i in range(len(shapes))]
 
     def formula(self) -> tuple[list[Tensor], float]:
-        params = [p.double().cpu() for p in self.params]
-        grads = [g.double().cpu() for g in self.grads]
-        moves = [g + w * p for p, g, w in zip(params, grads, self.decay, strict=True)]
-        squares = sum(float(d.square().sum()) for d in moves)
-        average = ALPHA * float(self.average) + (1 - ALPHA) * squares
-        denominator = math.sqrt(average / (1 - ALPHA ** (float(self.count) + 1))) + EPS
-        lr = [float(x) for x in self.lr]
-        steps = zip(params, moves, lr, strict=True)
-        return [p - size / denominator * d for p, d, size in steps], average
+        return testing.group_rmsprop(
+            self.params, self.grads, float(self.average), int(self.count) + 1,
+            [float(x) for x in self.lr], self.decay, ALPHA, EPS,
+        )  # fmt: skip
 
     def take(self) -> list[Tensor]:
         group_rmsprop_(

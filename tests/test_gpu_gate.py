@@ -65,8 +65,8 @@ def stubs(tmp_path: Path) -> dict[str, str]:
 
 
 STEPS = [
-    "install", "tests", "memory", "race", "float32", "training", "model", "spectra", "bfloat16",
-    "autotune", "report",
+    "install", "verify", "tests", "memory", "race", "float32", "training", "model", "spectra",
+    "bfloat16", "autotune", "report",
 ]  # fmt: skip
 
 
@@ -84,6 +84,7 @@ def test_on_a_gpu_every_step_runs_in_order(stubs: dict[str, str], tmp_path: Path
     noted = [line for line in noted if not line.startswith("-c ")]
     wanted = [
         "-m pip install -q --no-build-isolation --no-deps -e .",
+        "-m htflearn.cli verify cuda triton tf32 triton bfloat16 cpp",
         "-m not slow -k ((triton-cuda or cuda-cuda) and not (second or",
         "--tool memcheck --error-exitcode 9",
         "--tool racecheck --error-exitcode 9",
@@ -102,12 +103,13 @@ def test_on_a_gpu_every_step_runs_in_order(stubs: dict[str, str], tmp_path: Path
     stem = re.fullmatch(r"(gpu-gate-\d{8}T\d{6}Z-01234567)\.md", min(names, key=len))
     assert stem, names
     steps = ("float32", "training", "model", "spectra", "bfloat16", "autotune")
-    endings = [".md", "-log.txt", *(f"-{step}.json" for step in steps)]
+    endings = [".md", "-log.txt", "-verify.txt", *(f"-{step}.json" for step in steps)]
     assert names == {stem[1] + ending for ending in endings}
 
 
 @pytest.mark.parametrize(
-    ("fails", "step"), [("pip", "install"), ("pytest", "tests"), ("bfloat16", "bfloat16")]
+    ("fails", "step"),
+    [("pip", "install"), ("verify", "verify"), ("pytest", "tests"), ("bfloat16", "bfloat16")],
 )
 def test_a_step_that_fails_stops_no_other(
     fails: str, step: str, stubs: dict[str, str], tmp_path: Path
@@ -161,6 +163,8 @@ def test_dry_run(tmp_path: Path) -> None:
         data = json.loads(text)
         assert {row["workload"] for row in data["rows"]} == sizes
         assert data["provenance"]["commit"] and data["provenance"]["date"]
+    (checked,) = out.glob("*-verify.txt")
+    assert re.search(r"cpp evaluate +ieee +the CPU .* verified", checked.read_text())
     (table,) = out.glob("*.md")
     assert "| huge | forward | float32 |" in table.read_text()
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import htfkernels as hk
+from htfkernels import testing
 
 pytestmark = pytest.mark.skipif(
     hk.backends()["cpp"] is not None, reason=f"cpp: {hk.backends()['cpp']}"
@@ -41,15 +42,8 @@ def arguments_of(dtype: torch.dtype, shapes: list[tuple[int, ...]] = SHAPES) -> 
 
 
 def formula(a: dict[str, Any]) -> tuple[list[Tensor], float]:
-    params = [p.double() for p in a["params"]]
-    moves = [
-        g.double() + w * p for p, g, w in zip(params, a["grads"], a["weight_decay"], strict=True)
-    ]
-    squares = sum(float(d.square().sum()) for d in moves)
-    average = a["alpha"] * float(a["average"]) + (1 - a["alpha"]) * squares
-    denominator = math.sqrt(average / (1 - a["alpha"] ** a["step"])) + a["eps"]
-    steps = zip(params, moves, a["lr"], strict=True)
-    return [p - lr / denominator * d for p, d, lr in steps], average
+    settings = {k: v for k, v in a.items() if k != "average"}
+    return testing.group_rmsprop(average=float(a["average"]), **settings)
 
 
 def copied(a: dict[str, Any]) -> dict[str, Any]:

@@ -118,6 +118,7 @@ def test_assert_matches():
         testing.assert_matches(expected * torch.nan, expected, torch.float32, "forward")
     with pytest.raises(AssertionError, match="off by inf"):
         testing.assert_matches(expected, expected * torch.nan, torch.float32, "forward")
+    assert testing.error(expected[:1], expected, expected) == torch.inf
     with pytest.raises(AssertionError, match=r"expected the shape \[3\], got \[1\]"):
         testing.assert_matches(expected[:1], expected, torch.float32, "forward")
     with pytest.raises(ValueError):
@@ -139,9 +140,52 @@ def test_assert_matches():
 def test_unknown_operation():
     case = testing.cases()[0]
     with pytest.raises(
-        ValueError, match="expected one of evaluate, evaluate_at, full_tensor, got 'x'"
+        ValueError, match=r"expected one of evaluate, evaluate_at, full_tensor, .*, got 'x'"
     ):
         testing.operation("x", case, testing.make_inputs(case, torch.float32))
+
+
+def test_tf32_has_tolerances_of_its_own():
+    case = testing.small_cases()[0]
+    nodes = len(case.tree.nodes)
+    assert testing.tolerance(torch.float32, "forward", "tf32", nodes) == nodes * 2.0**-10
+    for dtype, precision in ((torch.float32, "tf32x3"), (torch.float64, "tf32")):
+        assert testing.tolerance(dtype, "forward", precision, nodes) < 2e-6
+
+
+def test_tf32_operands_stay_within_their_tolerance(monkeypatch, small_case):
+    """Products of operands that are cut off after 11 bits; in float64 otherwise."""
+    real = torch.Tensor.__matmul__
+
+    def cut(x):
+        bits = x.float().view(torch.int32)
+        return (bits & ~0x1FFF).view(torch.float32).double()
+
+    inputs = testing.make_inputs(small_case, torch.float32)
+    function, arguments = testing.operation("evaluate", small_case, inputs)
+    exact, scale = testing.exact(function, arguments)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda x, w: real(cut(x), cut(w)))
+    with hk.use_backend("reference"):
+        error = testing.error(function(*(a.double() for a in arguments)), exact, scale)
+    # Cut off, an operand may be off by twice as much as rounded.
+    allowed = 2 * testing.tolerance(torch.float32, "forward", "tf32", len(small_case.tree.nodes))
+    assert allowed / 100 < error <= allowed
+
+
+def test_more_operations(small_case):
+    inputs = testing.make_inputs(small_case, torch.float64)
+    function, arguments = testing.operation("evaluate", small_case, inputs)
+    exact, scale = testing.exact(function, arguments)
+    slog, _ = testing.operation("slog", small_case, inputs)
+    testing.assert_matches(slog(*arguments), exact, torch.float64, "backward", scale)
+    at, weights = testing.operation("evaluate_at", small_case, inputs)
+    planned, _ = testing.operation("evaluate_at_planned", small_case, inputs)
+    testing.assert_matches(planned(*weights), at(*weights), torch.float64, "backward")
+    spectra, _ = testing.operation("spectra", small_case, inputs)
+    found = hk.spectra.matricization_spectra(
+        small_case.tree, weights, small_case.tree.nodes, layout=small_case.layout
+    )
+    assert torch.equal(spectra(*weights), torch.cat([*found.values()]))
 
 
 @pytest.mark.slow

@@ -152,7 +152,7 @@ def test_a_batch_is_split_without_gaps():
                 assert (count - 1) * per_split < max(rows, 1) <= max(1, count * per_split)
 
 
-def _check(case, dtype, precision="ieee", allowed=None, vectors=True):
+def _check(case, dtype, precision="ieee"):
     inputs = testing.make_inputs(case, dtype, DEVICE)
     function, arguments = testing.operation("evaluate", case, inputs)
     expected, scale = testing.exact(function, arguments)
@@ -172,14 +172,8 @@ def _check(case, dtype, precision="ieee", allowed=None, vectors=True):
         (found, wanted, by, "backward"),
         (weights, wanted[:count], by[:count], "backward"),
     ):
-        if allowed is None:
-            testing.assert_matches(actual, exact, dtype, direction, bound)
-        else:
-            assert testing.error(actual, exact, bound) < allowed
-
-
-# A tf32 operand has 11 bits, in a forward pass rounded to the nearest; in the interpreter all 24.
-TF32 = 4 * 2.0**-10
+        allowed = testing.tolerance(dtype, direction, precision, len(case.tree.nodes))
+        testing.assert_matches(actual, exact, dtype, direction, bound, allowed)
 
 
 @runs
@@ -188,11 +182,7 @@ TF32 = 4 * 2.0**-10
     "name", ["balanced8_rank64", "halves8", "grid4x4", "chain4_linear", "shared8", "random9"]
 )
 def test_float32_in_each_precision(name, precision):
-    case = CASES[name]
-    if precision != "tf32":
-        _check(case, torch.float32, precision)
-    else:
-        _check(case, torch.float32, precision, TF32 * case.tree.order)
+    _check(CASES[name], torch.float32, precision)
 
 
 @runs
@@ -217,7 +207,7 @@ def test_half_precision(name, dtype):
 def test_shapes_that_take_the_other_kernels(layout):
     case = testing.Case("", layout, 33)
     _check(case, torch.float64)
-    _check(case, torch.float32, "tf32", TF32 * layout.tree.order)
+    _check(case, torch.float32, "tf32")
 
 
 @runs

@@ -22,6 +22,7 @@ OPS: dict[str, tuple[frozenset[torch.dtype], Limit]] = {
     "evaluate": (tree.DTYPES, tree.why_not),
     "evaluate_at": (tree.DTYPES, tree.why_not_at),
     "evaluate_at_planned": (tree.DTYPES, _any_layout),
+    "index_plan": (frozenset({torch.int64}), _any_layout),
     # A step is planned evaluation, its backward and the optimizer's step.
     "completion_step": (frozenset({torch.float32, torch.float64}), _any_layout),
     "group_rmsprop": (frozenset({torch.float32, torch.float64, torch.bfloat16}), _any_layout),

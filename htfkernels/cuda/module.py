@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ __all__ = [
     "call",
     "device_type",
     "emulated",
+    "file",
     "library",
     "shared_bytes",
     "why_not",
@@ -92,6 +94,15 @@ def build_info() -> dict[str, str] | str:
     except ImportError as error:
         return str(error)
     return found
+
+
+def file() -> Path:
+    """The compiled module's file.
+
+    Raises:
+        ImportError: it cannot be loaded.
+    """
+    return Path(_module().__file__)
 
 
 @cache

@@ -35,6 +35,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "htflearn.commands.bench:bench",
         "Time the kernels against PyTorch and other libraries; compare two runs.",
     ),
+    "verify": (
+        "htflearn.commands.verify:verify",
+        "Check all kernels on this machine against the formulas.",
+    ),
     "info": (
         "htflearn.commands.info:info",
         "Show versions, threads, and which backends run here.",

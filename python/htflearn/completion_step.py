@@ -13,7 +13,7 @@ from torch.optim import optimizer as torch_optimizer
 
 import htfkernels as hk
 from htfkernels.cuda.train import completion_step_
-from htfkernels.dispatch import Spec, requested, why_not
+from htfkernels.dispatch import Spec, refusal, requested, why_not
 from htfkernels.precision import float32_precision
 from htflearn.losses import LOSSES, Loss, loss_function
 from htflearn.optim import GroupRMSprop
@@ -97,6 +97,9 @@ class CompletionStep:
             or _other_backend(model)
         )
         self._arrived: Tensor | None = None
+        # Kernels of another float32 precision, which may be in force at a step, are other ones.
+        self._by_name = requested() == "cuda"
+        self._taken = {float32_precision(): True}
 
     def __call__(self) -> Tensor:
         """Takes a step.
@@ -107,7 +110,7 @@ class CompletionStep:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for p in parameters:
             p.grad = None
-        if self.why_not is None:
+        if self.why_not is None and self._takes_precision():
             # As the closure, so that hooks and schedulers see a step; it finds no gradients.
             taken: Any = self.optimizer.step(self._fused)  # type: ignore[arg-type]
             return taken
@@ -115,6 +118,13 @@ class CompletionStep:
         loss.backward()
         self.optimizer.step()
         return loss.detach()
+
+    def _takes_precision(self) -> bool:
+        precision = float32_precision()
+        if precision not in self._taken:
+            reason = None if self._by_name else refusal("cuda", _spec(self.model))
+            self._taken[precision] = reason is None
+        return self._taken[precision]
 
     def _fused(self) -> Tensor:
         optimizer: Any = self.optimizer
@@ -256,12 +266,19 @@ def _other_loss(function: Loss, values: Tensor, model: Any) -> str | None:
 
 
 def _other_backend(model: Any) -> str | None:
-    first = model.weights[0]
-    kind = first.device.type
+    kind = model.weights[0].device.type
     if requested() not in ("auto", "cuda"):
         return f"the backend {requested()!r} was asked for, and fused steps are the backend 'cuda'"
-    if requested() == "auto" and kind == "cpu":
-        return "the weights are on the CPU"
     if torch.is_autocast_enabled(kind):
         return "autocast is on"
-    return why_not("cuda", Spec("completion_step", first.dtype, kind, model.layout))
+    if requested() == "cuda":
+        return why_not("cuda", _spec(model))
+    reason = refusal("cuda", _spec(model))
+    return "the weights are on the CPU" if reason is not None and kind == "cpu" else reason
+
+
+def _spec(model: Any) -> Spec:
+    first, precision = model.weights[0], float32_precision()
+    return Spec(
+        "completion_step", first.dtype, first.device.type, model.layout, precision=precision
+    )

@@ -13,13 +13,15 @@ from torch.optim import Optimizer
 
 from htfkernels.cuda.module import device_type
 from htfkernels.cuda.train import group_rmsprop_
-from htfkernels.dispatch import Spec, requested, why_not
+from htfkernels.dispatch import Spec, refusal, requested, why_not
 from htfkernels.ops.autograd import call
 
 __all__ = ["GroupRMSprop"]
 
 # Optimizer keeps and saves state under keys that are no parameters as it is.
 _SHARED = "shared"
+
+_FLOATS = (torch.float32, torch.float64)
 
 _Group = tuple[list[Tensor], list[Tensor]]  # parameters, and their gradients
 
@@ -282,31 +284,34 @@ def _decayed(params: list[Tensor], grads: list[Tensor], weight_decay: float) -> 
 def _compiled(groups: list[_Group]) -> bool:
     """Whether the compiled operator can take the step: ordinary contiguous tensors of one dtype
     that it computes in, on the CPU, and neither another backend asked for nor a trace under way."""
-    return requested() in ("auto", "cpp") and _ordinary(groups, "cpp", torch.device("cpu"))
+    spec = _ordinary(groups, torch.device("cpu")) if requested() in ("auto", "cpp") else None
+    return spec is not None and why_not("cpp", spec) is None
 
 
 def _kernels_take(groups: list[_Group], settings: list[dict[str, Any]]) -> bool:
-    """Whether CUDA kernels can take the step: the same, on one GPU."""
-    device = next(t.device for group in groups for some in group for t in some)
-    # Emulated kernels run only when asked for by name.
-    asked = ("auto", "cuda") if device.type == "cuda" else ("cuda",)
+    """Whether CUDA kernels take the step: the same, on one GPU."""
+    asked = requested()
     sizes = [group["lr"] for group in settings if isinstance(group["lr"], Tensor)]
-    return (
-        requested() in asked
-        and _ordinary(groups, "cuda", device)
-        and all(s.dtype in (torch.float32, torch.float64) for s in sizes)
-    )
-
-
-def _ordinary(groups: list[_Group], backend: str, device: torch.device) -> bool:
-    if torch.compiler.is_compiling():
+    if asked not in ("auto", "cuda") or any(s.dtype not in _FLOATS for s in sizes):
         return False
+    device = next(t.device for group in groups for some in group for t in some)
+    spec = _ordinary(groups, device)
+    if spec is None:
+        return False
+    return (refusal if asked == "auto" else why_not)("cuda", spec) is None
+
+
+def _ordinary(groups: list[_Group], device: torch.device) -> Spec | None:
+    """What is to be computed, if all tensors are ordinary ones on the device."""
+    if torch.compiler.is_compiling():
+        return None
     tensors = [t for group in groups for some in group for t in some]
-    spec = Spec("group_rmsprop", tensors[0].dtype, device.type)
-    return why_not(backend, spec) is None and all(
+    dtype = tensors[0].dtype
+    ordinary = all(
         type(t) in (Tensor, Parameter)
-        and t.dtype == spec.dtype
+        and t.dtype == dtype
         and t.device == device
         and t.is_contiguous()
         for t in tensors
     )
+    return Spec("group_rmsprop", dtype, device.type) if ordinary else None

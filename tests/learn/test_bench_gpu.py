@@ -386,7 +386,7 @@ def test_provenance_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         name, major, minor, total_memory, multi_processor_count = "Some GPU", 9, 0, 2**36, 132
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
-    monkeypatch.setattr(device, "_driver", lambda: "580.1")
+    monkeypatch.setattr(device, "driver_version", lambda: "580.1")
     found = device.described("tf32")
     assert found["gpu"] == "Some GPU" and found["gpu_capability"] == "9.0"
     assert found["gpu_memory_gb"] == 64.0 and found["precision"] == "tf32"

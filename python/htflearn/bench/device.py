@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from torch import Tensor
 
 import htfkernels as hk
 from htfkernels.precision import PRECISIONS
+from htfkernels.verdicts import driver_version
 
 __all__ = [
     "DEVICES",
@@ -269,22 +269,13 @@ def described(rounding: str) -> dict[str, Any]:
         "gpu_capability": f"{properties.major}.{properties.minor}",
         "gpu_memory_gb": round(properties.total_memory / 2**30, 1),
         "gpu_multiprocessors": properties.multi_processor_count,
-        "driver": _driver(),
+        "driver": driver_version(),
         "cuda": torch.version.cuda,
         "triton": _version("triton"),
         "cuquantum": _version("cuquantum-python-cu13") or _version("cuquantum-python-cu12"),
         "precision": rounding,
         "backends": hk.backends(),
     }
-
-
-def _driver() -> str | None:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return next(iter(done.stdout.split()), None)
 
 
 def _version(distribution: str) -> str | None:
