@@ -1,11 +1,10 @@
-"""``htf bench``."""
+"""``htf bench`` from the options to the file of rows."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import typer
@@ -26,86 +25,43 @@ from htflearn.bench.implementations import IMPLEMENTATIONS, OURS
 from htflearn.bench.measure import measure
 from htflearn.bench.spectra_implementations import SPECTRA
 from htflearn.bench.workloads import PASSES, SCALES, Workload, workloads
-from htflearn.errors import UserError, writable_directory
+from htflearn.errors import UserError
+from htflearn.options import shown
 
-__all__ = ["bench"]
+__all__ = ["print_names", "run"]
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCE}
 _WRONG = 1
 
 
-def bench(
-    workload: Annotated[
-        list[str] | None, typer.Option("--workload", "-w", help="Only this; may be repeated.")
-    ] = None,
-    implementation: Annotated[
-        list[str] | None, typer.Option("--implementation", "-i", help="Only this; may be repeated.")
-    ] = None,
-    passes: Annotated[
-        list[str] | None,
-        typer.Option("--pass", help="forward, backward or inputs, or one of --list; repeatable."),
-    ] = None,
-    repeats: Annotated[int, typer.Option(help="Timed runs of each.")] = 20,
-    threads: Annotated[int | None, typer.Option(help="Threads of PyTorch.")] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(help="float32, float64, bfloat16 or float16; spectra are always in float64."),
-    ] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, or cuda: the first GPU.")] = "cpu",
-    rounding: Annotated[
-        str,
-        typer.Option(
-            "--precision",
-            help="Of float32 products on a GPU, ours and PyTorch's: ieee, tf32, tf32x3.",
-        ),
-    ] = "ieee",
-    budget: Annotated[
-        float | None, typer.Option(help="Seconds after which no workload is begun.")
-    ] = None,
-    compile_limit: Annotated[
-        float | None, typer.Option(help="Seconds that compiling may take, for one pass of one.")
-    ] = None,
-    scale: Annotated[str, typer.Option(help="full, or tiny: a few seconds.")] = "full",
-    out: Annotated[Path | None, typer.Option(help="JSON file of the rows.")] = None,
-    compare: Annotated[
-        tuple[Path, Path] | None, typer.Option(help="Two such files: how the times changed.")
-    ] = None,
-    names: Annotated[
-        bool, typer.Option("--list", help="Show the names of workloads and implementations.")
-    ] = False,
+def run(
+    workload: list[str] | None,
+    implementation: list[str] | None,
+    passes: list[str] | None,
+    repeats: int,
+    threads: int | None,
+    dtype: str,
+    device: str,
+    rounding: str,
+    budget: float | None,
+    compile_limit: float | None,
+    scale: str,
+    out: Path | None,
 ) -> None:
-    """Times the kernels against PyTorch and other libraries.
+    """Checks and times what is asked for, and prints tables.
 
-    Every implementation is held against float64 first, and one that is wrong is not timed. The
-    others run in turn. Rates count the multiply-adds that the workload needs, and are shown as a
-    fraction of the best rate of torch.mm in the same run. Exit code 1: htfkernels itself was wrong,
-    or failed on a GPU.
+    Args:
+        workload, implementation, passes: names; None: all.
+        rounding: ``--precision``.
+        out: file of the rows.
+        repeats, threads, dtype, device, budget, compile_limit, scale: as on the command line.
+
+    Raises:
+        UserError: there is no such thing, or it cannot be had here.
     """
-    if compare is not None:
-        report.print_change(*compare)
-        return
-    for what, value, known in (
-        ("scale", scale, SCALES),
-        ("dtype", dtype, _DTYPES),
-        ("device", device, DEVICES),
-        ("precision", rounding, PRECISIONS),
-    ):
-        if value not in known:
-            raise UserError(f"--{what} must be one of {', '.join(known)}, got {value!r}")
-    available = {n: w for n, w in workloads(scale).items() if device != "cpu" or not w.needs_gpu}
-    ways = IMPLEMENTATIONS if device == "cpu" else _on_gpu()
-    if names:
-        _print_names({name: w.summary for name, w in available.items()}, "workloads")
-        _print_names({n: i.summary for n, i in ways.items()}, "implementations")
-        _print_names({n: i.summary for n, i in SPECTRA.items()}, "implementations of spectra")
-        _print_names(PASSES, "passes")
-        return
-    numbers = {
-        "repeats": repeats, "threads": threads, "budget": budget, "compile-limit": compile_limit
-    }  # fmt: skip
-    for option, number in numbers.items():
-        if number is not None and not number > 0:
-            raise UserError(f"--{option} must be positive, got {number}")
+    available, ways = _there(scale, device)
+    for what, value, known in (("dtype", dtype, _DTYPES), ("precision", rounding, PRECISIONS)):
+        _check_word(what, value, known)
     if device == "cpu":
         _refuse_gpus(workload, implementation, scale)
     elif not torch.cuda.is_available():
@@ -117,10 +73,6 @@ def bench(
     chosen = _chosen("workload", workload, available)
     asked = _chosen("implementation", implementation, dict.fromkeys([*ways, *SPECTRA]))
     which = _passes(passes)
-    if out is not None:
-        if out.is_dir():
-            raise UserError(f"--out must be a file, and {out} is a directory")
-        writable_directory(out.parent)
     if threads is not None:
         torch.set_num_threads(threads)
     end = None if budget is None else time.monotonic() + budget
@@ -152,17 +104,40 @@ def bench(
                 typer.echo(f"{name}: left out, it does not fit into the GPU's memory", err=True)
                 too_large = True
                 continue
-            if measured:
-                report.print_workload(measured, available[name].summary)
             rows += measured
             if out is not None:
                 report.save(out, made, rows)  # at each step: whatever ends a long run, this is kept
-    report.print_summary(rows)
+            if measured:
+                report.print_workload(measured, available[name].summary)
     if out is not None:
         report.save(out, made, rows)
+    report.print_summary(rows)
+    if out is not None:
         typer.echo(f"written: {out}")
     if too_large or any(_ours_is_wrong(row, device) for row in rows):
         raise typer.Exit(_WRONG)
+
+
+def print_names(scale: str, device: str) -> None:
+    """Prints what there is to choose from."""
+    available, ways = _there(scale, device)
+    _print_names({name: w.summary for name, w in available.items()}, "workloads")
+    _print_names({n: i.summary for n, i in ways.items()}, "implementations")
+    _print_names({n: i.summary for n, i in SPECTRA.items()}, "implementations of spectra")
+    _print_names(PASSES, "passes")
+
+
+def _there(scale: str, device: str) -> tuple[dict[str, Workload], dict[str, Implementation]]:
+    """Workloads and implementations by name."""
+    _check_word("scale", scale, SCALES)
+    _check_word("device", device, DEVICES)
+    available = {n: w for n, w in workloads(scale).items() if device != "cpu" or not w.needs_gpu}
+    return available, IMPLEMENTATIONS if device == "cpu" else _on_gpu()
+
+
+def _check_word(option: str, value: str, known: Collection[str]) -> None:
+    if value not in known:
+        raise UserError(f"--{option} must be one of {', '.join(known)}, got {shown(value)}")
 
 
 def _on_gpu() -> dict[str, Implementation]:
