@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import htfkernels as hk
 from htflearn import RankRegularizer
-from htflearn.checkpoint import replace_file
+from htflearn.files import replace_file
 from htflearn.locality.convac import ConvAC, far_first_tree
 from htflearn.locality.labelled import mean_std, read_labelled
 from htflearn.locality.profile import locality_profile

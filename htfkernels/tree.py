@@ -411,11 +411,15 @@ class ModeTree:
             ValueError: the text is no JSON object with ``order`` and ``parents``, or they are no
                 tree.
         """
-        data = json.loads(text)
+        try:
+            data = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("from_json: the JSON is nested too deeply") from error
         if not isinstance(data, dict) or not {"order", "parents"} <= data.keys():
             raise ValueError('from_json: expected an object with "order" and "parents"')
         if not isinstance(data["parents"], list):
-            raise ValueError(f"from_json: parents must be a list, got {data['parents']!r}")
+            kind = type(data["parents"]).__name__
+            raise ValueError(f"from_json: parents must be a list, got {kind}")
         return cls(data["order"], data["parents"])
 
     def __eq__(self, other: object) -> bool:

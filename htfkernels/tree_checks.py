@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 __all__ = ["analyse", "as_int", "depth_first", "format_modes", "partition_owners"]
@@ -9,7 +10,7 @@ __all__ = ["analyse", "as_int", "depth_first", "format_modes", "partition_owners
 
 def as_int(what: str, value: Any) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise ValueError(f"{what} must be an integer, got {value!r}")
+        raise ValueError(f"{what} must be an integer, got {reprlib.repr(value)}")
     return int(value.__index__())
 
 

@@ -427,13 +427,18 @@ BAD_JSON = {
     "parents_no_list": '{"order": 2, "parents": 3}',
     "parents_null": '{"order": 2, "parents": null}',
     "order_text": '{"order": "2", "parents": [2, 2, -1]}',
+    "nested": "[" * 100_000,
+    "order_nested": '{"order": ' + "[" * 900 + "]" * 900 + ', "parents": [2, 2, -1]}',
+    "digits": '{"order": ' + "9" * 5000 + ', "parents": [2, 2, -1]}',
+    "parents_long": '{"order": 2, "parents": "' + "2" * 10_000 + '"}',
 }
 
 
 @pytest.mark.parametrize("text", BAD_JSON.values(), ids=BAD_JSON.keys())
 def test_bad_json(text):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError) as raised:
         ModeTree.from_json(text)
+    assert len(str(raised.value)) < 200
 
 
 BAD_CALLS = {

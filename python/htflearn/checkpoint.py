@@ -4,6 +4,8 @@ A folder of checkpoints holds ``step-N`` (``model.safetensors``: weights, with t
 metadata; ``state.pt``: optimizer, random generators and the trainer's state) and ``latest``, a file
 with the name of the newest one. A checkpoint is written under another name, synced, renamed, and
 only then pointed at; older ones go last. Whenever the process dies, ``latest`` names a whole one.
+Only folders that hold these files and nothing else are removed, and only what lies in the folder
+of checkpoints is read.
 """
 
 from __future__ import annotations
@@ -11,9 +13,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,20 +28,28 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import htfkernels as hk
-from htflearn.errors import UserError
+from htflearn.errors import UserError, reason
+from htflearn.files import disk_errors, parse_object, sync, whole_file
 
 __all__ = [
     "find_weights",
+    "has_checkpoint",
     "layout_to_dict",
     "load_checkpoint",
     "load_model",
-    "replace_file",
+    "restored",
     "save_checkpoint",
     "save_model",
+    "taken_from",
 ]
 
 _WEIGHTS, _STATE, _LATEST = "model.safetensors", "state.pt", "latest"
+_FILES = (_WEIGHTS, _STATE, _LATEST)  # the last only until the folder's is replaced by it
+_STEP = re.compile(r"step-\d{9,}(-\d+)?")
+_DRAFT = re.compile(r"\.draft(-[0-9a-f]{16})?")
 _Path = str | os.PathLike[str]
+_LONGEST_NAME = 256
+_State = TypeVar("_State")
 
 
 def save_checkpoint(
@@ -57,6 +72,7 @@ def save_checkpoint(
         the checkpoint's own folder.
 
     Raises:
+        ValueError: the iteration is negative.
         OSError: it cannot be written. The checkpoint before is then still there.
 
     Example:
@@ -65,30 +81,38 @@ def save_checkpoint(
         >>> load_checkpoint("run/checkpoints", model)
         {'iteration': 0}
     """
+    state = dict(state or {})
+    iteration = int(state.get("iteration", 0))
+    if iteration < 0:
+        raise ValueError(f"save_checkpoint: the iteration must not be negative, got {iteration}")
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    state = dict(state or {})
-    name = _free_name(folder, f"step-{int(state.get('iteration', 0)):09d}")
-    draft = folder / ".draft"
-    if draft.exists():  # of a process that was killed
-        shutil.rmtree(draft)
+    _remove_drafts(folder)
+    name = _free_name(folder, f"step-{iteration:09d}")
+    draft = _draft(folder)
     draft.mkdir()
-    save_model(draft / _WEIGHTS, model)
     plain = {
         "optimizer": None if optimizer is None else optimizer.state_dict(),
         "random": _random_state(),
         "state": state,
     }
-    with open(draft / _STATE, "wb") as file:
-        torch.save(plain, file)
-        _sync(file)
-    _sync_folder(draft)
-    os.rename(draft, folder / name)
-    _sync_folder(folder)
-    replace_file(folder / _LATEST, name)
-    for other in folder.iterdir():
-        if other.name != name and other.name.startswith("step-"):
-            shutil.rmtree(other, ignore_errors=True)
+    try:
+        with disk_errors(folder):
+            _write_weights(draft / _WEIGHTS, model)
+            with open(draft / _STATE, "wb") as file:
+                torch.save(plain, file)
+            (draft / _LATEST).write_text(name, encoding="utf-8")
+            for written in _FILES:
+                sync(draft / written)
+            sync(draft)
+            os.rename(draft, folder / name)
+    except OSError:
+        shutil.rmtree(draft, ignore_errors=True)  # a full disk has better use for it
+        raise
+    sync(folder)
+    os.replace(folder / name / _LATEST, folder / _LATEST)
+    sync(folder)
+    _remove_older(folder, name)
     return folder / name
 
 
@@ -121,7 +145,8 @@ def load_checkpoint(
 
 
 def save_model(path: _Path, model: nn.Module) -> None:
-    """Writes a model's weights as safetensors; for an :class:`htfkernels.HTF` with its layout.
+    """Writes a model's weights as safetensors, whole or not at all; for an :class:`htfkernels.HTF`
+    with its layout.
 
     Args:
         path: the file.
@@ -130,14 +155,17 @@ def save_model(path: _Path, model: nn.Module) -> None:
     Raises:
         OSError: it cannot be written.
     """
+    with whole_file(path) as draft:
+        _write_weights(draft, model)
+
+
+def _write_weights(path: Path, model: nn.Module) -> None:
     tensors = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
     metadata = {"format": "pt"}
     if isinstance(model, hk.HTF):
         del tensors["_extra_state"]  # the layout, which is in the metadata
         metadata["htf"] = json.dumps(layout_to_dict(model.layout))
     save_file(tensors, path, metadata)
-    with open(path, "rb+") as file:
-        _sync(file)
 
 
 def load_model(path: _Path) -> hk.HTF:
@@ -169,19 +197,21 @@ def load_model(path: _Path) -> hk.HTF:
             last = file
     if "htf" not in metadata:
         raise UserError(f"{file} holds weights, but not those of an htfkernels.HTF")
+    saved = parse_object(metadata["htf"], f"the layout in {file}")
     try:
-        layout = _layout_from_dict(json.loads(metadata["htf"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the layout in {file} cannot be read: {error}") from error
-    model = hk.HTF(
-        layout.tree,
-        layout.mode_dims,
-        dict(zip(layout.tree.interior, layout.ranks, strict=True)),
-        layout.out_features,
-        layout.root,
-        layout.share_weights,
-        device="meta",  # the weights come from the file: nothing to allocate or to draw here
-    )
+        layout = _layout_from_dict(saved)
+        model = hk.HTF(
+            layout.tree,
+            layout.mode_dims,
+            dict(zip(layout.tree.interior, layout.ranks, strict=True)),
+            layout.out_features,
+            layout.root,
+            layout.share_weights,
+            device="meta",  # the weights come from the file: nothing to allocate or to draw here
+        )
+    except (KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        kind = type(error).__name__
+        raise UserError(f"the layout in {file} cannot be read: {kind}: {reason(error)}") from error
     _load_weights(model, tensors, file, assign=True)
     return model
 
@@ -206,24 +236,90 @@ def find_weights(path: _Path) -> Path:
     return Path(path) if Path(path).is_file() else _find(path) / _WEIGHTS
 
 
-def replace_file(path: _Path, text: str) -> None:
-    """Writes a text file, whole or not at all: whoever reads it sees the old text or the new."""
-    target = Path(path)
-    draft = target.with_name(f".{target.name}.draft")
-    with open(draft, "w", encoding="utf-8") as file:
-        file.write(text)
-        _sync(file)
-    os.replace(draft, target)
-    _sync_folder(target.parent)
+def has_checkpoint(folder: _Path) -> bool:
+    """Whether a folder of checkpoints has one, or what should be one."""
+    return os.path.lexists(Path(folder) / _LATEST)
+
+
+def restored(kind: type[_State], saved: dict[str, Any], path: _Path) -> _State:
+    """A training's state from what :func:`load_checkpoint` returned.
+
+    Args:
+        kind: a dataclass, each field with a default.
+        saved: what was returned.
+        path: where from, for the message.
+
+    Raises:
+        UserError: a field that the dataclass has not, or a value of another type than its default.
+    """
+    state: Any = kind()
+    known = {field.name for field in fields(state)}
+    for name, value in saved.items():
+        expected = type(getattr(state, name)) if name in known else None
+        if expected is None:
+            raise UserError(f"the checkpoint in {path} is of another training: it has {name!r}")
+        if not isinstance(value, (int, float) if expected is float else expected):
+            raise UserError(
+                f"the checkpoint in {path} is damaged: its {name} is no {expected.__name__}"
+            )
+        setattr(state, name, value)
+    return state
+
+
+@contextmanager
+def taken_from(path: _Path) -> Iterator[None]:
+    """Tells in a sentence that what the block takes from a checkpoint is something else.
+
+    Raises:
+        UserError: the block has raised one of the exceptions that come of it.
+    """
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        kind = type(error).__name__
+        raise UserError(f"the checkpoint in {path} is damaged: {kind}: {reason(error)}") from error
 
 
 def _free_name(folder: Path, name: str) -> str:
     """A name no checkpoint has: that of an earlier run stays until ours is pointed at."""
     free, number = name, 1
-    while (folder / free).exists():
+    while os.path.lexists(folder / free):
         number += 1
         free = f"{name}-{number}"
     return free
+
+
+def _draft(folder: Path) -> Path:
+    return folder / f".draft-{secrets.token_hex(8)}"
+
+
+def _remove_drafts(folder: Path) -> None:
+    """What processes that were killed have left."""
+    for entry in _own(folder, _DRAFT):
+        shutil.rmtree(entry, ignore_errors=True)
+
+
+def _remove_older(folder: Path, newest: str) -> None:
+    """All checkpoints but the newest."""
+    for entry in _own(folder, _STEP):
+        if entry.name != newest and (entry / _WEIGHTS).is_file():
+            # What a kill would leave of it is then a draft: by its content nobody could tell.
+            with suppress(OSError):
+                os.rename(entry, _draft(folder))
+    _remove_drafts(folder)
+
+
+def _own(folder: Path, names: re.Pattern[str]) -> list[Path]:
+    """Folders of these names that hold files of ours and nothing else."""
+    found = []
+    for entry in folder.iterdir():
+        if names.fullmatch(entry.name) and not entry.is_symlink():
+            try:
+                if {file.name for file in entry.iterdir()} <= set(_FILES):
+                    found.append(entry)
+            except OSError:  # no folder, or one that we may not look into
+                continue
+    return found
 
 
 def _find(path: _Path) -> Path:
@@ -231,12 +327,17 @@ def _find(path: _Path) -> Path:
     if (given / _WEIGHTS).is_file():
         return given
     for folder in (given, given / "checkpoints"):
+        latest = folder / _LATEST
         try:
-            return folder / (folder / _LATEST).read_text(encoding="utf-8").strip()
+            with open(latest, encoding="utf-8") as file:
+                name = file.read(_LONGEST_NAME).strip()
         except (FileNotFoundError, NotADirectoryError):
             continue
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{folder / _LATEST} cannot be read: {error}") from error
+            raise UserError(f"{latest} cannot be read: {reason(error)}") from error
+        if latest.is_symlink() or not _STEP.fullmatch(name) or (folder / name).is_symlink():
+            raise UserError(f"expected the name of a checkpoint beside it in {latest}")
+        return folder / name
     raise UserError(f"there is no checkpoint in {given}")
 
 
@@ -246,17 +347,23 @@ def _read(found: Path, model: Any, optimizer: Any) -> dict[str, Any]:
     except FileNotFoundError:
         raise
     except Exception as error:  # torch.load raises half a dozen kinds for a damaged file
-        raise UserError(f"{found / _STATE} cannot be read: {error}") from error
+        raise UserError(f"{found / _STATE} cannot be read: {reason(error)}") from error
+    keys = {"optimizer", "random", "state"}
+    if not isinstance(saved, dict) or not keys <= saved.keys():
+        raise UserError(f"{found / _STATE} does not hold the state of a training")
+    if not isinstance(saved["state"], dict):
+        raise UserError(f"{found / _STATE} does not hold the state of a training")
     if model is not None:
         tensors, _ = _read_weights(found / _WEIGHTS)
         _load_weights(model, tensors, found)
     if optimizer is not None and saved["optimizer"] is not None:
-        try:
+        with taken_from(found):
             _keep_capturable(saved["optimizer"], optimizer)
-            optimizer.load_state_dict(saved["optimizer"])
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{found} is of another optimizer: {error}") from error
-        _set_random_state(saved["random"])
+            try:
+                optimizer.load_state_dict(saved["optimizer"])
+            except ValueError as error:
+                raise UserError(f"{found} is of another optimizer: {reason(error)}") from error
+            _set_random_state(saved["random"])
     return saved["state"]
 
 
@@ -322,16 +429,3 @@ def _set_random_state(saved: dict[str, Any]) -> None:
     torch.set_rng_state(saved["cpu"])
     if saved["cuda"] and torch.cuda.device_count() == len(saved["cuda"]):
         torch.cuda.set_rng_state_all(saved["cuda"])
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from htflearn.errors import UserError
+from htflearn.errors import Incomplete, UserError, out_of_memory, reason
 
 __all__ = ["COMMANDS", "main", "run"]
 
@@ -46,12 +47,15 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 """Name -> (``module:function``, line of help). A command without its module is not offered."""
 
-_USER_ERROR, _INTERRUPTED = 2, 130
+_USER_ERROR, _INCOMPLETE, _INTERRUPTED = 2, 3, 130
 
 
 def main() -> None:
     """The entry point of ``htf``: runs a command and ends the process."""
     os.environ.setdefault("GOMP_SPINCOUNT", _spins(sys.argv[1:]))
+    for stream in (sys.stdout, sys.stderr):  # a letter that the terminal lacks is no reason to end
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     sys.exit(run(sys.argv[1:]))
 
 
@@ -84,7 +88,8 @@ def run(arguments: Sequence[str]) -> int:
         arguments: as on the command line, without the program's name.
 
     Returns:
-        the exit code: 0, 2 where the user has something to put right, 130 after an interruption.
+        the exit code: 0; 2 where the user has something to put right; 3 where the result is there,
+        and something that goes with it, a figure or a report, is not; 130 after an interruption.
 
     Example:
         >>> run(["info"])  # doctest: +SKIP
@@ -140,14 +145,36 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
 
         try:
             command(*args, **kwargs)
-        except UserError as error:
-            print(f"htf: {error}", file=sys.stderr)
-            raise typer.Exit(_USER_ERROR) from None
-        except KeyboardInterrupt:
-            print("htf: interrupted", file=sys.stderr)
-            raise typer.Exit(_INTERRUPTED) from None
+        except BaseException as error:
+            told = _told(error)
+            if told is None:
+                raise
+            code, sentences = told
+            for sentence in sentences:
+                print(f"htf: {sentence}", file=sys.stderr)
+            raise typer.Exit(code) from None
 
     return guarded
+
+
+def _told(error: BaseException) -> tuple[int, Sequence[str]] | None:
+    """The exit code and the sentences for an error that is the user's to fix, or the machine's;
+    None for any other."""
+    if isinstance(error, KeyboardInterrupt):
+        return _INTERRUPTED, ["interrupted"]
+    if isinstance(error, Incomplete):
+        return _INCOMPLETE, error.sentences
+    if isinstance(error, UserError):
+        return _USER_ERROR, [str(error)]
+    if isinstance(error, BrokenPipeError):  # whoever read our output has seen enough
+        return None
+    if isinstance(error, OSError):
+        file = "" if error.filename is None else f"{error.filename}: "
+        return _USER_ERROR, [f"{file}{reason(error)}"]
+    if out_of_memory(error):
+        detail = f": {reason(error)}" if str(error) else ""
+        return _USER_ERROR, [f"there is not enough memory{detail}"]
+    return None
 
 
 if __name__ == "__main__":

@@ -8,22 +8,24 @@ tensor of low rank, and the norms of their components are recorded. (Razin, Mama
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 import htfkernels as hk
 from htfkernels.dispatch import requested
 from htfkernels.plan import make_plan
-from htflearn.checkpoint import replace_file
-from htflearn.errors import UserError, usable_device, writable_directory
+from htflearn.errors import Extras, UserError, reason, usable_device, writable_directory
+from htflearn.files import read_object, replace_file
 from htflearn.models import matrix_factorization, tensor_factorization
 from htflearn.optim import GroupRMSprop
+from htflearn.options import shown
 from htflearn.targets import make_target
 from htflearn.tasks import CompletionTask, completion
 from htflearn.trackers import (
@@ -136,7 +138,7 @@ def prepare(setting: Setting) -> tuple[CompletionTask, hk.HTF, torch.optim.Optim
     try:
         return _prepare(setting)
     except ValueError as error:
-        raise UserError(f"{setting.panel}: {error}") from error
+        raise UserError(f"the {setting.panel.upper()} panel: {error}") from error
 
 
 def _prepare(setting: Setting) -> tuple[CompletionTask, hk.HTF, torch.optim.Optimizer]:
@@ -177,22 +179,32 @@ def _model(setting: Setting, dims: tuple[int, ...]) -> hk.HTF:
 
 
 def run(
-    settings: Iterable[Setting], out: str | Path, resume: bool = False, progress: bool = True
+    settings: Iterable[Setting],
+    out: str | Path,
+    resume: bool = False,
+    progress: bool = True,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Trains the panels one after another, writes ``dynamics.json`` and draws ``dynamics.png``.
+
+    A panel that fails does not stop the others.
 
     Args:
         settings: one of each panel.
         out: directory; each panel has its metrics and checkpoints in one of its own there.
         resume: goes on where an earlier run with the same settings stopped.
         progress: see :class:`htflearn.Trainer`.
+        force: starts anew where ``out`` holds a run already.
 
     Returns:
         what ``dynamics.json`` holds: ``{"panels": [...]}``, see :func:`run_panel`.
 
     Raises:
         UserError: settings that do not fit, or differ from those of the run to resume, or an output
-            directory that cannot be written. All of this is seen before the first iteration.
+            directory that cannot be written, or that holds a run (without ``resume`` and
+            ``force``). All of this is seen before the first iteration.
+        Incomplete: a panel, its ranks or the figure could not be made. What could be is in its
+            ``made``.
 
     Example:
         >>> results = run([PRESETS["smoke"]["mf"]], "figures", progress=False)
@@ -201,25 +213,47 @@ def run(
     """
     from htflearn.figures import draw_dynamics
 
+    directory = Path(out)
+    if not resume and not force:
+        _refuse_earlier(directory)
     settings = list(settings)
     for setting in settings:
         prepare(setting)
-    directory = writable_directory(out)
+    writable_directory(directory)
+    numbers, figure = directory / "dynamics.json", directory / "dynamics.png"
     for setting in settings:
         _check_same_settings(setting, directory / setting.panel, resume)
-    panels = [run_panel(s, directory / s.panel, resume, progress) for s in settings]
+    if force and not resume:
+        for file in (numbers, figure):
+            file.unlink(missing_ok=True)
+    extras, panels = Extras(), []
+    for setting in settings:
+        try:
+            panels.append(run_panel(setting, directory / setting.panel, resume, progress, extras))
+        except UserError as error:
+            extras.sentences.append(str(error))
+    if not panels:
+        raise UserError("; ".join(extras.sentences))
     results = {"htfkernels": hk.__version__, "torch": torch.__version__, "panels": panels}
     try:
-        replace_file(directory / "dynamics.json", json.dumps(results, indent=1) + "\n")
-        draw_dynamics(panels, directory / "dynamics.png")
+        replace_file(numbers, json.dumps(results, indent=1) + "\n")
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"the results cannot be written into {directory}: {reason}") from error
+        raise UserError(
+            f"the results cannot be written into {directory}: {reason(error)}; the trainings "
+            "are there, and --resume goes on from them"
+        ) from error
+    with extras.making(f"the figure {figure}"):
+        draw_dynamics(panels, figure)
+    extras.done(results)
     return results
 
 
 def run_panel(
-    setting: Setting, out: Path, resume: bool = False, progress: bool = True
+    setting: Setting,
+    out: Path,
+    resume: bool = False,
+    progress: bool = True,
+    extras: Extras | None = None,
 ) -> dict[str, Any]:
     """Trains one panel.
 
@@ -228,17 +262,24 @@ def run_panel(
         out: directory of its metrics and checkpoints.
         resume: goes on from the newest checkpoint.
         progress: see :class:`htflearn.Trainer`.
+        extras: told where the ranks cannot be computed; they are then missing.
 
     Returns:
         ``settings``; ``series``: for each node (or the singular values of ``"mf"``) the recorded
         norms, ``iterations``, and of the ``components`` learned the final norm and when each rose
         (reached half of it); the final errors, ``ranks`` of the matricizations, and the time taken.
     """
+    told = Extras() if extras is None else extras
     with _threads(setting.threads):
-        return _run_panel(setting, out, resume, progress)
+        panel = _run_panel(setting, out, resume, progress, told)
+    if extras is None:
+        told.done(panel)
+    return panel
 
 
-def _run_panel(setting: Setting, out: Path, resume: bool, progress: bool) -> dict[str, Any]:
+def _run_panel(
+    setting: Setting, out: Path, resume: bool, progress: bool, extras: Extras
+) -> dict[str, Any]:
     task, model, optimizer = prepare(setting)
     trackers: list[Tracker] = [_tracker(setting), Unbalancedness()]
     config = TrainConfig(
@@ -255,9 +296,12 @@ def _run_panel(setting: Setting, out: Path, resume: bool, progress: bool) -> dic
     result = trainer.fit(resume=resume)
     if result.reason == "not finite":
         raise UserError(
-            f"{setting.panel}: the loss is no longer finite after {result.iterations} iterations; "
-            f"a smaller --lr than {setting.lr:g} may help"
+            f"the {title} panel: the loss is no longer finite after {result.iterations} "
+            f"iterations; a smaller --lr than {setting.lr:g} may help"
         )
+    ranks: dict[str, Any] = {}
+    with extras.making(f"the ranks of the {title} panel"):
+        ranks = _ranks(setting, model, task)
     plan = make_plan(
         "full_tensor", model.layout, DTYPES[setting.dtype], setting.device, requested()
     )
@@ -272,7 +316,7 @@ def _run_panel(setting: Setting, out: Path, resume: bool, progress: bool) -> dic
         "test_mse": final.get("test_mse"),
         "reconstruction_error": final["reconstruction_error"],
         "unbalancedness": final["unbalancedness"]["max"],
-        "ranks": _ranks(setting, model, task),
+        "ranks": ranks,
         "seconds": result.seconds,
         "iterations_per_second": result.iterations / result.seconds if result.seconds else None,
         "backend": plan.backend,
@@ -339,21 +383,30 @@ def _components(iterations: list[int], norms: list[list[float]]) -> list[dict[st
     ]
 
 
+def _refuse_earlier(directory: Path) -> None:
+    """A run is not written over: whoever has waited for it may still want it."""
+    earlier = [directory / name for name in ("dynamics.json", "dynamics.png")]
+    for panel in get_args(Panel):
+        earlier += [directory / panel / name for name in ("metrics.jsonl", "checkpoints/latest")]
+    found = next((path for path in earlier if os.path.lexists(path)), None)
+    if found is not None:
+        raise UserError(
+            f"{directory} holds a run already ({found.relative_to(directory)}): --resume goes on "
+            "with it, --force starts anew in its place, another --out leaves it alone"
+        )
+
+
 def _check_same_settings(setting: Setting, out: Path, resume: bool) -> None:
     """A run goes on with the settings it began with, but for where it ends and where it runs."""
     path = out / "settings.json"
     if not resume or not path.exists():
         return
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    now = asdict(setting)
+    before, now = read_object(path), asdict(setting)
     free = {"iterations", "stop_train_loss", "device"}
     for name, value in now.items():
         if name not in free and before.get(name) != value:
             option = name.replace("_", "-")
             raise UserError(
-                f"the {setting.panel} run in {out} has {option} {before.get(name)}, not {value}: "
-                "resume it with the same settings, or start anew in another directory"
+                f"the {setting.panel} run in {out} has {option} {shown(before.get(name))}, not "
+                f"{value}: resume it with the same settings, or start anew in another directory"
             )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
+
+from htflearn.files import whole_file
 
 __all__ = ["COLOURS", "FORMATS", "draw_dynamics", "save_figure"]
 
@@ -62,13 +63,8 @@ def save_figure(figure: Any, path: Path) -> None:
     from matplotlib import rc_context
 
     kind = path.suffix.lower()
-    draft = path.with_name(f".{path.name}.draft{kind}")
-    try:
-        with rc_context({"svg.hashsalt": "htf"}):
-            figure.savefig(draft, format=kind[1:], metadata=FORMATS[kind])
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with whole_file(path) as draft, rc_context({"svg.hashsalt": "htf"}):
+        figure.savefig(draft, format=kind[1:], metadata=FORMATS[kind])
 
 
 def _draw_panel(axis: Any, panel: dict[str, Any]) -> None:

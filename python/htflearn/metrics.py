@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from htflearn.errors import UserError, reason
+from htflearn.files import append, parse_object
 
 __all__ = ["MetricsFile", "plain"]
 
@@ -20,20 +25,28 @@ class MetricsFile:
     Args:
         path: the file, or None.
         keep: bytes of an existing file to keep; what lies behind them is cut off.
+        last: what the last line that is kept must hold.
 
     Attributes:
         lines: the lines, those kept first.
+
+    Raises:
+        UserError: the file cannot be read or written, or what is to be kept is something else.
     """
 
-    def __init__(self, path: Path | None, keep: int = 0) -> None:
+    def __init__(
+        self, path: Path | None, keep: int = 0, last: dict[str, Any] | None = None
+    ) -> None:
         self.lines: list[dict[str, Any]] = []
-        self._file = None
+        self._path = path
+        self._file: Any = None
         if path is None:
             return
-        self._file = open(path, "ab")
-        self._file.truncate(min(keep, self._file.tell()))
-        with open(path, encoding="utf-8") as kept:
-            self.lines = [json.loads(line) for line in kept]
+        if keep:
+            self.lines = _kept(path, keep, last or {})
+        with self._writing():
+            self._file = open(path, "ab", buffering=0)
+            self._file.truncate(keep)
 
     def __enter__(self) -> MetricsFile:
         return self
@@ -48,19 +61,52 @@ class MetricsFile:
             self._file.close()
 
     def append(self, line: dict[str, Any]) -> None:
-        """Adds a line and hands it to the system, so that another program can follow the run."""
-        self.lines.append(line)
+        """Adds a line and hands it to the system, so that another program can follow the run.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         if self._file is not None:
-            self._file.write(json.dumps(line).encode() + b"\n")
-            self._file.flush()
+            with self._writing():
+                append(self._file, json.dumps(line).encode() + b"\n")
+        self.lines.append(line)
 
     def sync(self) -> int:
-        """Brings the file to the disk and returns its size."""
+        """Brings the file to the disk and returns its size.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         if self._file is None:
             return 0
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return os.fstat(self._file.fileno()).st_size
+        with self._writing():
+            os.fsync(self._file.fileno())
+            return os.fstat(self._file.fileno()).st_size
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self._path} cannot be written: {reason(error)}") from error
+
+
+def _kept(path: Path, keep: int, last: dict[str, Any]) -> list[dict[str, Any]]:
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            content = file.read(keep) if 0 < keep <= size else b""
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}") from error
+    damaged = f"{path} is not as the run left it"
+    if not content.endswith(b"\n"):
+        raise UserError(f"{damaged}: expected whole lines of {keep} bytes in all, got {size}")
+    lines = content.split(b"\n")[:-1]
+    kept = [parse_object(line, f"line {n} of {path}") for n, line in enumerate(lines, 1)]
+    if not last.items() <= kept[-1].items():
+        name, value = next(iter(last.items()))
+        raise UserError(f"{damaged}: expected {name} {value} in the last line kept")
+    return kept
 
 
 def plain(value: Any) -> Any:

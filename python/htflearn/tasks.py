@@ -433,6 +433,8 @@ def _rows_of(measurements: Any, rows: Any) -> Any:
 
 
 def _with_noise(values: Tensor, std: float, generator: torch.Generator | None) -> Tensor:
+    if not 0 <= std < float("inf"):
+        raise ValueError(f"noise_std must be finite and not negative, got {std}")
     if std == 0:
         return values
     noise = torch.randn(values.shape, generator=generator, dtype=torch.float64)

@@ -13,8 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from htflearn import completion_step
-from htflearn.checkpoint import load_checkpoint, save_checkpoint
-from htflearn.errors import UserError, writable_directory
+from htflearn.checkpoint import (
+    has_checkpoint,
+    load_checkpoint,
+    restored,
+    save_checkpoint,
+    taken_from,
+)
+from htflearn.errors import UserError, reason, writable_directory
 from htflearn.metrics import MetricsFile, plain
 from htflearn.progress import Progress
 from htflearn.step import CudaGraph, Graph, make_step
@@ -196,7 +202,8 @@ class Trainer:
         state, metrics = self._begin(resume)
         batches = _Batches(self.task.num_samples, self.config, _device(self.model))
         if state.batches:
-            batches.load_state_dict(state.batches)
+            with taken_from(self.out or ""):
+                batches.load_state_dict(state.batches)
         began = time.monotonic() - state.seconds
         with (
             metrics,
@@ -220,20 +227,20 @@ class Trainer:
             )
 
     def _begin(self, resume: bool) -> tuple[_State, MetricsFile]:
-        path = None if self.out is None else self.out / "metrics.jsonl"
-        if resume and self.out is not None and (self.out / "checkpoints" / "latest").exists():
-            saved = load_checkpoint(self.out / "checkpoints", self.model, self.optimizer)
-            try:
-                state = _State(**saved)
-            except TypeError as error:
-                raise UserError(
-                    f"the checkpoint in {self.out} is not a Trainer's: {error}"
-                ) from error
-            return state, MetricsFile(path, keep=state.metrics_bytes)
-        if self.out is not None:
+        if self.out is None:
+            return _State(), MetricsFile(None)
+        path, checkpoints = self.out / "metrics.jsonl", self.out / "checkpoints"
+        if not (resume and has_checkpoint(checkpoints)):
             # First of all, so that a kill from here on leaves the start of this run, unmixed.
             self._write(_State())
-        return _State(), MetricsFile(path)
+            return _State(), MetricsFile(path)
+        saved = load_checkpoint(checkpoints, self.model, self.optimizer)
+        state = restored(_State, saved, self.out)
+        # Taken at the end of the run, and missed now.
+        if state.best_weights and _shapes(state.best_weights) != _shapes(self.model.state_dict()):
+            raise UserError(f"the best weights in {self.out} are those of another model")
+        last = {"iteration": state.logged} if state.logged >= 0 else None
+        return state, MetricsFile(path, state.metrics_bytes, last)
 
     def _fused_step(self) -> Callable[[Tensor | None], Any] | None:
         """All of a step in one operator, where there is one."""
@@ -347,8 +354,9 @@ class Trainer:
         try:
             save_checkpoint(self.out / "checkpoints", self.model, self.optimizer, vars(state))
         except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"a checkpoint cannot be written into {self.out}: {reason}") from error
+            raise UserError(
+                f"a checkpoint cannot be written into {self.out}: {reason(error)}"
+            ) from error
 
 
 class _Batches:
@@ -384,6 +392,10 @@ class _Batches:
             self._order = None
             self.next()
         self._position = position
+
+
+def _shapes(weights: dict[str, Any]) -> dict[str, Any]:
+    return {name: getattr(value, "shape", None) for name, value in weights.items()}
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -175,6 +177,38 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"  {name} " in printed
 
 
+def test_earlier_rows_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "a.json"
+    out.write_text("earlier")
+    assert run("--out", out) == 2
+    assert "a.json exists; give --force to replace it, or another --out" in capsys.readouterr().err
+    assert out.read_text() == "earlier"
+    data = tiny(out, "-w", "small", "-i", OURS, "--pass", "forward", "--force")
+    assert len(data["rows"]) == 1
+
+
+def test_rows_are_saved_before_they_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(report, "print_workload", broken)
+    with pytest.raises(ZeroDivisionError):
+        run("--scale", "tiny", "--repeats", 1, "-w", "small", "-i", OURS, "--out", tmp_path / "a")
+    assert len(report.load(tmp_path / "a")["rows"]) == 3
+
+
+def test_an_output_is_proved_before_pytorch_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    code = "import sys; from htflearn import cli; code = cli.run(['bench', '--out', sys.argv[1]])"
+    command = [sys.executable, "-c", f"{code}; print('torch' in sys.modules, code)"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "file" / "a.json")], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "False 2\n" and "cannot be written" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -187,10 +221,12 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (["--scale", "huge"], "--scale must be one of full, tiny, got 'huge'"),
         (["--repeats", "0"], "--repeats must be positive, got 0"),
+        (["--budget", "nan"], "--budget must be positive, got nan"),
+        (["--compile-limit", "1e30"], "--compile-limit must be at most 1,000,000,000"),
         (["--threads", "0"], "--threads must be positive, got 0"),
         (["--out", "/proc/nowhere/a.json"], "the output directory /proc/nowhere cannot be written"),
         (["--compare", "/absent.json", "b.json"], "/absent.json cannot be read: No such file"),
-        (["--compare", "/etc/hostname", "b.json"], "/etc/hostname is no file of htf bench"),
+        (["--compare", "/etc/hostname", "b.json"], "/etc/hostname cannot be read as JSON"),
     ],
 )
 def test_bad_input(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:

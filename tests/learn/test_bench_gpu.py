@@ -26,13 +26,13 @@ from htflearn.bench import (
     report,
 )
 from htflearn.bench import measure as measuring
+from htflearn.bench import run as bench
 from htflearn.bench.accuracy import TOLERANCE, judge
 from htflearn.bench.device import Machine, Replay
 from htflearn.bench.gpu_implementations import GPU_IMPLEMENTATIONS
 from htflearn.bench.implementations import OURS
 from htflearn.bench.measure import measure
 from htflearn.bench.workloads import Problem, workloads
-from htflearn.commands import bench
 
 GRAPH = f"{OURS}, CUDA graph"
 ANY = Machine(1.0, 1.0)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from full_disk import largest_file
+from safetensors.torch import save_file
 from torch import nn
 
 import htfkernels as hk
@@ -23,7 +27,7 @@ from htflearn import (
     tensor_factorization,
 )
 from htflearn import checkpoint as module
-from htflearn.checkpoint import save_model
+from htflearn.checkpoint import layout_to_dict, restored, save_model
 
 
 def make() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -167,6 +171,83 @@ def test_a_disk_that_is_full_keeps_the_old(tmp_path: Path, monkeypatch: pytest.M
     assert load_checkpoint(tmp_path)["iteration"] == 5
 
 
+def test_a_disk_without_room(tmp_path: Path) -> None:
+    """Of the two files that a checkpoint has, safetensors writes one, and torch.save the other."""
+    model = matrix_factorization(40, 40)
+    adam = torch.optim.Adam(model.parameters())
+    model.full_tensor().sum().backward()
+    adam.step()
+    for size, optimizer in ((4096, None), (30_000, adam)):
+        with largest_file(size), pytest.raises(OSError, match="File too large"):
+            save_checkpoint(tmp_path, model, optimizer)
+        assert not list(tmp_path.iterdir()), "what could not be finished takes no room"
+    with largest_file(4096), pytest.raises(OSError, match="File too large"):
+        save_model(tmp_path / "model.safetensors", model)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_not_ours_stays(tmp_path: Path) -> None:
+    model, optimizer = make()
+    folder, outside = tmp_path / "run", tmp_path / "step-000000007"
+    save_checkpoint(folder, model, optimizer, {"iteration": 1})
+    save_checkpoint(outside, model, optimizer, {"iteration": 7})
+    (folder / "step-notes.txt").write_text("mine")
+    for name in ("step-by-step", "step-12", "step-000000001-old", ".draft-mine", "step-000000009"):
+        (folder / name).mkdir()
+        (folder / name / "model.safetensors").write_text("mine")
+    for name in ("step-000000009", "step-000000001"):
+        (folder / name / "notes.txt").write_text("mine")
+    (folder / "step-000000003").mkdir()
+    (folder / "step-000000004").symlink_to(outside / "step-000000007")
+    (folder / ".draft").symlink_to(outside / "step-000000007")
+
+    def everything() -> set[Path]:
+        return {path.relative_to(tmp_path) for path in tmp_path.rglob("*")}
+
+    before = everything()
+    save_checkpoint(folder, model, optimizer, {"iteration": 2})
+    save_checkpoint(folder, model, optimizer, {"iteration": 3})
+    made = {Path("run/step-000000003-2"), *(Path("run/step-000000003-2") / n for n in FILES)}
+    assert everything() == before | made
+    assert (outside / "latest").read_text() == "step-000000007"
+
+
+FILES = ("model.safetensors", "state.pt")
+
+
+def test_no_link_that_lies_in_wait_is_followed(tmp_path: Path) -> None:
+    model, optimizer = make()
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("latest", ".latest.draft", "step-000000000"):
+        (folder / name).symlink_to(victim)
+    saved = save_checkpoint(folder, model, optimizer)
+    assert victim.read_text() == "precious" and saved.name == "step-000000000-2"
+    assert load_checkpoint(folder) == {} and not (folder / "latest").is_symlink()
+
+
+@pytest.mark.parametrize(
+    "name", ["../other/step-000000001", "/{0}/other/step-000000001", "", ".", "..", "other",
+             "step-1", "step-000000001/", "step-000000001\n../other", "step-000000002", "x" * 9999]
+)  # fmt: skip
+def test_the_newest_is_a_checkpoint_beside_its_name(name: str, tmp_path: Path) -> None:
+    model, _ = make()
+    for folder in ("run", "other"):
+        save_checkpoint(tmp_path / folder, model, state={"iteration": 1})
+    (tmp_path / "run" / "step-000000002").symlink_to(tmp_path / "other" / "step-000000001")
+    latest = tmp_path / "run" / "latest"
+    latest.write_text(name.format(tmp_path))
+    for load in (load_checkpoint, load_model):
+        with pytest.raises(UserError, match="expected the name of a checkpoint beside it in"):
+            load(tmp_path / "run")
+    latest.unlink()
+    latest.symlink_to(tmp_path / "other" / "latest")
+    with pytest.raises(UserError, match="expected the name of a checkpoint beside it in"):
+        load_model(tmp_path / "run")
+
+
 def test_nothing_there(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent"):
         with pytest.raises(UserError, match="there is no checkpoint in"):
@@ -187,6 +268,85 @@ def test_damaged_files(file: str, damage: str, tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes()[:40] if damage == "cut" else b"x" * 200)
     with pytest.raises(UserError, match=r"cannot be read|lacks a file"):
         load_checkpoint(tmp_path, model, optimizer)
+
+
+GOOD = {"optimizer": None, "random": {}, "state": {}}
+
+
+@pytest.mark.parametrize(
+    ("saved", "says"),
+    [
+        (None, "does not hold the state of a training"),
+        ([1], "does not hold the state of a training"),
+        ({}, "does not hold the state of a training"),
+        ({**GOOD, "state": [1]}, "does not hold the state of a training"),
+        ({**GOOD, "optimizer": "x"}, "is damaged"),
+        ({**GOOD, "optimizer": {"param_groups": 3}}, "is damaged"),
+        ({**GOOD, "optimizer": {"state": {}, "param_groups": []}}, "another optimizer"),
+        ({**GOOD, "optimizer": {}, "random": None}, "is damaged"),
+    ],
+    ids=range(8),
+)
+def test_a_state_of_something_else(saved: object, says: str, tmp_path: Path) -> None:
+    model, optimizer = make()
+    written = save_checkpoint(tmp_path, model, optimizer)
+    torch.save(saved, written / "state.pt")
+    with pytest.raises(UserError, match=says):
+        load_checkpoint(tmp_path, model, optimizer)
+
+
+@pytest.mark.parametrize("random", [None, {}, {"cpu": 3}, {"cpu": torch.zeros(3), "cuda": []}])
+def test_random_numbers_of_something_else(random: object, tmp_path: Path) -> None:
+    model, optimizer = make()
+    written = save_checkpoint(tmp_path, model, optimizer)
+    saved = torch.load(written / "state.pt", weights_only=True)
+    torch.save({**saved, "random": random}, written / "state.pt")
+    with pytest.raises(UserError, match="is damaged"):
+        load_checkpoint(tmp_path, model, optimizer)
+
+
+@dataclass
+class State:
+    count: int = 0
+    seconds: float = 0.0
+    found: dict[str, int] = field(default_factory=dict)
+
+
+def test_the_state_of_a_training() -> None:
+    assert restored(State, {"count": 3, "seconds": 1}, "run") == State(3, 1)
+    for saved, says in (
+        ({"iteration": 3}, "is of another training: it has 'iteration'"),
+        ({"__class__": 3}, "is of another training"),
+        ({"count": "3"}, "its count is no int"),
+        ({"count": None}, "its count is no int"),
+        ({"seconds": torch.ones(2)}, "its seconds is no float"),
+        ({"found": [1]}, "its found is no dict"),
+    ):
+        with pytest.raises(UserError, match=says):
+            restored(State, saved, "run")
+
+
+LAYOUT = layout_to_dict(matrix_factorization(6, 5).layout)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "null", "[]", "", "[" * 100_000, "{}", '{"tree": ' * 900 + "1" + "}" * 900,
+        *(json.dumps({**LAYOUT, key: value}) for key, value in (
+            ("tree", None), ("tree", {"order": 2, "parents": "22"}), ("ranks", [1]),
+            ("ranks", [[1]] * 2), ("mode_dims", [10**30, 5]), ("mode_dims", "65"),
+            ("mode_dims", {}), ("out_features", 0), ("root", []), ("root", None),
+        )),
+    ],
+    ids=range(16),
+)  # fmt: skip
+def test_layouts_of_something_else(layout: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(make()[0].state_dict(), path, {"htf": layout})
+    with pytest.raises(UserError, match=r"the layout in .*model\.safetensors") as raised:
+        load_model(path)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
 
 
 def test_weights_of_another_model(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 import htfkernels as hk
 from htflearn import cli
-from htflearn.errors import UserError, writable_directory
+from htflearn.errors import Incomplete, UserError, writable_directory
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,6 +73,18 @@ def test_errors_of_the_user_and_interruptions(
     raising(KeyboardInterrupt())
     assert cli.run(["info"]) == 130
     assert capsys.readouterr().err == "htf: interrupted\n"
+    raising(Incomplete(["no figure", "no ranks"]))
+    assert cli.run(["info"]) == 3
+    assert capsys.readouterr().err == "htf: no figure\nhtf: no ranks\n"
+    raising(OSError(36, "File name too long", "a.npy"))
+    assert cli.run(["info"]) == 2
+    assert capsys.readouterr().err == "htf: a.npy: File name too long\n"
+    raising(MemoryError())
+    assert cli.run(["info"]) == 2
+    assert capsys.readouterr().err == "htf: there is not enough memory\n"
+    raising(RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"))
+    assert cli.run(["info"]) == 2
+    assert "there is not enough memory: DefaultCPU" in capsys.readouterr().err
     raising(RuntimeError("a bug"))
     with pytest.raises(RuntimeError, match="a bug"):
         cli.run(["info"])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import htfkernels as hk
 from htflearn import cli
@@ -190,12 +191,69 @@ def test_an_interruption_while_writing_loses_nothing(
     assert htf(tmp_path / "t.npy") == 0
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
 
-    def broken(*_: object, **__: object) -> None:
-        raise error
+    real, calls = np.save, []
 
-    monkeypatch.setattr(Path, "write_text", broken)
+    def save(*args: Any, **options: Any) -> None:
+        calls.append(args)
+        if len(calls) > 1:  # the first only tries whether the result can be written
+            raise error
+        real(*args, **options)
+
+    monkeypatch.setattr(np, "save", save)
     assert htf(tmp_path / "t.npy", "--force", "--seed", 1) in (2, 130)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def broken(*_: object, **__: object) -> None:
+    raise MemoryError("std::bad_alloc")
+
+
+BROKEN = {
+    "htflearn.complete.report._ranks": "the ranks could not be made: std::bad_alloc",
+    "htflearn.complete.run.make_cp": "the comparison with CP could not be made: not enough memory",
+    "htflearn.complete.run.make_report": "the report could not be made: std::bad_alloc",
+    "htflearn.complete.run.report_writer": "the report could not be made: std::bad_alloc",
+    "htflearn.complete.run.picture_writer": "the picture could not be made: std::bad_alloc",
+}
+
+
+@pytest.mark.parametrize("place", BROKEN)
+def test_what_cannot_be_made_does_not_cost_the_result(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pixels = np.add.outer(np.arange(9) * 5, np.arange(10) * 7).astype(np.uint8)
+    Image.fromarray(np.stack([pixels] * 3, axis=2)).save(tmp_path / "p.png")
+    for name in ("p-completed.json", "p-completed-panels.png"):
+        (tmp_path / name).write_text("of an earlier result")
+    monkeypatch.setattr(place, broken)
+    options = ("--iterations", "2", "--weight-decay", "0", "--hide", "0.5", "--no-quantize")
+    assert cli.run(["complete", str(tmp_path / "p.png"), *options, "--force"]) == 3
+    shown = capsys.readouterr()
+    assert shown.err.startswith(f"htf: {BROKEN[place]}") and shown.err.count("\n") == 1
+    assert np.array(Image.open(tmp_path / "p-completed.png")).shape == (9, 10, 3)
+    written = shown.out.splitlines()[-1]
+    report, panels = tmp_path / "p-completed.json", tmp_path / "p-completed-panels.png"
+    for file, lacks in ((report, "the report"), (panels, "the picture")):
+        assert file.exists() == (file.name in written) == (lacks not in BROKEN[place])
+    if report.exists() and panels.exists():
+        numbers = json.loads(report.read_text())
+        assert BROKEN[place] in numbers["notes"][-1]
+        assert "HTF is a CP" not in " ".join(numbers["notes"])
+        assert (numbers["ranks"] == []) == ("ranks" in place)
+
+
+def test_an_interruption_after_the_result_tells_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "t.npy", with_gaps(low_rank(6, 7, 8), 0.3))
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("htflearn.complete.run.make_cp", interrupted)
+    assert htf(tmp_path / "t.npy") == 130
+    assert f"the completed tensor is in {tmp_path / 't-completed.npy'}" in capsys.readouterr().err
+    assert np.isfinite(np.load(tmp_path / "t-completed.npy")).all()
 
 
 def test_an_interruption_while_training_writes_nothing(

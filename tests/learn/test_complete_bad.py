@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,6 +78,26 @@ def with_file(
     return both
 
 
+def npy(header: str) -> Callable[[Path], None]:
+    size = len(header).to_bytes(2, "little")
+    return lambda path: path.write_bytes(b"\x93NUMPY\x01\x00" + size + header.encode())
+
+
+def with_member(value: np.ndarray, name: str, damaged: bool = False) -> Callable[[Path], None]:
+    """An archive of an array ``a`` and of something else."""
+
+    def make(path: Path) -> None:
+        np.savez(path, a=value)
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr(name, "by hand")
+        if damaged:
+            path.write_bytes(path.read_bytes().replace(b"by hand", b"by HAND"))
+
+    return make
+
+
+DIGITS, HUGE = "9" * 5000, "9" * 400
+
 GOOD, PHOTO = array(TENSOR), image(np.full((20, 18, 3), 9, np.uint8))
 GIF = [Image.new("L", (9, 9), n) for n in (0, 200)]
 SPARSE = np.full((6, 5, 4), np.nan)
@@ -93,6 +114,9 @@ CASES: list[Case] = [
     ("t.npy", text("no array"), (), "it is no NumPy file"),
     ("t.npy", text(b""), (), "cannot be read"),
     ("t.npy", cut(GOOD, 300), (), "cannot be read"),
+    ("t.npy", npy("(" * 5000), (), "cannot be read"),
+    ("t.npy", npy("-" * 5000 + "1"), (), "cannot be read"),
+    ("t.npy", npy("{'descr': '<f8', 'fortran_order': False, 'shape': (9999,) * 9}"), (), "read"),
     ("t.npy", array([{"a": 1}, None]), (), "holds objects"),
     ("t.npy", array([["a", "b"], ["c", "d"]]), (), "dtype <U1"),
     ("t.npy", array(np.ones((3, 3), complex)), (), "dtype complex128"),
@@ -103,12 +127,16 @@ CASES: list[Case] = [
     ("t.npz", cut(array(TENSOR, "a"), 200), (), "cannot be read"),
     ("t.npz", array(TENSOR, "a,b"), (), "holds several arrays (a, b)"),
     ("t.npz", array(TENSOR, "a,b"), ("--key", "c"), "has no array 'c', only a, b"),
+    ("t.npz", with_member(TENSOR, "notes.txt"), ("--key", "notes.txt"), "notes.txt in"),
+    ("t.npz", with_member(TENSOR, "notes.txt", True), ("--key", "a"), "is damaged: Bad CRC-32"),
     ("t.pt", text("no tensor"), (), "cannot be read"),
     ("t.pt", cut(saved(torch.ones(9, 9)), 400), (), "cannot be read"),
     ("t.pt", saved([1, 2]), (), "holds a list"),
     ("t.pt", saved({"a": 1}), (), "holds no array"),
     ("t.pt", saved(torch.nn.Linear(2, 2)), (), "nothing else"),
     ("t.pt", saved(torch.eye(3).to_sparse()), (), "dense tensor"),
+    ("t.pt", saved(torch.ones(3, 3, device="meta")), (), "holds torch.float32"),
+    ("t.pt", saved(torch.ones(3, 3).to(torch.float8_e5m2)), (), "holds torch.float8_e5m2"),
     # What is known of it.
     ("t.npy", array(np.full((3, 3), np.nan)), (), "all 9 entries are missing"),
     ("t.npy", array(SPARSE), (), "needs at least 13 of 120, got 1"),
@@ -137,6 +165,7 @@ CASES: list[Case] = [
     ("t.npy", GOOD, ("--quantize",), "--quantize splits modes of length 16"),
     ("t.npy", array(np.ones((99, 9))), ("--hide", 0.1, "--factors", "4,4"), "makes 16 positions"),
     ("t.npy", GOOD, ("--factors", "8,x"), "--factors expects"),
+    ("t.npy", GOOD, ("--factors", DIGITS), "--factors expects"),
     ("t.npy", GOOD, ("--factors", "auto,8", "--no-quantize"), "give one of them"),
     ("t.npy", GOOD, ("--tree", "oak"), "--tree expects auto"),
     ("t.npy", GOOD, ("--tree", "no.json"), "there is no file of the tree no.json"),
@@ -158,22 +187,34 @@ CASES: list[Case] = [
         ("--tree", "{folder}/tree.json"),
         "got no JSON",
     ),
+    (
+        "t.npy",
+        with_file(GOOD, "tree.json", text("[" * 100_000)),
+        ("--tree", "{folder}/tree.json"),
+        "the JSON is nested too deeply",
+    ),
     ("t.npy", GOOD, ("--ranks", "1,2,3"), "--ranks expects 1 number or 2"),
     ("t.npy", GOOD, ("--ranks", "0"), "--ranks expects positive whole numbers"),
     ("t.npy", GOOD, ("--ranks", "a"), "--ranks expects positive whole numbers"),
     ("t.npy", GOOD, ("--ranks", "999999"), "weights, more than"),
+    ("t.npy", GOOD, ("--ranks", HUGE), "at most 268,435,456, got '9999"),
+    ("t.npy", GOOD, ("--ranks", DIGITS), "--ranks expects positive whole numbers"),
     # Training.
     ("t.npy", GOOD, ("--loss", "l3"), "--loss expects one of l2, l1, huber"),
     ("t.npy", GOOD, ("--optimizer", "lbfgs"), "--optimizer expects one of"),
     ("t.npy", GOOD, ("--dtype", "int8"), "--dtype expects one of"),
     ("t.npy", GOOD, ("--device", "tpu"), "--device must be cpu or cuda, got 'tpu'"),
-    ("t.npy", GOOD, ("--lr", "-1"), "--lr expects a positive number"),
-    ("t.npy", GOOD, ("--lr", "nan"), "--lr expects a positive number"),
-    ("t.npy", GOOD, ("--iterations", "0"), "--iterations expects a positive number"),
-    ("t.npy", GOOD, ("--batch-size", "0"), "--batch-size expects a positive number"),
-    ("t.npy", GOOD, ("--weight-decay", "-1"), "--weight-decay expects a number from 0 on"),
+    ("t.npy", GOOD, ("--lr", "-1"), "--lr must be positive, got -1"),
+    ("t.npy", GOOD, ("--lr", "nan"), "--lr must be positive, got nan"),
+    ("t.npy", GOOD, ("--lr", "inf"), "--lr must be finite, got inf"),
+    ("t.npy", GOOD, ("--iterations", "0"), "--iterations must be positive, got 0"),
+    ("t.npy", GOOD, ("--iterations", HUGE), "--iterations must be at most 9,223,372,036,854"),
+    ("t.npy", GOOD, ("--iterations", f"-{HUGE}"), "--iterations must be positive, got -9999"),
+    ("t.npy", GOOD, ("--batch-size", "0"), "--batch-size must be positive, got 0"),
+    ("t.npy", GOOD, ("--weight-decay", "-1"), "--weight-decay must not be negative, got -1"),
     ("t.npy", GOOD, ("--seed", "-1"), "--seed expects"),
     ("t.npy", GOOD, ("--smooth-modes", "3"), "--smooth-modes expects modes from 0 to 2"),
+    ("t.npy", GOOD, ("--smooth-modes", DIGITS), "--smooth-modes expects modes from 0 to 2"),
     # Outputs.
     ("t.npy", GOOD, ("--out", "{folder}/no/t.npy"), "does not exist"),
     ("t.npy", GOOD, ("--out", "{folder}/o.csv"), "expected an output ending in .npy"),
@@ -194,6 +235,8 @@ CASES: list[Case] = [
     ("t.csv", text(TABLE), ("--dims", "5,5"), "has the index 5 in row 26, out of range"),
     ("t.csv", text(TABLE), ("--dims", "5"), "--dims expects 2 sizes"),
     ("t.csv", text(TABLE), ("--dims", "a,b"), "--dims expects positive whole numbers"),
+    ("t.csv", text(TABLE), ("--dims", DIGITS), "--dims expects positive whole numbers"),
+    ("t.csv", text(b"\xff,b,v\n1,2,3\n"), (), "cannot be read as a table"),
     ("t.csv", text(TABLE), ("--value-column", "stars"), "has no column 'stars'"),
     ("t.csv", text(TABLE), ("--index-columns", "user,page"), "has no column 'page'"),
     ("t.csv", text(TABLE), ("--index-columns", "user,score"), "an index and the value"),
@@ -208,7 +251,9 @@ CASES: list[Case] = [
     # Pictures.
     ("p.png", text("no picture"), (), "cannot be read as one"),
     ("p.png", cut(PHOTO, 60), (), "cannot be read"),
+    ("p.png", text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), (), "as one"),
     ("p.png", PHOTO, (), "nothing is missing"),
+    ("p.png", PHOTO, ("--hide", 0.5, "--out", "{folder}/o.blp"), "o.blp cannot be written: Unsup"),
     ("p.png", PHOTO, ("--key", "a"), "--key is for array files"),
     ("p.png", PHOTO, ("--hide", 0.5, "--out", "{folder}/p.npy"), "an output that is a picture"),
     ("p.png", image(np.zeros((9, 9, 4), np.uint8)), (), "all 243 entries are missing"),
@@ -252,6 +297,28 @@ def test_bad_input(
     assert shown.err.startswith("htf: ") and shown.err.count("\n") == 1, shown.err
     assert sentence in shown.err
     assert folder_of(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("t.npz", lambda path: np.savez_compressed(path, a=np.zeros(10**5))),
+        ("t.pt", saved(torch.zeros(10**5))),
+        ("t.parquet", table(a=[1] * 10**5, v=[1.0] * 10**5)),
+    ],
+)
+def test_files_that_unpack_to_more_than_the_memory(
+    name: str,
+    make: Callable[[Path], None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make(tmp_path / name)
+    memory = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 100_000}
+    monkeypatch.setattr("os.sysconf", memory.__getitem__)
+    assert cli.run(["complete", str(tmp_path / name), "--hide", "0.5"]) == 2
+    assert f"{name} is to hold" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

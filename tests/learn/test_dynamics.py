@@ -170,8 +170,18 @@ def test_an_output_that_cannot_be_written(
         (["--iterations", "0"], "--iterations"),
         (["--rank", "-1"], "--rank"),
         (["--threads", "0"], "--threads"),
-        (["--init-std", "0"], "positive"),
-        (["--lr", "-1"], "lr"),
+        (["--init-std", "0"], "--init-std must be positive"),
+        (["--init-std", "nan"], "--init-std must be positive"),
+        (["--norm", "inf"], "--norm must be finite"),
+        (["--noise-std", "-1"], "--noise-std must not be negative, got -1"),
+        (["--noise-std", "nan"], "--noise-std must not be negative"),
+        (["--lr", "-1"], "--lr must be positive"),
+        (["--lr", "0"], "--lr must be positive"),
+        (["--width", "100000"], "--width 100000 makes more than 268,435,456 weights"),
+        (["--rank", "100000"], "--rank 100000 makes more than"),
+        (["--depth", "100000"], "--depth must be at most 1,000"),
+        (["--threads", "100000"], "--threads must be at most 1,024"),
+        (["--dim", "9" * 400], "--dim must be at most"),
         (["--depth", "1"], "depth"),
         (["--seed", "-1"], "--seed"),
         (["--device", "tpu"], "--device must be cpu or cuda, got 'tpu'"),
@@ -197,6 +207,98 @@ def test_resume_with_other_settings(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "width 12, not 13" in fails([*QUICK, *out, "--resume", "--width", "13"], capsys)
     assert (tmp_path / "dynamics.json").read_bytes() == before
     assert run([*QUICK, *out, "--resume", "--iterations", "150"]) == 0
+
+
+def test_a_run_is_not_written_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(QUICK) == 0
+
+    def left() -> dict[Path, bytes]:
+        return {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    before = left()
+    capsys.readouterr()
+    for more in ([], ["--panels", "tf"], ["--seed", "3"]):
+        said = fails([*QUICK, *more], capsys)
+        assert "htf-dynamics holds a run already" in said
+        assert all(way in said for way in ("--resume", "--force", "another --out"))
+    assert "give one of them" in fails([*QUICK, "--resume", "--force"], capsys)
+    assert left() == before
+    # Whatever is left of a run is one.
+    for name in ("dynamics.json", "dynamics.png", "mf/metrics.jsonl"):
+        (tmp_path / "htf-dynamics" / name).unlink()
+        assert "holds a run already" in fails(QUICK, capsys)
+    assert run([*QUICK, "--force", "--seed", "3"]) == 0
+    panel = json.loads((tmp_path / "htf-dynamics" / "dynamics.json").read_text())["panels"][0]
+    assert panel["settings"]["seed"] == 3
+
+
+def test_settings_alone_are_no_run(tmp_path: Path) -> None:
+    (tmp_path / "mf").mkdir()
+    (tmp_path / "mf" / "settings.json").write_text("{}")  # as where the disk was full at once
+    assert run([*QUICK, "--out", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize("text", ["null", "[]", "", "[" * 100_000])
+def test_settings_of_something_else(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mf").mkdir()
+    (tmp_path / "mf" / "settings.json").write_text(text)
+    said = fails([*QUICK, "--out", str(tmp_path), "--resume"], capsys)
+    assert "mf/settings.json cannot be read" in said
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("_ranks", "the ranks of the MF panel could not be made: std::bad_alloc"),
+        ("figure", "could not be made: std::bad_alloc"),
+    ],
+)
+def test_what_cannot_be_made_does_not_cost_the_run(
+    place: str,
+    says: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: Any) -> None:
+        raise MemoryError("std::bad_alloc")
+
+    figure = "htflearn.figures.draw_dynamics"
+    monkeypatch.setattr(figure if place == "figure" else f"htflearn.dynamics.{place}", broken)
+    assert run([*QUICK, "--out", str(tmp_path)]) == 3
+    printed = capsys.readouterr()
+    assert says in printed.err and printed.err.count("\n") == 1 and "test MSE" in printed.out
+    (panel,) = json.loads((tmp_path / "dynamics.json").read_text())["panels"]
+    assert (panel["ranks"] == {}) == (place == "_ranks")
+    assert (tmp_path / "dynamics.png").exists() == (place == "_ranks")
+
+
+def test_a_panel_that_fails_does_not_cost_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(setting: Any, *args: Any) -> Any:
+        if setting.panel == "mf":
+            raise UserError("the MF panel: out of luck")
+        return run_panel(setting, *args)
+
+    monkeypatch.setattr(module, "run_panel", failing)
+    assert run([*QUICK[:-1], "mf,tf", "--out", str(tmp_path)]) == 3
+    assert capsys.readouterr().err == "htf: the MF panel: out of luck\n"
+    (panel,) = json.loads((tmp_path / "dynamics.json").read_text())["panels"]
+    assert panel["settings"]["panel"] == "tf" and (tmp_path / "dynamics.png").exists()
+
+
+def test_the_name_of_the_program_is_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["dynamics", "--preset", "smoke", "--panels", "htf", "--out", str(tmp_path)]
+    said = fails([*command, "--samples", "9999"], capsys)
+    assert said.startswith("htf: the HTF panel: ")
 
 
 def test_no_gpu(

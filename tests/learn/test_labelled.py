@@ -6,6 +6,7 @@ import gzip
 import io
 import os
 import pickle
+import shutil
 import struct
 import tarfile
 from collections.abc import Callable
@@ -232,7 +233,7 @@ BAD: list[tuple[str, Callable[[Path], object], str]] = [
     (
         "idx: other magic",
         lambda p: put(write_idx(p), "train-images-idx3-ubyte", b"\x89PNG1234567890123"),
-        "starts with 00 00 08 03, but .* has 17 bytes and starts with 89 50 4e 47",
+        "starts with 00 00 08 03, but .* starts with 89 50 4e 47",
     ),
     (
         "idx: other dimensions",
@@ -242,12 +243,12 @@ BAD: list[tuple[str, Callable[[Path], object], str]] = [
     (
         "idx: empty",
         lambda p: put(write_idx(p), "train-images-idx3-ubyte", b""),
-        "has 0 bytes and starts with nothing",
+        "starts with nothing",
     ),
     (
         "idx: header cut off",
         lambda p: put(write_idx(p), "train-images-idx3-ubyte", bytes((0, 0, 8, 3, 0))),
-        "has 5 bytes",
+        "starts with 00 00 08 03 00$",
     ),
     (
         "idx: cut off",
@@ -264,7 +265,7 @@ BAD: list[tuple[str, Callable[[Path], object], str]] = [
         lambda p: put(
             write_idx(p), "train-images-idx3-ubyte", bytes((0, 0, 8, 3)) + b"\xff" * 12 + b"1"
         ),
-        "for the dimensions .4294967295",
+        "train-images-idx3-ubyte is to hold .* GB, more than the .* of memory",
     ),
     (
         "idx: other count",
@@ -318,6 +319,20 @@ BAD: list[tuple[str, Callable[[Path], object], str]] = [
         "cifar: no dictionary",
         lambda p: put(cifar10_python(p / "cifar-10-batches-py"), "data_batch_1", pickle.dumps([])),
         "expected a dictionary with 'data'",
+    ),
+    (
+        "cifar: labels beyond the range",
+        lambda p: put(
+            cifar10_python(p / "cifar-10-batches-py"),
+            "data_batch_1",
+            pickle.dumps({"data": ROWS[:1], "labels": [2**70]}, 3),
+        ),
+        "expected a list of whole numbers as labels",
+    ),
+    (
+        "cifar: damaged lzma",
+        lambda p: put(p, "cifar-10-python.tar.gz", b"\xfd7zXZ\x00" + b"x" * 99),
+        "cannot be read as an archive",
     ),
     (
         "cifar: no labels",
@@ -410,6 +425,62 @@ def test_bad(tmp_path: Path, make: Callable[[Path], object], message: str) -> No
     with pytest.raises(UserError, match=message) as raised:
         read_labelled(tmp_path, "train")
     assert "\n" not in str(raised.value)
+
+
+def test_batches_written_again_by_python_3(tmp_path: Path) -> None:
+    """Whoever reads them with encoding="bytes" has keys and names of bytes."""
+    folder = cifar10_python(tmp_path / "cifar-10-batches-py")
+    for n in range(5):
+        rows, labels = ROWS[2 * n : 2 * n + 2], ROW_LABELS[2 * n : 2 * n + 2]
+        batch = pickle.dumps({b"data": rows, b"labels": labels}, 4)
+        put(folder, f"data_batch_{n + 1}", batch)
+    names = [name.encode() for name in NAMES]
+    put(folder, "batches.meta", pickle.dumps({b"label_names": names}, 4))
+    train = read_labelled(tmp_path, "train")
+    assert np.array_equal(train.images, ROWS.reshape(-1, 3, 32, 32))
+    assert train.labels.tolist() == ROW_LABELS and train.names == tuple(NAMES)
+
+
+def packed_idx(path: Path) -> None:
+    write_idx(path, packed=True)
+    shape = struct.pack(">3I", 6, 40, 50)
+    endless = bytes((0, 0, 8, 3)) + shape + bytes(10**6)
+    put(path, "train-images-idx3-ubyte.gz", gzip.compress(endless))
+
+
+def packed_cifar(path: Path) -> None:
+    folder = cifar10_python(path / "made")
+    put(folder, "data_batch_1", bytes(10**6))
+    with tarfile.open(path / "cifar-10-python.tar.gz", "w:gz") as file:
+        file.add(folder, arcname="cifar-10-batches-py")
+    shutil.rmtree(path / "made")
+
+
+@pytest.mark.parametrize("make", [packed_idx, packed_cifar])
+def test_files_that_unpack_to_more_than_the_memory(
+    make: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path)
+    memory = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 10_000}
+    monkeypatch.setattr("os.sysconf", memory.__getitem__)
+    with pytest.raises(UserError, match=r"is to hold .* GB, more than the .* GB of memory"):
+        read_labelled(tmp_path, "train")
+
+
+def test_a_packed_file_without_end_is_read_no_further(tmp_path: Path) -> None:
+    packed_idx(tmp_path)
+    with pytest.raises(UserError, match=r"expected 12016 bytes .* has 12017 bytes or more"):
+        read_labelled(tmp_path, "train")
+
+
+@pytest.mark.parametrize("link", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_links_in_an_archive_are_not_followed(tmp_path: Path, link: bytes) -> None:
+    with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as file:
+        member = tarfile.TarInfo("cifar-10-batches-py/data_batch_1")
+        member.type, member.linkname = link, "/etc/hostname"
+        file.addfile(member)
+    with pytest.raises(UserError, match="but there is none of them"):
+        read_labelled(tmp_path, "train")
 
 
 def test_missing(tmp_path: Path) -> None:

@@ -128,6 +128,12 @@ BAD = [
     (["locality", "isc", "--batch", "1"], "--batch must be in 2..1000"),
     (["locality", "isc", "--epochs", "0"], "--epochs must be positive, got 0"),
     (["locality", "isc", "--lr", "0"], "--lr must be positive"),
+    (["locality", "isc", "--lr", "inf"], "--lr must be finite"),
+    (["locality", "isc", "--momentum", "1"], "--momentum must be in 0..1"),
+    (["locality", "isc", "--weight-decay", "nan"], "--weight-decay must not be negative"),
+    (["locality", "isc", "--train-size", "9" * 30], "--train-size must be at most 100,000,000"),
+    (["locality", "isc", "--threads", "9999"], "--threads must be at most 1,024"),
+    (["locality", "isc", "--engine-option", "a=--5"], "takes no --engine-option"),
     (["locality", "isc", "--network", "big"], "--network must be one of resnet18, resnet34, small"),
     (["locality", "isc", "--amp", "on"], "--amp must be off, float16 or bfloat16"),
     (["locality", "isc", "--engine", "x"], "--engine must be one of joblib, submitit"),
@@ -155,6 +161,70 @@ def test_bad_input(
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
     assert not any(tmp_path.iterdir()), "nothing is written"
+
+
+def broken(*_: Any, **__: Any) -> None:
+    raise MemoryError("std::bad_alloc")
+
+
+@pytest.mark.parametrize(
+    ("place", "lost"),
+    [
+        ("draw_accuracy", ["accuracy.png"]),
+        ("locality_profile", ["profile.json", "profile.png"]),
+        ("draw_profiles", ["profile.png"]),
+    ],
+)
+def test_a_figure_that_cannot_be_made_does_not_cost_the_others(
+    place: str,
+    lost: list[str],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(grid, place, broken)
+    out = tmp_path / "grid"
+    assert cli.run(command(data, out, "--distances", "4", "--coefficients", "0")) == 3
+    printed = capsys.readouterr()
+    assert printed.err == f"htf: {out / lost[0]} could not be made: std::bad_alloc\n"
+    assert "Accuracy" in printed.out
+    assert {path.name for path in out.iterdir()} == FILES - set(lost)
+
+
+@pytest.mark.parametrize("text", ["null", "[]", "{}", "", "[" * 100_000])
+def test_files_of_something_else(
+    text: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "grid"
+    result = out / "runs" / "distance-4-coefficient-0-seed-0" / "result.json"
+    result.parent.mkdir(parents=True)
+    result.write_text(text)
+    some = command(data, out, "--distances", "4", "--coefficients", "0")
+    assert cli.run(some) == 2
+    assert "result.json" in capsys.readouterr().err
+    (out / "settings.json").write_text(text)
+    assert cli.run([*some, "--resume"]) == 2
+    assert "grid" in capsys.readouterr().err
+
+
+def test_a_grid_without_its_settings_is_not_gone_on_with(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "grid" / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "grid" / "runs" / "a" / "metrics.jsonl").touch()
+    for more, says in (([], "holds a grid already (runs/a"), (["--resume"], "no settings.json")):
+        assert cli.run(command(data, tmp_path / "grid", *more)) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match="symbolic links"), processes.only_one(tmp_path / "run"):
+        pass
+    assert (tmp_path / "victim").read_text() == "precious"
 
 
 def test_corrupt_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -122,5 +122,5 @@ def test_a_checkpoint_of_something_else_is_refused(data: Path, tmp_path: Path) -
     setting, case = tiny(data), Case(20, 0.0, 0)
     network = make_network(setting, case, 1)
     training.save_checkpoint(tmp_path / "run" / "checkpoints", network, state={"other": 1})
-    with pytest.raises(UserError, match="not of a training of this kind"):
+    with pytest.raises(UserError, match="of another training: it has 'other'"):
         go(setting, case, tmp_path / "run")

@@ -270,6 +270,8 @@ BAD: dict[str, tuple[list[object], str]] = {
     "not safetensors": (["text"], "cannot be read as safetensors"),
     "another model": (["other"], "not those of an htfkernels.HTF"),
     "no list": (["model", "--nodes", "left"], "takes the modes of a node"),
+    "many digits": (["model", "--nodes", "9" * 5000], "takes the modes of a node"),
+    "a level of many digits": (["model", "--nodes", f"0 level {'9' * 5000}"], "takes the modes"),
     "an empty run": (["model", "--nodes", "0,,1"], "takes the modes of a node"),
     "no such mode": (["model", "--nodes", "7"], "the modes are 0 to 3"),
     "no such node": (["model", "--nodes", "0,1"], "has {0,3}, "),
@@ -287,9 +289,15 @@ BAD: dict[str, tuple[list[object], str]] = {
     "negative rtol": (["model", "--rtol", "-0.1"], "--rtol must be"),
     "rtol nan": (["model", "--rtol", "nan"], "--rtol must be"),
     "top": (["model", "--top", "0"], "--top must be positive"),
+    "out is a device": (["model", "--json", "/dev/null"], "is a device or a pipe"),
     "until": (["model", "--until", "3"], "--until needs --follow"),
     "timeout": (["model", "--timeout", "3"], "--timeout needs --follow"),
     "interval": (["folder.png", "--follow", "--interval", "0"], "--interval must be positive"),
+    "no end": (["folder.png", "--follow", "--interval", "inf"], "--interval must be finite"),
+    "too long": (
+        ["folder.png", "--follow", "--timeout", "1e30"],
+        "at most 1,000,000,000, got 1e+30",
+    ),
     "follow a file": (["model", "--follow"], "--follow takes a folder"),
     "none came": (["folder.png", "--follow", "--timeout", "0"], "no checkpoint appeared"),
 }
@@ -314,13 +322,36 @@ def test_errors(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_full_disk(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from htflearn import figures
-
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(figures.os, "replace", full)
-    for option, name in (("--out", "tree.png"), ("--json", "numbers.json")):
-        result = run(saved, option, tmp_path / name)
-        assert result.exit_code == 2 and "No space left on device" in result.stderr
-        assert not (tmp_path / name).exists()
+    monkeypatch.setattr("os.replace", full)
+    names = [tmp_path / "numbers.json", tmp_path / "tree.png"]
+    result = run(saved, "--json", names[0], "--out", names[1])
+    assert result.exit_code == 3 and "hierarchical rank" in result.stdout
+    told = [f"htf: {name} could not be made: No space left on device" for name in names]
+    assert result.stderr.splitlines() == told
+    assert [p.name for p in tmp_path.iterdir()] == [saved.name]
+
+
+def test_a_figure_that_cannot_be_drawn_does_not_cost_the_numbers(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise ValueError("no font")
+
+    monkeypatch.setattr("htflearn.spectra.figure.draw_spectra", broken)
+    numbers, figure = tmp_path / "numbers.json", tmp_path / "tree.png"
+    result = run(saved, "--json", numbers, "--out", figure)
+    assert result.exit_code == 3 and json.loads(numbers.read_text())["nodes"]
+    assert result.stderr == f"htf: {figure} could not be made: ValueError: no font\n"
+    assert result.stdout.splitlines()[-1] == f"written: {numbers}"
+
+
+def test_outputs_are_proved_before_the_first_checkpoint_is_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "lines").write_text("[" * 100_000 + "\n")
+    for option, path in (("--out", tmp_path / "file" / "t.png"), ("--json", tmp_path / "lines")):
+        result = run(tmp_path / "later", "--follow", option, path, "--timeout", 1000)
+        assert result.exit_code == 2 and str(path.parent) in result.stderr
+        assert "waiting" not in result.stderr

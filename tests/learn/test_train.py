@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from full_disk import largest_file
 from torch import Tensor, nn
 
 import htfkernels as hk
@@ -19,8 +20,10 @@ from htflearn import (
     Trainer,
     UserError,
     completion,
+    load_checkpoint,
     make_target,
     matrix_factorization,
+    save_checkpoint,
     sensing,
 )
 from htflearn.trackers import LocalComponentNorms, SingularValues, Unbalancedness
@@ -292,6 +295,68 @@ def test_resume_of_another_model(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="another model"):
         made.fit(resume=True)
+
+
+@pytest.mark.parametrize("damage", ["cut short", "empty", "junk", "gone", "another run's"])
+def test_resume_with_metrics_that_are_not_those_of_the_run(damage: str, tmp_path: Path) -> None:
+    config = TrainConfig(20, log_every=10)
+    trainer(config, tmp_path).fit()
+    path = tmp_path / "metrics.jsonl"
+    content = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    else:
+        junk = b"x" * len(content)
+        other = content.replace(b'"iteration": 20', b'"iteration": 30')
+        left = {"cut short": content[:-9], "empty": b"", "junk": junk, "another run's": other}
+        path.write_bytes(left[damage])
+    with pytest.raises(
+        UserError, match=r"metrics\.jsonl (is not as the run left it|cannot be read)"
+    ):
+        trainer(config, tmp_path).fit(resume=True)
+    assert not path.exists() or path.read_bytes() == left[damage], "nothing is made worse"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"iteration": "many"}, "its iteration is no int"),
+        ({"reason": None}, "its reason is no str"),
+        ({"metrics_bytes": -5}, "expected whole lines"),
+        ({"batches": {"epoch": 3}}, "is damaged: KeyError"),
+        ({"batches": {"epoch": torch.ones(3), "position": 0}}, "is damaged: TypeError"),
+        ({"best_weights": {"other": torch.ones(3)}}, "the best weights in .* of another model"),
+        ({"best_weights": {"weights.0": 3}}, "the best weights in .* of another model"),
+        ({"age": 3}, "is of another training: it has 'age'"),
+    ],
+    ids=range(8),
+)
+def test_resume_from_a_damaged_state(changes: Any, says: str, tmp_path: Path) -> None:
+    config = TrainConfig(20, 32, log_every=10)
+    made = trainer(config, tmp_path)
+    made.fit()
+    state = load_checkpoint(tmp_path, made.model, made.optimizer)
+    save_checkpoint(tmp_path / "checkpoints", made.model, made.optimizer, state)
+    assert trainer(config, tmp_path).fit(resume=True).iterations == 20
+    path = next((tmp_path / "checkpoints").glob("step-*/state.pt"))
+    saved = torch.load(path, weights_only=True)
+    torch.save({**saved, "state": {**state, **changes}}, path)
+    with pytest.raises(UserError, match=says):
+        trainer(config, tmp_path).fit(resume=True)
+
+
+def test_a_disk_without_room(tmp_path: Path) -> None:
+    config = TrainConfig(100, log_every=10, checkpoint_every=10)
+    with largest_file(200), pytest.raises(UserError, match=r"a checkpoint cannot be .*: File too"):
+        trainer(config, tmp_path / "a").fit()
+    assert not list((tmp_path / "a" / "checkpoints").iterdir())
+    made = trainer(config, tmp_path / "b")
+    made.fit()
+    # The weights and the state fit, and the metrics do not.
+    with largest_file(200_000), pytest.raises(UserError, match=r"metrics\.jsonl cannot be written"):
+        long = TrainConfig(100_000, log_every=1, checkpoint_seconds=None)
+        trainer(long, tmp_path / "b").fit(resume=True)
+    assert trainer(TrainConfig(120), tmp_path / "b").fit(resume=True).iterations == 120
 
 
 def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import platform
 import shlex
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -22,7 +21,8 @@ from rich.table import Table
 import htfkernels as hk
 from htflearn.bench.device import Machine
 from htflearn.bench.implementations import OURS
-from htflearn.errors import UserError
+from htflearn.errors import UserError, reason
+from htflearn.files import read_object, replace_file
 from htflearn.metrics import plain
 
 __all__ = ["Row", "load", "print_change", "print_summary", "print_workload", "provenance", "save"]
@@ -31,6 +31,7 @@ Row = dict[str, Any]
 
 _VISIBLE = 0.05  # changes up to this are noise
 _WIDTH = 120
+_LONGEST = 1e12  # milliseconds
 _ENVIRONMENT = ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "HTF_BACKEND", "HTF_CPU", "HTF_PRECISION")
 
 
@@ -117,19 +118,10 @@ def save(path: Path, made: dict[str, Any], rows: Sequence[Row]) -> None:
         UserError: it cannot be written.
     """
     text = json.dumps(plain({"provenance": made, "rows": list(rows)}), indent=1)
-    draft = None
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=f".{path.stem}-", delete=False
-        ) as file:
-            draft = Path(file.name)
-            file.write(text + "\n")
-        draft.chmod(0o644)
-        os.replace(draft, path)
+        replace_file(path, text + "\n")
     except OSError as error:
-        if draft is not None:
-            draft.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise UserError(f"{path} cannot be written: {reason(error)}") from error
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -139,17 +131,22 @@ def load(path: Path) -> dict[str, Any]:
         UserError: there is no such file, or it is none of these.
     """
     try:
-        data = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is no file of htf bench: {error}") from error
-    keys = {"workload", "implementation", "pass", "median_ms", "sizes"}
-    good = isinstance(data, dict) and isinstance(data.get("provenance"), dict)
-    rows = data.get("rows") if good else None
-    if not isinstance(rows, list) or not all(isinstance(r, dict) and keys <= set(r) for r in rows):
+        data = read_object(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}") from error
+    rows = data.get("rows")
+    if not isinstance(data.get("provenance"), dict) or not isinstance(rows, list):
         raise UserError(f"{path} is no file of htf bench: it has no provenance and rows")
+    if not all(isinstance(row, dict) and _is_row(row) for row in rows):
+        raise UserError(f"{path} is no file of htf bench: its rows are others")
     return data
+
+
+def _is_row(row: Row) -> bool:
+    names = all(isinstance(row.get(key), str) for key in ("workload", "implementation", "pass"))
+    time = row.get("median_ms", "")
+    timed = time is None or (isinstance(time, (int, float)) and 0 <= time < _LONGEST)
+    return names and "sizes" in row and timed
 
 
 def print_workload(rows: Sequence[Row], summary: str) -> None:

@@ -209,45 +209,50 @@ def complete(
     from htflearn.complete.report import print_report
     from htflearn.complete.run import Options
     from htflearn.complete.run import complete as run
+    from htflearn.errors import Incomplete
 
-    made = run(
-        file,
-        Options(
-            key=key,
-            mask=mask,
-            missing=missing,
-            index_columns=index_columns,
-            value_column=value_column,
-            labels=labels,
-            dims=dims,
-            every=every,
-            hide=hide,
-            tree=tree,
-            ranks=ranks,
-            quantize=quantize,
-            factors=factors,
-            smoothness=smoothness,
-            smooth_modes=smooth_modes,
-            held_out=held_out,
-            iterations=iterations,
-            max_seconds=max_seconds,
-            lr=lr,
-            optimizer=optimizer,
-            loss=loss,
-            weight_decay=weight_decay,
-            init_std=init_std,
-            batch_size=batch_size,
-            dtype=dtype,
-            device=device,
-            seed=seed,
-            out=out,
-            smooth=smooth,
-            force=force,
-            progress=not quiet,
-        ),
+    options = Options(
+        key=key,
+        mask=mask,
+        missing=missing,
+        index_columns=index_columns,
+        value_column=value_column,
+        labels=labels,
+        dims=dims,
+        every=every,
+        hide=hide,
+        tree=tree,
+        ranks=ranks,
+        quantize=quantize,
+        factors=factors,
+        smoothness=smoothness,
+        smooth_modes=smooth_modes,
+        held_out=held_out,
+        iterations=iterations,
+        max_seconds=max_seconds,
+        lr=lr,
+        optimizer=optimizer,
+        loss=loss,
+        weight_decay=weight_decay,
+        init_std=init_std,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        out=out,
+        smooth=smooth,
+        force=force,
+        progress=not quiet,
     )
-    if quiet:
-        return
-    print_report(made.numbers)
-    files = [made.result, made.report, *([made.picture] if made.picture else [])]
-    typer.echo(f"written: {', '.join(map(str, files))}")
+    incomplete = None
+    try:
+        made = run(file, options)
+    except Incomplete as error:
+        incomplete, made = error, error.made
+    if not quiet:
+        if made.numbers:
+            print_report(made.numbers)
+        files = [p for p in (made.result, made.report, made.picture) if p and p.exists()]
+        typer.echo(f"written: {', '.join(map(str, files))}")
+    if incomplete is not None:
+        raise incomplete

@@ -9,21 +9,38 @@ from typing import Annotated, Any
 import typer
 
 from htflearn.dynamics import LEARNED, PRESETS, Setting, run
-from htflearn.errors import UserError
+from htflearn.errors import Incomplete, UserError
+from htflearn.options import not_negative, positive, shown, usable_threads
 
 __all__ = ["dynamics"]
+
+_MOST_MODES = 64  # of a tensor of PyTorch's
+_MOST_MATRICES = 1000
+_MOST_WEIGHTS = 2**28
 
 
 def dynamics(
     out: Annotated[
-        Path, typer.Option(help="Directory of the figure, the numbers and the checkpoints.")
+        Path,
+        typer.Option(
+            help="Directory of the figure, the numbers and the checkpoints. One that holds a run "
+            "already is refused, unless --resume or --force is given."
+        ),
     ] = Path("htf-dynamics"),
     panels: Annotated[str, typer.Option(help="Which of mf, tf and htf to train.")] = "mf,tf,htf",
     preset: Annotated[
         str, typer.Option(help="paper: the paper's sizes; smoke: a few seconds.")
     ] = "paper",
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where an earlier run was interrupted.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on where an earlier run was interrupted; of one that is finished, make the "
+            "numbers and the figure again.",
+        ),
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Start anew in the place of an earlier run.")
     ] = False,
     seed: Annotated[
         int | None, typer.Option(help="Of the target, the entries given and the initial weights.")
@@ -83,20 +100,28 @@ def dynamics(
     }
     given = {name: value for name, value in chosen.items() if value is not None}
     settings = _settings(preset, panels, given)
+    if resume and force:
+        raise UserError("--resume goes on with a run, --force starts anew: give one of them")
+    incomplete = None
     try:
-        results = run(settings, out, resume)
+        results = run(settings, out, resume, force=force)
     except KeyboardInterrupt:
         typer.echo(f"the run in {out} goes on with --resume", err=True)
         raise
+    except Incomplete as error:
+        incomplete, results = error, error.made
     print_table(results["panels"])
-    typer.echo(f"written: {out / 'dynamics.png'}, {out / 'dynamics.json'}")
+    files = [f for f in (out / "dynamics.png", out / "dynamics.json") if f.exists()]
+    typer.echo(f"written: {', '.join(map(str, files))}")
+    if incomplete is not None:
+        raise incomplete
 
 
 def _settings(preset: str, panels: str, given: dict[str, Any]) -> list[Setting]:
     if preset not in PRESETS:
         raise UserError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     if not 0 <= given.get("seed", 0) < 2**63:
-        raise UserError(f"--seed must be in 0..2^63-1, got {given['seed']}")
+        raise UserError(f"--seed must be in 0..2^63-1, got {shown(given['seed'])}")
     names = [name.strip() for name in panels.split(",")]
     unknown = [name for name in names if name not in PRESETS[preset]]
     if unknown or len(set(names)) < len(names):
@@ -106,13 +131,26 @@ def _settings(preset: str, panels: str, given: dict[str, Any]) -> list[Setting]:
         setting = dataclasses.replace(PRESETS[preset][name], **given)
         settings.append(dataclasses.replace(setting, order=2) if name == "mf" else setting)
     for setting in settings:
-        for field in (
-            "order", "dim", "rank", "width", "depth", "iterations", "log_every", "threads"
-        ):  # fmt: skip
-            if getattr(setting, field) < 1:
-                option = field.replace("_", "-")
-                raise UserError(f"--{option} must be positive, got {getattr(setting, field)}")
+        _check(setting)
     return settings
+
+
+def _check(setting: Setting) -> None:
+    """What can be told of the numbers before anything is made of their size."""
+    positive("order", setting.order, _MOST_MODES)
+    positive("depth", setting.depth, _MOST_MATRICES)
+    for field in ("dim", "rank", "width", "iterations", "log_every", "norm", "init_std", "lr"):
+        positive(field.replace("_", "-"), getattr(setting, field))
+    not_negative("noise-std", setting.noise_std)
+    usable_threads(setting.threads)
+    for option, size in (("width", setting.width), ("rank", setting.rank)):
+        nodes = setting.depth if setting.panel == "mf" else setting.order
+        side = setting.dim if setting.panel == "tf" else max(size, setting.dim)
+        if nodes * size * side > _MOST_WEIGHTS:
+            raise UserError(
+                f"--{option} {size} makes more than {_MOST_WEIGHTS:,} weights in the "
+                f"{setting.panel.upper()} panel"
+            )
 
 
 def print_table(panels: list[dict[str, Any]]) -> None:

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from htflearn.errors import UserError
+from htflearn.errors import Incomplete, UserError
 from htflearn.locality.accuracy_figure import accuracy_rows
 from htflearn.locality.grid import How, run_grid
 from htflearn.locality.setting import DISTANCE, PRESETS, TASKS, Setting
+from htflearn.options import shown
 
 __all__ = ["locality"]
+
+_INTEGER = re.compile(r"-?\d{1,18}")
 
 
 def locality(
     task: Annotated[str, typer.Argument(help="isc (Is Same Class) or pathfinder.")],
     out: Annotated[
-        Path | None, typer.Option(help="Directory of everything; htf-locality-TASK by default.")
+        Path | None,
+        typer.Option(
+            help="Directory of everything; htf-locality-TASK by default. One that holds a grid "
+            "already is refused, unless --resume is given."
+        ),
     ] = None,
     preset: Annotated[
         str,
@@ -122,25 +130,32 @@ def locality(
     place = out or Path(f"htf-locality-{task}")
     options = _options(engine_option or [])
     how = How(device, workers, threads, engine, options, data_only=data_only)
+    incomplete = None
     try:
         outcome = run_grid(setting, place, how, resume)
     except KeyboardInterrupt:
         typer.echo(f"the grid in {place} goes on with --resume", err=True)
         raise
+    except Incomplete as error:
+        incomplete, outcome = error, error.made
     if not outcome.files:  # of several processes, the first reports
         return
     if outcome.results:
         print_table(task, outcome.results)
     typer.echo("written: " + ", ".join(str(file) for file in outcome.files))
     if outcome.failed:
-        for name, error in outcome.failed.items():
-            typer.echo(f"failed: {name}: {error}", err=True)
+        for name, why in outcome.failed.items():
+            typer.echo(f"failed: {name}: {why}", err=True)
+        for sentence in incomplete.sentences if incomplete else ():
+            typer.echo(f"failed: {sentence}", err=True)
         raise UserError(f"{len(outcome.failed)} trainings failed; --resume tries them again")
+    if incomplete is not None:
+        raise incomplete
 
 
 def _setting(task: str, preset: str, given: dict[str, Any]) -> Setting:
     if task not in TASKS:
-        raise UserError(f"the task must be one of {', '.join(TASKS)}, got {task!r}")
+        raise UserError(f"the task must be one of {', '.join(TASKS)}, got {shown(task)}")
     if preset not in PRESETS[task]:
         raise UserError(f"--preset must be one of {', '.join(PRESETS[task])}, got {preset!r}")
     of_other = {"isc": ("patch", "alike"), "pathfinder": ("data",)}[task]
@@ -157,7 +172,9 @@ def _numbers(name: str, text: str | None, kind: type) -> tuple[Any, ...] | None:
         return tuple(kind(part) for part in text.split(","))
     except ValueError:
         what = "whole numbers" if kind is int else "numbers"
-        raise UserError(f"--{name} takes {what} with commas between them, got {text!r}") from None
+        raise UserError(
+            f"--{name} takes {what} with commas between them, got {shown(text)}"
+        ) from None
 
 
 def _canvas(text: str | None) -> tuple[int, int] | None:
@@ -166,7 +183,9 @@ def _canvas(text: str | None) -> tuple[int, int] | None:
     try:
         height, width = (int(part) for part in text.lower().split("x"))
     except ValueError:
-        raise UserError(f"--canvas takes a height and a width, 224x224, got {text!r}") from None
+        raise UserError(
+            f"--canvas takes a height and a width, 224x224, got {shown(text)}"
+        ) from None
     return height, width
 
 
@@ -176,7 +195,7 @@ def _options(given: list[str]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise UserError(f"--engine-option takes NAME=VALUE, got {text!r}")
-        options[name] = int(value) if value.lstrip("-").isdigit() else value
+        options[name] = int(value) if _INTEGER.fullmatch(value) else value
     return options
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -13,9 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-from htflearn.checkpoint import replace_file
-from htflearn.errors import UserError, writable_directory
+from htflearn.errors import Extras, UserError, reason, writable_directory
 from htflearn.figures import FORMATS
+from htflearn.files import append, check_output, parse_object, replace_file
+from htflearn.options import LONGEST, not_negative, positive
 from htflearn.spectra.follow import Loaded, follow, load
 from htflearn.spectra.measure import METHODS, choose_nodes, measure, to_json
 from htflearn.spectra.table import LARGEST_TABLE, table
@@ -121,26 +120,29 @@ def spectra(
     for option, given in (("interval", interval), ("until", until), ("timeout", timeout)):
         if given is not None and not following:
             raise UserError(f"--{option} needs --follow")
-        if given is not None and not (given >= 0 if option == "timeout" else given > 0):
-            raise UserError(f"--{option} must be positive, got {given}")
+    positive("interval", interval, LONGEST)
+    positive("until", until)
+    not_negative("timeout", timeout, LONGEST)
+    positive("top", top)
     if method not in METHODS:
         raise UserError(f"--method must be one of {', '.join(METHODS)}, got {method!r}")
     if rtol is not None and not 0 <= rtol < 1:
         raise UserError(f"--rtol must be at least 0 and less than 1, got {rtol}")
-    if top is not None and top < 1:
-        raise UserError(f"--top must be positive, got {top}")
     wishes = _Wishes(nodes, method, rtol, top, every)
     files = _Files(out, json_file, following)
     if not following:
         loaded = load(checkpoint)
         files.check(loaded.file)
+        files.prove()
         with _Screen(files, live=False) as screen:
             _show(loaded, wishes, files, screen)
         return
+    files.prove()  # the first checkpoint may be hours away
     with _Screen(files, live=True) as screen:
         seconds = _INTERVAL if interval is None else interval
         try:
-            for loaded in _checked(follow(checkpoint, seconds, until, timeout, screen.say), files):
+            for loaded in follow(checkpoint, seconds, until, timeout, screen.say):
+                files.check(loaded.file)
                 _show(loaded, wishes, files, screen)
         except KeyboardInterrupt:  # how following ends
             return
@@ -161,10 +163,12 @@ def _show(loaded: Loaded, wishes: _Wishes, files: _Files, screen: _Screen) -> No
     measured = measure(loaded.model, chosen, wishes.method, wishes.rtol)
     step = "" if loaded.iteration is None else f", iteration {loaded.iteration:,}"
     numbers = {"file": str(loaded.file), "iteration": loaded.iteration}
-    files.write(numbers | to_json(measured, wishes.top), measured, _name(loaded) + step)
+    extras = Extras()
+    files.write(numbers | to_json(measured, wishes.top), measured, _name(loaded) + step, extras)
     screen.show(
         lambda most: table(measured, wishes.top, wishes.every, f"{loaded.file}{step}", most)
     )
+    extras.done()
 
 
 def _name(loaded: Loaded) -> str:
@@ -176,17 +180,6 @@ def _name(loaded: Loaded) -> str:
     return folders[-1]
 
 
-def _checked(found: Iterator[Loaded], files: _Files) -> Iterator[Loaded]:
-    """The same; the places of the files are proved with the first one, before anything is
-    written."""
-    first = True
-    for loaded in found:
-        if first:
-            files.check(loaded.file)
-            first = False
-        yield loaded
-
-
 class _Files:
     """Where the picture and the numbers go."""
 
@@ -196,10 +189,10 @@ class _Files:
         if out is not None and out.suffix.lower() not in FORMATS:
             raise UserError(f"--out must end in {', '.join(FORMATS)}, got {str(out)!r}")
         for option, path in self._given():
-            if path.is_dir():
-                raise UserError(f"--{option} must be a file, and {path} is a directory")
+            check_output(path, option=option)
         if out is not None and numbers is not None and out.absolute() == numbers.absolute():
             raise UserError(f"--out and --json are the same file {out}")
+        self._written: list[str] = []
 
     def _given(self) -> list[tuple[str, Path]]:
         given = [("out", self.out), ("json", None if self.to_stdout else self.numbers)]
@@ -207,51 +200,53 @@ class _Files:
 
     @property
     def names(self) -> str:
-        """Those written."""
-        return ", ".join(str(path) for _, path in self._given())
+        """Those written last."""
+        return ", ".join(self._written)
 
-    def check(self, weights: Path) -> None:
+    def prove(self) -> None:
         """Proves that they can be written.
 
         Raises:
-            UserError: they cannot, or would take the place of something else.
+            UserError: they cannot, or lines would be appended to something else.
         """
         for option, path in self._given():
-            if path.exists() and path.samefile(weights):
-                raise UserError(f"--{option} {path} would replace the model")
             if option == "json" and self._lines and path.exists():
                 _check_lines(path)
         for _, path in self._given():
             writable_directory(path.parent)
 
-    def write(self, numbers: dict[str, Any], measured: Any, title: str) -> None:
-        """Writes both, each whole or not at all."""
-        path = self.out
-        try:
-            if self.out is not None:
+    def check(self, weights: Path) -> None:
+        """Raises a UserError where they would take the place of the model."""
+        for option, path in self._given():
+            if path.exists() and path.samefile(weights):
+                raise UserError(f"--{option} {path} would replace the model")
+
+    def write(self, numbers: dict[str, Any], measured: Any, title: str, extras: Extras) -> None:
+        """Writes both, each whole or not at all, and tells ``extras`` what could not be written."""
+        self._written = []
+        if self.numbers is not None:
+            with extras.making(str(self.numbers)):
+                self._write_numbers(self.numbers, numbers)
+        if self.out is not None:
+            with extras.making(str(self.out)):
                 from htflearn.spectra.figure import draw_spectra
 
                 draw_spectra(measured, self.out, title)
-            path = self.numbers
-            if self.numbers is None:
-                return
-            if self._lines:
-                line = json.dumps(numbers, allow_nan=False) + "\n"
-                if self.to_stdout:
-                    sys.stdout.write(line)
-                    sys.stdout.flush()
-                else:
-                    _append(self.numbers, line.encode())
-            else:
-                text = _document(numbers)
-                if self.to_stdout:
-                    sys.stdout.write(text)
-                else:
-                    replace_file(self.numbers, text)
-        except BrokenPipeError:  # whoever read our output has seen enough
-            raise
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+                self._written.append(str(self.out))
+
+    def _write_numbers(self, path: Path, numbers: dict[str, Any]) -> None:
+        line = f"{json.dumps(numbers, allow_nan=False)}\n"
+        text = line if self._lines else _document(numbers)
+        if self.to_stdout:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            return
+        if self._lines:
+            with open(path, "ab", buffering=0) as file:
+                append(file, line.encode())
+        else:
+            replace_file(path, text)
+        self._written.append(str(path))
 
 
 def _document(numbers: dict[str, Any]) -> str:
@@ -273,25 +268,14 @@ def _check_lines(path: Path) -> None:
         with open(path, "r+b") as file:  # to write as well: it has to be possible
             for line in file:
                 last = line
-        if last.endswith(b"\n") and isinstance(json.loads(last), dict):
-            return
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError:
-        pass
-    raise UserError(f"--json {path} holds something else than whole JSON lines to append to")
-
-
-def _append(path: Path, line: bytes) -> None:
-    """Appends a line, whole or not at all."""
-    with open(path, "ab", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
-        try:
-            if file.write(line) != len(line):
-                raise OSError("no space is left for a whole line")
-        except BaseException:
-            file.truncate(size)
-            raise
+        raise UserError(f"{path} cannot be read: {reason(error)}") from error
+    try:
+        parse_object(last if last.endswith(b"\n") else "", str(path))
+    except UserError as error:
+        raise UserError(
+            f"--json {path} holds something else than whole JSON lines to append to"
+        ) from error
 
 
 class _Screen:
@@ -302,7 +286,7 @@ class _Screen:
         from rich.console import Console
 
         self._console = Console(highlight=False)
-        self._silent, self._files = files.to_stdout, files.names
+        self._silent, self._files = files.to_stdout, files
         self._live: Any = None
         self._said = ""
         if live and self._console.is_terminal and not self._silent:
@@ -336,7 +320,7 @@ class _Screen:
 
     def show(self, make: Any) -> None:
         """``make(most rows)`` is what to print."""
-        written = f"written: {self._files}" if self._files else ""
+        written = f"written: {self._files.names}" if self._files.names else ""
         if self._silent:
             if written:
                 typer.echo(written, err=True)

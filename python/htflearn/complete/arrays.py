@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from htflearn.complete.entries import Entries, Predict
-from htflearn.complete.files import ARRAYS, Write, existing, missing_places, reason
-from htflearn.errors import UserError
+from htflearn.complete.files import ARRAYS, Write, existing, missing_places
+from htflearn.errors import UserError, reason
+from htflearn.files import check_fits
 
 __all__ = ["ArraySource", "read_array", "read_mask"]
 
@@ -131,9 +134,12 @@ def read_array(path: Path, key: str | None) -> tuple[np.ndarray, str | None, dic
         if not isinstance(content, np.ndarray):
             with content as archive:
                 key = _choose(path, archive.files, key)
+                _check_size(path, {key, f"{key}.npy"})
                 array = archive[key]
                 return _numbers(array, f"{key} in {path}"), key, {}, array.dtype
-    except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile) as error:
+    except UserError:
+        raise
+    except Exception as error:  # NumPy has Python parse the header, which may raise anything
         if "pickle" in str(error) and "Object arrays" in str(error):
             raise UserError(f"expected an array of numbers, but {path} holds objects") from error
         raise UserError(
@@ -149,16 +155,27 @@ def _plain(error: BaseException) -> str:
     return "it is no NumPy file" if "pickle" in str(error) else reason(error)
 
 
+def _check_size(path: Path, names: set[str] | None = None) -> None:
+    """Refuses a zip archive whose members of these names (all of them) do not fit into memory."""
+    with zipfile.ZipFile(path) as archive:
+        members = [m for m in archive.infolist() if names is None or m.filename in names]
+    check_fits(sum(member.file_size for member in members), str(path))
+
+
 def _read_pt(path: Path, key: str | None) -> tuple[np.ndarray, str | None, dict[str, Any], Any]:
     import torch
 
     try:
+        if zipfile.is_zipfile(path):
+            _check_size(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} cannot be read: expected tensors saved by torch.save, and nothing else"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # torch.load raises half a dozen kinds for a damaged file
         raise UserError(f"{path} cannot be read as a PyTorch file: {reason(error)}") from error
     everything: dict[str, Any] = {}
     if isinstance(content, dict):
@@ -173,7 +190,10 @@ def _read_pt(path: Path, key: str | None) -> tuple[np.ndarray, str | None, dict[
         raise UserError(f"expected a dense tensor of real numbers, but {path} holds another kind")
     dtype = content.dtype
     dense = content.detach()
-    array = (dense.float() if dtype == torch.bfloat16 else dense).numpy()
+    try:
+        array = (dense.float() if dtype == torch.bfloat16 else dense).numpy()
+    except (RuntimeError, TypeError) as error:  # of the meta device, or a dtype that NumPy lacks
+        raise UserError(f"expected numbers of a common dtype, but {path} holds {dtype}") from error
     return _numbers(array, str(path)), key, everything, dtype
 
 
@@ -194,7 +214,9 @@ def _listed(names: list[str]) -> str:
     return f"{shown} and {len(names) - 8} more" if len(names) > 8 else shown
 
 
-def _numbers(array: np.ndarray, what: str) -> np.ndarray:
+def _numbers(array: Any, what: str) -> np.ndarray:
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"expected an array of real numbers, but {what} is none")
     if array.dtype.kind not in "fiub":
         raise UserError(f"expected an array of real numbers, but {what} has dtype {array.dtype}")
     return array
@@ -237,10 +259,14 @@ def _save_npz(to: Path, key: str, array: np.ndarray, beside: Path | None) -> Non
     """An archive of the array, and of everything else in the archive ``beside``, byte for byte."""
     with zipfile.ZipFile(to, "w", zipfile.ZIP_DEFLATED) as made:
         if beside is not None:
-            with zipfile.ZipFile(beside) as given:
-                for name in given.namelist():
-                    if name != f"{key}.npy":
-                        made.writestr(name, given.read(name))
+            try:
+                with zipfile.ZipFile(beside) as given:
+                    for name in given.namelist():
+                        if name != f"{key}.npy":
+                            with given.open(name) as source, made.open(name, "w") as copy:
+                                shutil.copyfileobj(source, copy)
+            except (zipfile.BadZipFile, zlib.error) as error:
+                raise ValueError(f"{beside} is damaged: {reason(error)}") from error
         with made.open(f"{key}.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array(file, array, allow_pickle=False)
 
@@ -253,4 +279,5 @@ def _save_pt(to: Path, content: Any, key: str | None, dtype: Any) -> None:
         return made.to(dtype) if isinstance(dtype, torch.dtype) else made
 
     named = isinstance(content, dict)
-    torch.save({**content, key: tensor(content[key])} if named else tensor(content), to)
+    with open(to, "wb") as file:  # of a file that PyTorch opens it does not say why it cannot write
+        torch.save({**content, key: tensor(content[key])} if named else tensor(content), file)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from htflearn.complete.entries import Entries, Predict
-from htflearn.errors import UserError
+from htflearn.errors import UserError, reason, writable_directory
+from htflearn.files import check_output, scratch_file, whole_file
 
 __all__ = [
     "ARRAYS",
@@ -21,8 +22,8 @@ __all__ = [
     "check_outputs",
     "existing",
     "missing_places",
-    "reason",
-    "write_files",
+    "rehearse",
+    "write_file",
 ]
 
 ARRAYS = (".npy", ".npz", ".pt")
@@ -80,14 +81,6 @@ def existing(path: Path, what: str = "") -> Path:
     return path
 
 
-def reason(error: BaseException) -> str:
-    """Why an operation failed, as the rest of a sentence: the first line, without a full stop."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
-
-
 def check_outputs(paths: list[Path], source: Path, force: bool) -> None:
     """Proves, before the work begins, that the results can be written and replace nothing.
 
@@ -98,64 +91,50 @@ def check_outputs(paths: list[Path], source: Path, force: bool) -> None:
     for path in paths:
         if path.resolve() == source.resolve():
             raise UserError(f"the output {path} is the input; give another --out")
-        if path.is_dir():
-            raise UserError(f"the output {path} is a directory, expected a file")
-        if path.exists() and not force:
-            raise UserError(f"{path} exists; give --force to replace it, or another --out")
+        check_output(path, force)
         if not path.parent.is_dir():
             raise UserError(f"the folder {path.parent} of the output does not exist")
-    for folder in {path.parent for path in paths}:
-        try:
-            with tempfile.NamedTemporaryFile(dir=folder, prefix=".htf-"):
-                pass
-        except OSError as error:
-            raise UserError(f"the folder {folder} cannot be written: {reason(error)}") from error
+        writable_directory(path.parent)
 
 
-def write_files(writers: Mapping[Path, Write], force: bool) -> None:
-    """Writes files whole or not at all.
-
-    All are written under other names in the same folders; only when every one is complete and on
-    disk do they get their own.
+def rehearse(path: Path, write: Write) -> None:
+    """Writes a file and removes it again, before the work begins: what the format cannot hold and
+    what the disk has no room for is seen now.
 
     Args:
-        writers: for each path what writes it.
-        force: replaces files of these names.
+        path: where the result will go.
+        write: what writes something of its kind and size.
 
     Raises:
-        UserError: a file cannot be written, or has come into being since :func:`check_outputs`.
+        UserError: it cannot be written.
     """
-    written: dict[Path, Path] = {}
+    with _told(path), scratch_file(path) as draft:
+        write(draft)
+
+
+def write_file(path: Path, write: Write, force: bool) -> None:
+    """Writes a file, whole or not at all.
+
+    Args:
+        path: where to.
+        write: what writes it.
+        force: replaces a file of this name.
+
+    Raises:
+        UserError: it cannot be written, or has come into being since :func:`check_outputs`.
+    """
+    with _told(path), whole_file(path) as draft:
+        write(draft)
+        if os.path.lexists(path) and not force:
+            raise UserError(f"{path} was made by something else meanwhile; nothing was written")
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
     try:
-        for path, write in writers.items():
-            handle, name = tempfile.mkstemp(
-                suffix=path.suffix, prefix=f".{path.stem}-", dir=path.parent
-            )
-            os.close(handle)
-            written[path] = Path(name)
-            try:
-                write(written[path])
-                _finish(written[path])
-            except (OSError, ValueError, RuntimeError) as error:
-                raise UserError(f"{path} cannot be written: {reason(error)}") from error
-        taken = next((path for path in written if path.exists()), None)
-        if taken is not None and not force:
-            raise UserError(f"{taken} was made by something else meanwhile; nothing was written")
-        for path in list(written):
-            os.replace(written[path], path)
-            del written[path]
-    finally:
-        for left in written.values():
-            left.unlink(missing_ok=True)
-
-
-def _finish(path: Path) -> None:
-    """On disk, with the permissions of a file made the ordinary way (mkstemp's are the owner's)."""
-    mask = os.umask(0)
-    os.umask(mask)
-    os.chmod(path, 0o666 & ~mask)
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} cannot be written: {reason(error)}") from error
 
 
 def missing_places(known: np.ndarray) -> np.ndarray:

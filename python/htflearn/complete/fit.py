@@ -86,6 +86,10 @@ class Problem:
     mean: float
     scale: float
 
+    def mean_everywhere(self, indices: np.ndarray) -> np.ndarray:
+        """The mean as the prediction ``[M]`` at indices ``[M, N]``."""
+        return self.entries.finish(np.full(len(indices), self.mean))
+
     def error(self, predicted: np.ndarray) -> float:
         """Root mean squared error on the entries held out, in the units of the file."""
         wrong = self.entries.finish(predicted) - self.entries.values[self.held]

@@ -11,8 +11,8 @@ import numpy as np
 
 from htflearn.complete.arrays import read_mask
 from htflearn.complete.entries import Entries, Predict
-from htflearn.complete.files import Write, existing, missing_places, reason
-from htflearn.errors import UserError
+from htflearn.complete.files import Write, existing, missing_places
+from htflearn.errors import UserError, reason
 
 __all__ = ["ImageSource", "image_suffixes", "read_gray"]
 
@@ -27,13 +27,21 @@ def picture_errors() -> tuple[type[Exception], ...]:
     return (*bombs, OSError, ValueError, SyntaxError, EOFError)
 
 
-def image_suffixes() -> set[str]:
-    """Suffixes of the files that Pillow reads and writes."""
+def image_formats() -> list[str]:
+    """Formats that Pillow reads and writes by itself. PostScript is a program, which it hands to
+    Ghostscript, whatever the file's name ends in."""
     from PIL import Image
 
     Image.init()
-    both = Image.OPEN.keys() & Image.SAVE.keys()
-    return {suffix for suffix, name in Image.registered_extensions().items() if name in both}
+    return sorted((Image.OPEN.keys() & Image.SAVE.keys()) - {"EPS"})
+
+
+def image_suffixes() -> set[str]:
+    """Suffixes of the files of these formats."""
+    from PIL import Image
+
+    formats = image_formats()
+    return {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
 
 
 @dataclass
@@ -141,7 +149,7 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=image_formats()) as image:
                 frames = getattr(image, "n_frames", 1)
                 if frames > 1:
                     raise UserError(f"expected a single picture, but {path} holds {frames} frames")

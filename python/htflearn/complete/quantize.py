@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from htflearn.errors import UserError
+from htflearn.options import shown, whole_numbers
 
 __all__ = ["LONG", "Split", "factors_of", "parse_factors"]
 
@@ -147,12 +148,13 @@ def parse_factors(text: str, dims: Sequence[int]) -> Split:
         UserError: the text is no such list, or makes too few positions.
     """
     parts = [part.strip() for part in text.split(",")]
-    expected = "--factors expects whole numbers from 2 on, coarsest first, one of them may be auto"
-    if parts.count("auto") > 1 or not all(p == "auto" or p.isdecimal() for p in parts):
-        raise UserError(f"{expected}, such as auto,8, got {text!r}")
-    given = [int(p) for p in parts if p != "auto"]
-    if any(f < 2 for f in given):
-        raise UserError(f"{expected}, such as auto,8, got {text!r}")
+    numbers = [p for p in parts if p != "auto"]
+    given = whole_numbers(",".join(numbers)) if numbers else []
+    if parts.count("auto") > 1 or given is None or any(f < 2 for f in given):
+        raise UserError(
+            "--factors expects whole numbers from 2 on, coarsest first, one of them may be auto, "
+            f"such as auto,8, got {shown(text)}"
+        )
     factors: list[tuple[int, ...]] = []
     for mode, d in enumerate(dims):
         if d < LONG:
@@ -167,7 +169,7 @@ def parse_factors(text: str, dims: Sequence[int]) -> Split:
                 chosen.insert(0, min(f, need))
         if prod(chosen) < d:
             raise UserError(
-                f"--factors {text} makes {prod(chosen)} positions, but mode {mode} has {d}"
+                f"--factors {shown(text)} makes {prod(chosen)} positions, but mode {mode} has {d}"
             )
         factors.append(tuple(chosen))
     return Split(tuple(dims), tuple(factors))

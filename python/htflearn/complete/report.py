@@ -18,6 +18,7 @@ from htflearn.complete.files import Source, Write
 from htflearn.complete.fit import Fitted, Problem
 from htflearn.complete.images import ImageSource
 from htflearn.complete.quantize import Split
+from htflearn.errors import Extras
 
 __all__ = ["make_report", "picture_writer", "print_report", "report_writer"]
 
@@ -27,7 +28,14 @@ _LARGEST_QR = 128
 
 
 def make_report(
-    source: Source, result: Path, options: Any, problem: Problem, fitted: list[Fitted], began: float
+    source: Source,
+    result: Path,
+    options: Any,
+    problem: Problem,
+    fitted: list[Fitted],
+    baselines: int,
+    began: float,
+    extras: Extras,
 ) -> dict[str, Any]:
     """Everything worth knowing of a run, as JSON holds it.
 
@@ -37,15 +45,18 @@ def make_report(
         options: :class:`htflearn.complete.run.Options`.
         problem: the data.
         fitted: the HTF, then those it is compared with.
+        baselines: how many of these there should have been.
         began: when the run did, by ``time.monotonic``.
+        extras: told of ranks that cannot be computed; the report then has none.
 
     Returns:
         errors are root mean squared ones in the units of the file; ``relative`` divides by the
         error of the mean.
     """
     entries, htf = problem.entries, fitted[0]
-    mean = np.full(len(problem.held), problem.mean)
-    models = [_scores("mean", problem, problem.error(mean), _mean(problem))]
+    held = np.full(len(problem.held), problem.mean)
+    hidden_mean = problem.mean_everywhere(entries.hidden_indices)
+    models = [_scores("mean", problem, problem.error(held), hidden_mean)]
     models[0] |= {"parameters": 1, "seconds": 0.0}
     for model in fitted:
         scores = _scores(model.name, problem, model.error, model.predict(entries.hidden_indices))
@@ -66,6 +77,9 @@ def make_report(
         for key in ("held_out", "hidden"):
             if f"{key}_rmse" in scores and models[0][f"{key}_rmse"] > 0:
                 scores[f"{key}_relative"] = scores[f"{key}_rmse"] / models[0][f"{key}_rmse"]
+    ranks: list[dict[str, Any]] = []
+    with extras.making("the ranks"):
+        ranks = _ranks(htf)
     known, hidden = len(entries.values), len(entries.hidden_values)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
     return {
@@ -83,18 +97,19 @@ def make_report(
         "modes": _describe(htf.split, entries.names),
         "tree": htf.model.tree.to_nested(),
         "models": models,
-        "ranks": _ranks(htf),
-        "notes": [*entries.notes, *source.notes(result), *_verdict(models, htf)],
+        "ranks": ranks,
+        "notes": [
+            *entries.notes,
+            *source.notes(result),
+            *_verdict(models, htf, baselines),
+            *extras.sentences,
+        ],
         "settings": settings,
         "version": hk.__version__,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "seconds": time.monotonic() - began,
     }
-
-
-def _mean(problem: Problem) -> np.ndarray:
-    return problem.entries.finish(np.full(len(problem.entries.hidden_values), problem.mean))
 
 
 def _scores(name: str, problem: Problem, held_out: float, hidden: np.ndarray) -> dict[str, Any]:
@@ -115,8 +130,8 @@ def _psnr(squared: float, peak: float) -> float | None:
     return 10 * math.log10(peak**2 / squared) if squared > 0 else None
 
 
-def _verdict(models: list[dict[str, Any]], htf: Fitted) -> list[str]:
-    if len(models) == 2:
+def _verdict(models: list[dict[str, Any]], htf: Fitted, baselines: int) -> list[str]:
+    if not baselines:
         order = htf.model.tree.order
         return [f"on this tree of {order} modes HTF is a CP; there is no other to compare with"]
     key = "hidden_rmse" if "hidden_rmse" in models[0] else "held_out_rmse"
@@ -275,7 +290,8 @@ def print_report(numbers: dict[str, Any]) -> None:
             str(node["rank_above_1_percent"]),
             str(node["numerical_rank"]),
         )
-    console.print(ranks)
+    if numbers["ranks"]:
+        console.print(ranks)
     for note in numbers["notes"]:
         console.print(f"note: {note}", highlight=False)
 

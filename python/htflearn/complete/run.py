@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,20 +14,28 @@ import torch
 import htfkernels as hk
 from htflearn.complete.arrays import ArraySource
 from htflearn.complete.entries import Entries
-from htflearn.complete.files import ARRAYS, TABLES, Source, check_outputs, existing, write_files
+from htflearn.complete.files import (
+    ARRAYS,
+    TABLES,
+    Source,
+    check_outputs,
+    existing,
+    rehearse,
+    write_file,
+)
 from htflearn.complete.fit import Fitted, Settings, fit, make_cp, make_htf, prepare
 from htflearn.complete.images import ImageSource, image_suffixes
 from htflearn.complete.quantize import LONG, Split, factors_of, parse_factors
 from htflearn.complete.report import make_report, picture_writer, report_writer
 from htflearn.complete.tables import TableSource
-from htflearn.complete.trees import make_ranks, make_tree
-from htflearn.errors import UserError, usable_device
+from htflearn.complete.trees import LARGEST_MODEL, make_ranks, make_tree
+from htflearn.errors import Extras, UserError, out_of_memory, usable_device
+from htflearn.options import not_negative, positive, shown, whole_numbers
 
 __all__ = ["Options", "Outputs", "complete"]
 
 _BUDGET = 250_000
 _PATCHES = "auto,8"
-_LARGEST_MODEL = 2**28
 # A CP over many short modes needs thousands of components for its number of parameters, and a
 # minute for a step.
 _LARGEST_SPLIT_CP = 256
@@ -97,8 +106,9 @@ class Outputs:
 def complete(file: Path, options: Options) -> Outputs:
     """Completes the tensor of a file and writes the results.
 
-    Everything that can be wrong with the input is found before the training begins; nothing is
-    written before it has ended.
+    Everything that can be wrong with the input is found before the training begins. The completed
+    tensor is written as soon as it is there; what it is compared with, the report and the picture
+    come after it.
 
     Args:
         file: an array, a table or a picture.
@@ -106,6 +116,8 @@ def complete(file: Path, options: Options) -> Outputs:
 
     Raises:
         UserError: whatever the user can put right, in a sentence.
+        Incomplete: the completed tensor is written, and some of the rest could not be made. Its
+            ``made`` are the outputs.
     """
     began = time.monotonic()
     settings = _settings(options)
@@ -119,10 +131,10 @@ def complete(file: Path, options: Options) -> Outputs:
     budget = min(2 * len(problem.train), max(_BUDGET, 8 * sum(split.shape)))
     ranks = make_ranks(options.ranks, tree, split.shape, budget)
     layout = hk.layout.Layout.make(tree, split.shape, ranks, root="sum")
-    if layout.num_parameters > _LARGEST_MODEL:
+    if layout.num_parameters > LARGEST_MODEL:
         raise UserError(
             f"--ranks makes a model of {layout.num_parameters:,} weights, more than "
-            f"{_LARGEST_MODEL:,}"
+            f"{LARGEST_MODEL:,}"
         )
     if options.smoothness is None:
         settings = replace(settings, smoothness=source.default_smoothness)
@@ -130,22 +142,44 @@ def complete(file: Path, options: Options) -> Outputs:
     written = [p for p in (paths.result, paths.report, paths.picture) if p is not None]
     check_outputs(written, source.path, options.force)
 
+    rehearse(paths.result, source.writer(paths.result, problem.mean_everywhere, options.smooth))
+
     htf = ("HTF", split, lambda: make_htf(tree, split.shape, ranks, settings))
-    models = [htf, *_baselines(tree, split, layout.num_parameters, settings)]
-    training, fitted = time.monotonic(), list[Fitted]()
-    for number, (name, shape, make) in enumerate(models):
-        left = options.max_seconds - (time.monotonic() - training)
-        share = replace(settings, max_seconds=left / (len(models) - number))
-        fitted.append(_fit(name, problem, shape, make, share))
-    numbers = make_report(source, paths.result, options, problem, fitted, began)
-    writers = {
-        paths.result: source.writer(paths.result, fitted[0].predict, options.smooth),
-        paths.report: report_writer(numbers),
-    }
-    if paths.picture is not None and isinstance(source, ImageSource):
-        writers[paths.picture] = picture_writer(source, fitted[0], options.smooth)
-    write_files(writers, options.force)
-    return replace(paths, numbers=numbers)
+    baselines = _baselines(tree, split, layout.num_parameters, settings)
+    training, left = time.monotonic(), 1 + len(baselines)
+
+    def trained(name: str, shape: Split, make: Callable[[], hk.HTF]) -> Fitted:
+        nonlocal left
+        seconds = options.max_seconds - (time.monotonic() - training)
+        share, left = seconds / left, left - 1
+        return _fit(name, problem, shape, make, replace(settings, max_seconds=share))
+
+    fitted, numbers, extras = [trained(*htf)], dict[str, Any](), Extras()
+    write_file(
+        paths.result, source.writer(paths.result, fitted[0].predict, options.smooth), options.force
+    )
+    if options.force:  # what is there tells of an earlier result
+        for path in written[1:]:
+            path.unlink(missing_ok=True)
+    try:
+        for name, shape, make in baselines:
+            with extras.making(f"the comparison with {name}"):
+                fitted.append(trained(name, shape, make))
+        with extras.making("the report"):
+            numbers = make_report(
+                source, paths.result, options, problem, fitted, len(baselines), began, extras
+            )
+            write_file(paths.report, report_writer(numbers), options.force)
+        if paths.picture is not None and isinstance(source, ImageSource):
+            with extras.making("the picture"):
+                drawn = picture_writer(source, fitted[0], options.smooth)
+                write_file(paths.picture, drawn, options.force)
+    except KeyboardInterrupt:
+        print(f"the completed tensor is in {paths.result}", file=sys.stderr)
+        raise
+    made = replace(paths, numbers=numbers)
+    extras.done(made)
+    return made
 
 
 def _settings(options: Options) -> Settings:
@@ -156,14 +190,12 @@ def _settings(options: Options) -> Settings:
         ("batch-size", options.batch_size),
         ("init-std", options.init_std),
     ):
-        if value is not None and not 0 < value < float("inf"):
-            raise UserError(f"--{name} expects a positive number, got {value:g}")
+        positive(name, value)
     for name, value in (
         ("weight-decay", options.weight_decay),
         ("smoothness", options.smoothness),
     ):
-        if value is not None and not 0 <= value < float("inf"):
-            raise UserError(f"--{name} expects a number from 0 on, got {value:g}")
+        not_negative(name, value)
     for name, word, words in (
         ("optimizer", options.optimizer, _OPTIMIZERS),
         ("loss", options.loss, _LOSSES),
@@ -238,13 +270,13 @@ def _entries(source: Source, options: Options) -> Entries:
     if options.smooth_modes is None:
         return entries
     order = len(entries.dims)
-    modes = [part.strip() for part in options.smooth_modes.split(",")]
-    if not all(part.isdecimal() and int(part) < order for part in modes):
+    modes = whole_numbers(options.smooth_modes, order - 1)
+    if modes is None:
         raise UserError(
             f"--smooth-modes expects modes from 0 to {order - 1} such as 0,1, got "
-            f"{options.smooth_modes!r}"
+            f"{shown(options.smooth_modes)}"
         )
-    return replace(entries, neighbours=tuple(sorted({int(part) for part in modes})))
+    return replace(entries, neighbours=tuple(sorted(set(modes))))
 
 
 def _split(source: Source, options: Options) -> Split:
@@ -291,7 +323,7 @@ def _fit(
     try:
         return fit(name, problem, split, make, settings)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if not out_of_memory(error):
             raise
         raise UserError(
             f"not enough memory to train {name} on the shape {list(split.shape)}; try smaller "
@@ -313,7 +345,9 @@ def _names(text: str | None) -> list[str] | None:
 
 
 def _numbers(option: str, text: str) -> Sequence[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise UserError(f"--{option} expects positive whole numbers such as 10,20,5, got {text!r}")
-    return [int(part) for part in parts]
+    numbers = whole_numbers(text)
+    if numbers is None or not all(numbers):
+        raise UserError(
+            f"--{option} expects positive whole numbers such as 10,20,5, got {shown(text)}"
+        )
+    return numbers

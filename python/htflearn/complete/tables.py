@@ -12,13 +12,16 @@ from typing import Any
 import numpy as np
 
 from htflearn.complete.entries import LARGEST_TENSOR, Entries, Predict
-from htflearn.complete.files import TABLES, Write, existing, reason
-from htflearn.errors import UserError
+from htflearn.complete.files import TABLES, Write, existing
+from htflearn.errors import UserError, reason
+from htflearn.files import check_fits
 
 __all__ = ["LARGEST_GRID", "TableSource"]
 
 LARGEST_GRID = 5_000_000
 """``every`` writes at most that many rows."""
+
+_LEAST_BYTES = 4  # of a cell, in memory
 
 # An index column of integers is one of positions unless almost all positions would be empty.
 _SPARSE = 100
@@ -228,12 +231,15 @@ def _read(path: Path) -> Any:
     existing(path)
     try:
         if path.suffix.lower() == ".parquet":
+            told = parquet.read_metadata(path)
+            # A value that is repeated takes no room in the file.
+            check_fits(told.num_rows * told.num_columns * _LEAST_BYTES, str(path))
             table = parquet.read_table(path)
         else:
             table = csv.read_csv(path)
+        names = table.column_names
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as a table: {reason(error)}") from error
-    names = table.column_names
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"expected columns of different names, but {path} has {twice!r} twice")
@@ -246,7 +252,7 @@ def _read(path: Path) -> Any:
     return table
 
 
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 
 
 def _columns(

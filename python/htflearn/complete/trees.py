@@ -10,17 +10,20 @@ from typing import Any
 
 import htfkernels as hk
 from htfkernels.layout import Layout
-from htflearn.complete.files import existing, reason
+from htflearn.complete.files import existing
 from htflearn.complete.quantize import Split
-from htflearn.errors import UserError
+from htflearn.errors import UserError, reason
+from htflearn.options import shown, whole_numbers
 
-__all__ = ["TREES", "automatic_ranks", "automatic_tree", "make_ranks", "make_tree"]
+__all__ = ["LARGEST_MODEL", "TREES", "automatic_ranks", "automatic_tree", "make_ranks", "make_tree"]
 
 TREES = ("auto", "balanced", "halves", "flat")
 
 _BLOCK = 8  # Side of the blocks within which a picture is told by few patterns.
 _LARGEST_LEAF_GROUP = 64
 _LARGEST_RANK = 1024
+LARGEST_MODEL = 2**28
+"""Weights at most."""
 
 Ranks = dict[hk.Node, int]
 
@@ -125,10 +128,12 @@ def make_ranks(text: str | None, tree: hk.ModeTree, dims: Sequence[int], budget:
     """
     if text is None:
         return automatic_ranks(tree, dims, budget)
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise UserError(f"--ranks expects positive whole numbers such as 32 or 64,32, got {text!r}")
-    ranks = [int(part) for part in parts]
+    ranks = whole_numbers(text, LARGEST_MODEL)
+    if ranks is None or not all(ranks):
+        raise UserError(
+            "--ranks expects positive whole numbers such as 32 or 64,32, at most "
+            f"{LARGEST_MODEL:,}, got {shown(text)}"
+        )
     if len(ranks) not in (1, tree.depth):
         raise UserError(
             f"--ranks expects 1 number or {tree.depth} (one for each interior level of the tree, "

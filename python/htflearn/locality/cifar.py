@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import pickle
 import tarfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from htflearn.complete.files import reason
-from htflearn.errors import UserError
+from htflearn.errors import UserError, reason
+from htflearn.files import check_fits
+from htflearn.locality.array_pickle import read_array_pickle
 
 __all__ = ["read_cifar"]
 
@@ -135,9 +133,12 @@ def _read_archive(path: Path, split: str) -> tuple[np.ndarray, np.ndarray, tuple
         with tarfile.open(path, "r:*") as archive:
             for member in archive:
                 name = Path(member.name).name
-                if name in wanted and (file := archive.extractfile(member)) is not None:
-                    content[name] = file.read()
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+                if name in wanted and member.isfile():
+                    check_fits(member.size, f"{name} in {path}")
+                    content[name] = archive.extractfile(member).read()  # type: ignore[union-attr]
+    except UserError:
+        raise
+    except Exception as error:  # of tarfile and of four ways to compress, for a damaged archive
         raise UserError(
             f"{path} cannot be read as an archive: {reason(error).rstrip(':')}"
         ) from error
@@ -182,7 +183,7 @@ def _pickled_batch(content: bytes, layout: _Layout, what: str) -> tuple[np.ndarr
         array = isinstance(data, np.ndarray)
         kind = f"{data.dtype} {list(data.shape)}" if array else type(data).__name__
         raise UserError(f"expected images uint8 [M, {_PIXELS}], but {what} holds {kind}")
-    if not isinstance(labels, list) or not all(type(label) is int for label in labels):
+    if not isinstance(labels, list) or not all(_is_label(label) for label in labels):
         raise UserError(f"expected a list of whole numbers as {layout.labels_key} of {what}")
     if len(labels) != len(data):
         raise UserError(
@@ -192,46 +193,34 @@ def _pickled_batch(content: bytes, layout: _Layout, what: str) -> tuple[np.ndarr
     return data, np.array(labels, np.int64)
 
 
+def _is_label(value: Any) -> bool:
+    return type(value) is int and abs(value) < 2**63
+
+
 def _names(content: bytes, layout: _Layout, what: str) -> tuple[str, ...]:
     if layout.names_key:
         names = _entry(_unpickled(content, what), layout.names_key, what)
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        if not isinstance(names, list) or not all(isinstance(name, str | bytes) for name in names):
             raise UserError(f"expected a list of names as {layout.names_key} of {what}")
-        return tuple(names)
+        return tuple(n if isinstance(n, str) else n.decode("latin-1") for n in names)
     lines = content.decode("utf-8", errors="replace").splitlines()
     return tuple(line.strip() for line in lines if line.strip())
 
 
 def _entry(batch: Any, key: str, what: str) -> Any:
-    if not isinstance(batch, dict) or key not in batch:
+    """Keys are bytes where somebody has read the files in Python 3 and written them again."""
+    found = [batch[k] for k in (key, key.encode()) if k in batch] if isinstance(batch, dict) else []
+    if not found:
         raise UserError(f"expected a dictionary with {key!r}, but {what} has none")
-    return batch[key]
+    return found[0]
 
 
 def _unpickled(content: bytes, what: str) -> Any:
     try:
-        # Python 2 wrote these files: NumPy needs its strings as latin1.
-        return _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
+        return read_array_pickle(content)
     except UserError as error:
         raise UserError(f"{what} is not read: {error}") from error
-    except Exception as error:  # a damaged pickle can raise anything
+    except (IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"expected a pickle, but {what} is damaged or cut off ({reason(error)})"
         ) from error
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """Makes arrays, strings and containers, and runs nothing else that a pickle names."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        # NumPy has moved its internals between modules; the function itself is found this way.
-        reconstruct = np.empty(0).__reduce__()[0]
-        allowed = {
-            ("numpy", "ndarray"): np.ndarray,
-            ("numpy", "dtype"): np.dtype,
-            ("numpy.core.multiarray", "_reconstruct"): reconstruct,
-            ("numpy._core.multiarray", "_reconstruct"): reconstruct,
-        }
-        if (module, name) not in allowed:
-            raise UserError(f"its pickle asks for {module}.{name}, but only arrays are expected")
-        return allowed[module, name]

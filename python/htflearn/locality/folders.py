@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from htflearn.complete.files import reason
-from htflearn.complete.images import picture_errors
-from htflearn.errors import UserError
+from htflearn.complete.images import image_formats, picture_errors
+from htflearn.errors import UserError, reason
 from htflearn.locality.area import area_average
 
 __all__ = ["read_folders"]
@@ -120,7 +119,7 @@ def _read(path: Path) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=image_formats()) as image:
                 deep = image.mode.startswith(_DEEP)
                 pixels = np.array(image.convert("L" if image.mode in _GRAY else "RGB"))
     except picture_errors() as error:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from htflearn.checkpoint import load_checkpoint, replace_file
-from htflearn.errors import UserError, writable_directory
+from htflearn.checkpoint import load_checkpoint
+from htflearn.errors import Extras, UserError, reason, writable_directory
+from htflearn.files import read_object, replace_file
 from htflearn.locality.accuracy_figure import draw_accuracy
 from htflearn.locality.data import load, make_pictures
 from htflearn.locality.follow import Follower
@@ -24,7 +26,8 @@ from htflearn.locality.profile import LocalityProfile, locality_profile
 from htflearn.locality.profile_figure import draw_profiles
 from htflearn.locality.setting import DISTANCE, Case, Setting
 from htflearn.locality.sheets import contact_sheet
-from htflearn.locality.training import RESULT, inputs, make_network, train
+from htflearn.locality.training import METRICS, RESULT, inputs, make_network, train
+from htflearn.options import positive, shown, usable_threads
 from htflearn.progress import Progress
 
 __all__ = ["How", "Outcome", "run_grid"]
@@ -33,7 +36,11 @@ _REGULARIZED_WEIGHT = 6.0  # a step with the regularizer in plain steps, for the
 _PROFILE_IMAGES = 128
 _PROFILE_PIXELS = 2**18  # of all replaced patches' images together, for one image, on a CPU
 _SHEET_COLUMNS = 4
+_MOST_WORKERS = 1024
 _ERROR = "error.txt"
+# What tells that a folder holds a grid.
+_LEFT = ("settings.json", "results.jsonl", "accuracy.png", "profile.png", "profile.json")
+_MEASURES = ("epochs", "distance", "coefficient", "seed", "test_accuracy", "train_accuracy")
 
 
 @dataclass(frozen=True)
@@ -64,10 +71,8 @@ class How:
         Raises:
             UserError: a number is not positive, or the engine cannot be used.
         """
-        for name in ("workers", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name} must be positive, got {value}")
+        positive("workers", self.workers, _MOST_WORKERS)
+        usable_threads(self.threads)
         check_engine(self.engine, self.options)
 
 
@@ -102,6 +107,8 @@ def run_grid(setting: Setting, out: Path, how: How, resume: bool = False) -> Out
         UserError: a setting or an option is out of its range, the data cannot be read, the folder
             holds a grid already (without ``resume``) or one of other settings. All of this is seen
             before anything is trained.
+        Incomplete: the trainings are done, and a figure could not be made. Its ``made`` is the
+            outcome.
     """
     setting.check()
     how.check()
@@ -114,9 +121,10 @@ def run_grid(setting: Setting, out: Path, how: How, resume: bool = False) -> Out
 
 def _alone(setting: Setting, out: Path, how: How, resume: bool, device: str) -> Outcome:
     cases = list(setting.cases())
+    _refuse_another(setting, out, resume)
     if setting.task == "isc":  # what is wrong with the images is seen before anything is written
         _check_data(setting, out)
-    _prepare(setting, out, how, resume)
+    _prepare(setting, out, how)
     if how.data_only:
         return _data_only(setting, out)
     todo = [case for case in cases if not _done(setting, out, case)]
@@ -148,10 +156,12 @@ def _together(
     cases = list(setting.cases())
     if how.threads is not None:
         torch.set_num_threads(how.threads)
+    if processes.first:
+        _refuse_another(setting, out, resume)
     if setting.task == "isc":
         _check_data(setting, out)
     if processes.first:
-        _prepare(setting, out, how, resume)
+        _prepare(setting, out, how)
     processes.wait()
     if how.data_only:
         return _data_only(setting, out) if processes.first else Outcome([], {}, [])
@@ -179,10 +189,11 @@ def _train_one(setting: Setting, case: Case, out: Path, device: str) -> dict[str
             raise
         except Exception as error:
             # The process that started this one gets the exception alone, not where it was raised.
-            replace_file(folder / _ERROR, traceback.format_exc())
-            raise RuntimeError(
-                f"{type(error).__name__}: {error} (see {folder / _ERROR})"
-            ) from error
+            text = f"{type(error).__name__}: {error}"
+            with suppress(OSError):  # it may be the disk that is full
+                replace_file(folder / _ERROR, traceback.format_exc())
+                text += f" (see {folder / _ERROR})"
+            raise RuntimeError(text) from error
 
 
 def _data_only(setting: Setting, out: Path) -> Outcome:
@@ -195,17 +206,29 @@ def _check_data(setting: Setting, out: Path) -> None:
         load(setting, Case(distance, 0.0, 0), out / "data")
 
 
-def _prepare(setting: Setting, out: Path, how: How, resume: bool) -> None:
-    """The folder, what it says it holds, the pictures of Pathfinder, some samples to look at."""
+def _refuse_another(setting: Setting, out: Path, resume: bool) -> None:
+    """A grid is not written over, and not gone on with in another setting."""
     path = out / "settings.json"
-    if path.exists() and not resume:
+    left = [out / name for name in _LEFT if os.path.lexists(out / name)]
+    left += out.glob(f"runs/*/{METRICS}")
+    found = left[0].relative_to(out) if left else None
+    if found is not None and not resume:
         raise UserError(
-            f"{out} holds a grid already: go on with it (--resume), or choose another --out"
+            f"{out} holds a grid already ({found}): --resume goes on with it, another --out leaves "
+            "it alone"
         )
     if path.exists():
         _check_same(setting, path)
+    elif found is not None:
+        raise UserError(
+            f"{out} holds {found}, but no {path.name} that says of what: choose another --out"
+        )
+
+
+def _prepare(setting: Setting, out: Path, how: How) -> None:
+    """The folder, what it says it holds, the pictures of Pathfinder, some samples to look at."""
     writable_directory(out)
-    replace_file(path, json.dumps(setting.to_dict(), indent=1) + "\n")
+    replace_file(out / "settings.json", json.dumps(setting.to_dict(), indent=1) + "\n")
     if setting.task == "pathfinder":
         _make_pictures(setting, out, how)
     _draw_sheet(setting, out)
@@ -226,16 +249,13 @@ def _make_pictures(setting: Setting, out: Path, how: How) -> None:
 
 def _check_same(setting: Setting, path: Path) -> None:
     """A grid goes on with the settings it began with, but for how much of it there is."""
-    try:
-        before = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    before = read_object(path)
     free = {"distances", "coefficients", "seeds", "epochs"}
     for name, value in setting.to_dict().items():
         if name not in free and before.get(name) != value:
             raise UserError(
-                f"the grid in {path.parent} has {name} {before.get(name)}, not {value}: resume it "
-                "with the same settings, or choose another --out"
+                f"the grid in {path.parent} has {name} {shown(before.get(name))}, not {value}: "
+                "resume it with the same settings, or choose another --out"
             )
 
 
@@ -266,48 +286,53 @@ def _done(setting: Setting, out: Path, case: Case) -> bool:
 
 
 def _result(out: Path, case: Case) -> dict[str, Any] | None:
+    path = _folder(out, case) / RESULT
     try:
-        return json.loads((_folder(out, case) / RESULT).read_text(encoding="utf-8"))
+        result = read_object(path)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{_folder(out, case) / RESULT} cannot be read: {error}") from error
+    missing = [k for k in _MEASURES if not isinstance(result.get(k), int | float)]
+    if missing or not isinstance(result.get("change"), int | float | None):
+        raise UserError(f"{path} is damaged: it has no {(*missing, 'change')[0]}")
+    return result
 
 
 def _write_results(setting: Setting, out: Path, cases: Sequence[Case]) -> list[dict[str, Any]]:
     results = [r for case in cases if (r := _result(out, case)) is not None]
-    replace_file(out / "results.jsonl", "".join(json.dumps(r) + "\n" for r in results))
+    try:
+        replace_file(out / "results.jsonl", "".join(json.dumps(r) + "\n" for r in results))
+    except OSError as error:
+        raise UserError(
+            f"the results cannot be written into {out}: {reason(error)}; the trainings are there, "
+            "and --resume goes on from them"
+        ) from error
     return results
 
 
 def _written(
     setting: Setting, out: Path, cases: Sequence[Case], failed: dict[str, str], device: str
 ) -> Outcome:
-    try:
-        return _outcome(setting, out, cases, failed, device)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"the results cannot be written into {out}: {reason}") from error
-
-
-def _outcome(
-    setting: Setting, out: Path, cases: Sequence[Case], failed: dict[str, str], device: str
-) -> Outcome:
     results = _write_results(setting, out, cases)
-    files = [out / "results.jsonl", out / "sheet.png"]
+    files, extras = [out / "results.jsonl", out / "sheet.png"], Extras()
     if results:
-        draw_accuracy(results, setting.task, out / "accuracy.png")
-        files.append(out / "accuracy.png")
-        profiles = _profiles(setting, out, cases, device)
+        with extras.making(f"{out / 'accuracy.png'}"):
+            draw_accuracy(results, setting.task, out / "accuracy.png")
+            files.append(out / "accuracy.png")
+        profiles: dict[str, LocalityProfile] = {}
+        with extras.making(f"{out / 'profile.json'}"):
+            profiles = _profiles(setting, out, cases, device)
+            if profiles:
+                found = {name: p.to_dict() for name, p in profiles.items()}
+                replace_file(out / "profile.json", json.dumps(found) + "\n")
+                files.append(out / "profile.json")
         if profiles:
-            replace_file(
-                out / "profile.json",
-                json.dumps({name: p.to_dict() for name, p in profiles.items()}) + "\n",
-            )
-            title = f"trained at distance {max(setting.distances)}"
-            draw_profiles(profiles, out / "profile.png", title, _place(setting, out))
-            files += [out / "profile.png", out / "profile.json"]
-    return Outcome(results, failed, files)
+            with extras.making(f"{out / 'profile.png'}"):
+                title = f"trained at distance {max(setting.distances)}"
+                draw_profiles(profiles, out / "profile.png", title, _place(setting, out))
+                files.append(out / "profile.png")
+    outcome = Outcome(results, failed, files)
+    extras.done(outcome)
+    return outcome
 
 
 def _profiles(

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from htflearn.complete.files import reason
-from htflearn.errors import UserError
+from htflearn.errors import UserError, reason
+from htflearn.files import check_fits
 
 __all__ = ["read_idx", "read_idx_folder"]
 
@@ -86,24 +86,25 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
         >>> read_idx(Path("t10k-labels-idx1-ubyte.gz"), 1).shape
         (10000,)
     """
-    try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read: {reason(error)}") from error
     header = 4 + 4 * ndim
     magic = bytes((0, 0, _UNSIGNED_BYTES, ndim))
-    if content[:4] != magic or len(content) < header:
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            start = file.read(header)
+            if start[:4] != magic or len(start) < header:
+                raise UserError(
+                    f"expected an IDX file of unsigned bytes with {ndim} dimensions, which starts "
+                    f"with {magic.hex(' ')}, but {path} starts with {start.hex(' ') or 'nothing'}"
+                )
+            shape = [int(d) for d in np.frombuffer(start, ">u4", ndim, offset=4)]
+            size = prod(shape)
+            check_fits(size, str(path))
+            content = file.read(size + 1)  # a packed file may go on without end
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}") from error
+    if len(content) != size:
+        found = f"{header + len(content)} bytes" + (" or more" if len(content) > size else "")
         raise UserError(
-            f"expected an IDX file of unsigned bytes with {ndim} dimensions, which starts with "
-            f"{magic.hex(' ')}, but {path} has {len(content)} bytes and starts with "
-            f"{content[:4].hex(' ') or 'nothing'}"
+            f"expected {header + size} bytes for the dimensions {shape}, but {path} has {found}"
         )
-    shape = [int(d) for d in np.frombuffer(content, ">u4", ndim, offset=4)]
-    expected = header + prod(shape)
-    if len(content) != expected:
-        raise UserError(
-            f"expected {expected} bytes for the dimensions {shape}, but {path} has {len(content)}"
-        )
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
+    return np.frombuffer(content, np.uint8).reshape(shape).copy()

@@ -90,6 +90,10 @@ def joined(device: str) -> Iterator[tuple[Processes, str]]:
         torch.distributed.destroy_process_group()
 
 
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 @contextmanager
 def only_one(folder: Path) -> Iterator[None]:
     """Keeps other processes out of a folder that they would write into, too; the system lets them
@@ -102,7 +106,7 @@ def only_one(folder: Path) -> Iterator[None]:
         UserError: another process is in it, and stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w", encoding="utf-8") as file:
+    with open(folder / ".lock", "ab", opener=_no_link) as file:
         began = time.monotonic()
         while True:
             try:

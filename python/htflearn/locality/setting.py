@@ -12,11 +12,14 @@ from htflearn.locality.patches import RandomSquares
 from htflearn.locality.pathfinder import PathfinderSetting
 from htflearn.locality.resnets import NETWORKS
 from htflearn.locality.same_class import SameClassSetting
+from htflearn.options import not_negative, positive
 
 __all__ = ["DISTANCE", "FASHION_MNIST", "PRESETS", "TASKS", "Case", "Setting"]
 
 FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
 """Where Debian's package dataset-fashion-mnist puts it."""
+
+_MOST_SAMPLES = 10**8
 
 TASKS = ("isc", "pathfinder")
 DISTANCE = {"isc": "pixels between the images", "pathfinder": "dashes of a path"}
@@ -115,10 +118,13 @@ class Setting:
         Raises:
             UserError: a value is out of its range; the sentence names the option.
         """
-        for name in ("epochs", "batch", "test_every", "every", "train_size", "test_size", "patch"):
-            if getattr(self, name) < 1:
-                option = name.replace("_", "-")
-                raise UserError(f"--{option} must be positive, got {getattr(self, name)}")
+        for name in ("epochs", "batch", "test_every", "every", "patch", "image_size", "lr"):
+            positive(name.replace("_", "-"), getattr(self, name))
+        for name in ("train_size", "test_size"):
+            positive(name.replace("_", "-"), getattr(self, name), _MOST_SAMPLES)
+        not_negative("weight-decay", self.weight_decay)
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"--momentum must be in 0..1, got {self.momentum}")
         for name in ("distances", "coefficients", "seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
@@ -130,19 +136,12 @@ class Setting:
             )
         if min(self.coefficients) < 0 or not all(map(math.isfinite, self.coefficients)):
             raise UserError(f"--coefficients must not be negative, got {list(self.coefficients)}")
-        if not (self.lr > 0 and 0 <= self.momentum < 1 and self.weight_decay >= 0):
-            raise UserError(
-                "--lr must be positive, the momentum in 0..1 and the weight decay not negative, "
-                f"got {self.lr}, {self.momentum}, {self.weight_decay}"
-            )
         if not 0 <= min(self.seeds) <= max(self.seeds) < 2**62:
             raise UserError(f"--seeds must be in 0..2^62, got {list(self.seeds)}")
         if self.network not in NETWORKS:
             raise UserError(f"--network must be one of {', '.join(NETWORKS)}, got {self.network!r}")
         if self.amp not in ("off", "float16", "bfloat16"):
             raise UserError(f"--amp must be off, float16 or bfloat16, got {self.amp!r}")
-        if self.image_size is not None and self.image_size < 1:
-            raise UserError(f"--image-size must be positive, got {self.image_size}")
         if len(self.canvas) != 2 or (self.task == "pathfinder" and len(set(self.canvas)) > 1):
             raise UserError(f"--canvas must be square for Pathfinder, got {self.canvas}")
         try:

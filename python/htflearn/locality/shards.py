@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from htflearn.checkpoint import replace_file
-from htflearn.errors import UserError, writable_directory
+from htflearn.errors import UserError, reason, writable_directory
+from htflearn.files import read_object, replace_file, whole_file
+from htflearn.options import shown
 
 __all__ = ["ShardWriter", "ShardedImages", "write_shard"]
 
@@ -115,7 +116,7 @@ class ShardWriter:
 
     def _refuse_another(self) -> None:
         try:
-            there = json.loads((self.path / _PLAN).read_text(encoding="utf-8"))
+            there = read_object(self.path / _PLAN)
         except FileNotFoundError:
             if any(self.path.glob("images-*.npy")) or (self.path / _META).exists():
                 raise UserError(
@@ -123,11 +124,9 @@ class ShardWriter:
                     "directory"
                 ) from None
             return
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.path / _PLAN} cannot be read: {error}") from error
         if there == self._plan:
             return
-        differs = _first_difference(there if isinstance(there, dict) else {}, self._plan)
+        differs = _first_difference(there, self._plan)
         raise UserError(f"{self.path} holds another data set ({differs}); give another directory")
 
     def _whole(self, shard: int) -> bool:
@@ -244,15 +243,11 @@ def write_shard(path: _Path, shard: int, images: np.ndarray, labels: np.ndarray)
     folder = Path(path)
     try:
         for name, array in ((_labels(shard), labels), (_images(shard), images)):
-            draft = folder / f".{name}.draft"
-            with open(draft, "wb") as file:
+            with whole_file(folder / name) as draft, open(draft, "wb") as file:
                 np.save(file, np.ascontiguousarray(array, np.uint8))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, folder / name)
     except OSError as error:
         raise UserError(
-            f"the shard {folder / _images(shard)} cannot be written: {error.strerror or error}"
+            f"the shard {folder / _images(shard)} cannot be written: {reason(error)}"
         ) from error
 
 
@@ -267,10 +262,12 @@ def _labels(shard: int) -> str:
 def _map(file: Path, shape: tuple[int, ...]) -> np.ndarray:
     try:
         array = np.load(file, mmap_mode="r")
+        if not isinstance(array, np.ndarray):
+            raise ValueError("it is an archive")
     except FileNotFoundError as error:
         raise UserError(f"there is no file {file}") from error
-    except (OSError, ValueError, EOFError) as error:  # a cut file: mmap is longer than it
-        raise UserError(f"{file} is damaged: {error}") from error
+    except Exception as error:  # NumPy has Python parse the header, which may raise anything
+        raise UserError(f"{file} is damaged: {reason(error)}") from error
     if array.shape != shape or array.dtype != np.uint8:
         raise UserError(
             f"{file} is damaged: expected uint8 of shape {shape}, got {array.dtype} of "
@@ -282,24 +279,23 @@ def _map(file: Path, shape: tuple[int, ...]) -> np.ndarray:
 def _read_meta(folder: Path) -> dict[str, Any]:
     file = folder / _META
     try:
-        meta = json.loads(file.read_text(encoding="utf-8"))
+        meta = read_object(file)
     except FileNotFoundError as error:
         if (folder / _PLAN).exists():
             raise UserError(
                 f"the data set in {folder} is not finished; generate it again"
             ) from error
         raise UserError(f"there is no data set in {folder}") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
     try:
-        found, counts = meta["format"], [int(shard["count"]) for shard in meta["shards"]]
-        whole = sum(counts) == meta["count"] and len(meta["shape"]) in (2, 3)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file} is damaged: {error!r}") from error
+        found, shape, shards = meta["format"], meta["shape"], meta["shards"]
+        numbers = [shard[key] for shard in shards for key in ("count", "images", "labels")]
+        whole = sum(shard["count"] for shard in shards) == meta["count"] and len(shape) in (2, 3)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged: {type(error).__name__}: {reason(error)}") from error
     if found != _FORMAT:
-        raise UserError(f"expected a data set of format {_FORMAT} in {folder}, got {found}")
-    if not whole:
-        raise UserError(f"{file} is damaged: its shards do not hold {meta['count']} images")
+        raise UserError(f"expected a data set of format {_FORMAT} in {folder}, got {shown(found)}")
+    if not whole or not all(type(n) is int and n >= 0 for n in (*numbers, *shape)):
+        raise UserError(f"{file} is damaged: its shards do not hold {shown(meta['count'])} images")
     return meta
 
 
@@ -310,7 +306,7 @@ def _checksum(file: Path) -> int:
             while block := stream.read(2**22):
                 value = zlib.crc32(block, value)
     except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
+        raise UserError(f"{file} cannot be read: {reason(error)}") from error
     return value
 
 
@@ -320,5 +316,5 @@ def _first_difference(there: dict[str, Any], asked: dict[str, Any], of: str = ""
         if old != new:
             if isinstance(old, dict) and isinstance(new, dict):
                 return _first_difference(old, new, f"{of}{key}.")
-            return f"its {of}{key} is {old}, not {new}"
+            return f"its {of}{key} is {shown(old)}, not {shown(new)}"
     return "it says so in another way"

@@ -14,8 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from htflearn.checkpoint import load_checkpoint, replace_file, save_checkpoint
-from htflearn.errors import UserError
+from htflearn.checkpoint import (
+    has_checkpoint,
+    load_checkpoint,
+    restored,
+    save_checkpoint,
+    taken_from,
+)
+from htflearn.errors import UserError, reason
+from htflearn.files import replace_file
 from htflearn.locality.data import Data, Images
 from htflearn.locality.gradient_change import InputGradientChange
 from htflearn.locality.processes import ALONE, Processes
@@ -157,22 +164,19 @@ class _Training:
     def _begin(self) -> MetricsFile:
         writes = self.processes.first
         path = self.out / METRICS if writes else None
-        if (self.out / "checkpoints" / "latest").exists():
+        if has_checkpoint(self.out / "checkpoints"):
             saved = load_checkpoint(self.out / "checkpoints", self.network, self.optimizer)
-            try:
-                self.state = _State(**saved)
-            except TypeError as error:
-                raise UserError(
-                    f"the checkpoint in {self.out} is not of a training of this kind: {error}"
-                ) from error
-            self.sums.copy_(torch.tensor(self.state.sums, dtype=torch.float64))
-            self.regularizer.load_state_dict(self.state.regularizer)
-            if self.state.scaler:
-                self.scaler.load_state_dict(self.state.scaler)
+            self.state = restored(_State, saved, self.out)
+            with taken_from(self.out):
+                self.sums.copy_(torch.tensor(self.state.sums, dtype=torch.float64))
+                self.regularizer.load_state_dict(self.state.regularizer)
+                if self.state.scaler:
+                    self.scaler.load_state_dict(self.state.scaler)
         elif writes:
             self.out.mkdir(parents=True, exist_ok=True)
         self.processes.wait()  # until all have read
-        return MetricsFile(path, keep=self.state.metrics_bytes)
+        last = {"epoch": self.state.iteration // self.steps}
+        return MetricsFile(path, self.state.metrics_bytes, last)
 
     def _order(self, epoch: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.case.seed * 1_000_003 + epoch)
@@ -239,8 +243,9 @@ class _Training:
         try:
             save_checkpoint(self.out / "checkpoints", self.network, self.optimizer, vars(state))
         except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"a checkpoint cannot be written into {self.out}: {reason}") from error
+            raise UserError(
+                f"a checkpoint cannot be written into {self.out}: {reason(error)}"
+            ) from error
 
     def _finish(self, metrics: MetricsFile) -> dict[str, Any]:
         if not self.processes.first:

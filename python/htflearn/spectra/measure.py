@@ -17,6 +17,7 @@ import htfkernels as hk
 from htflearn.checkpoint import layout_to_dict
 from htflearn.errors import UserError
 from htflearn.metrics import plain
+from htflearn.options import shown
 from htflearn.trackers import node_label
 
 __all__ = [
@@ -39,8 +40,8 @@ _RANGE = 900
 _EXACT = 2**53
 _LISTED = 12
 
-_NODE = re.compile(r"\{?([\d\s,-]+)\}?(?:\s*level\s*(\d+))?")
-_RUN = re.compile(r"(\d+)(?:\s*-\s*(\d+))?")
+_NODE = re.compile(r"\{?([\d\s,-]+)\}?(?:\s*level\s*(\d{1,9}))?")
+_RUN = re.compile(r"(\d{1,9})(?:\s*-\s*(\d{1,9}))?")
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def choose_nodes(tree: hk.ModeTree, wanted: Iterable[str]) -> list[hk.Node]:
         runs = [_RUN.fullmatch(run.strip()) for run in match[1].split(",")] if match else [None]
         if match is None or None in runs:
             raise UserError(
-                f"--nodes takes the modes of a node, such as 0,1 or 0-3, and not {name!r}"
+                f"--nodes takes the modes of a node, such as 0,1 or 0-3, and not {shown(name)}"
             )
         modes: set[int] = set()
         for run in runs:
