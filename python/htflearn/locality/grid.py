@@ -22,7 +22,7 @@ from htflearn.locality.patches import FixedPatches, Patch
 from htflearn.locality.processes import Processes, joined, only_one
 from htflearn.locality.profile import LocalityProfile, locality_profile
 from htflearn.locality.profile_figure import draw_profiles
-from htflearn.locality.setting import DISTANCE, Case, Setting
+from htflearn.locality.setting import DISTANCE, TITLES, Case, Setting, network_names
 from htflearn.locality.sheets import contact_sheet
 from htflearn.locality.training import RESULT, inputs, make_network, train
 from htflearn.progress import Progress
@@ -230,7 +230,7 @@ def _check_same(setting: Setting, path: Path) -> None:
         before = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    free = {"distances", "coefficients", "seeds", "epochs"}
+    free = {"distances", "coefficients", "seeds", "epochs", "smoke"}
     for name, value in setting.to_dict().items():
         if name not in free and before.get(name) != value:
             raise UserError(
@@ -247,7 +247,8 @@ def _draw_sheet(setting: Setting, out: Path) -> None:
         data = load(setting, Case(distance, 0.0, setting.seeds[0]), out / "data")
         rows = torch.arange(min(_SHEET_COLUMNS, len(data.train)))
         images.append(data.train.batch(rows))
-        labels += [f"{distance}: {label}" for label in data.train.labels[rows].tolist()]
+        apart = f"{distance} pixels apart" if setting.task == "isc" else f"{distance} dashes"
+        labels += [f"{apart}, {words}" for words in data.train.describe(rows)]
         fixed = data.sampler.pairs[0] if isinstance(data.sampler, FixedPatches) else ()
         boxes += [list(fixed)] * len(rows)
     contact_sheet(
@@ -255,7 +256,7 @@ def _draw_sheet(setting: Setting, out: Path) -> None:
         labels,
         out / "sheet.png",
         _SHEET_COLUMNS,
-        f"{DISTANCE[setting.task]}: label",
+        f"{TITLES[setting.task]}: samples",
         boxes=boxes,
     )
 
@@ -300,12 +301,15 @@ def _outcome(
         files.append(out / "accuracy.png")
         profiles = _profiles(setting, out, cases, device)
         if profiles:
+            stamped = {"smoke": setting.smoke}
             replace_file(
                 out / "profile.json",
-                json.dumps({name: p.to_dict() for name, p in profiles.items()}) + "\n",
+                json.dumps({name: p.to_dict() | stamped for name, p in profiles.items()}) + "\n",
             )
-            title = f"trained at distance {max(setting.distances)}"
-            draw_profiles(profiles, out / "profile.png", title, _place(setting, out))
+            task = setting.task
+            title = f"{TITLES[task]}, {DISTANCE[task]}: {max(setting.distances)}"
+            place = _place(setting, out)
+            draw_profiles(profiles, out / "profile.png", title, place, setting.smoke)
             files += [out / "profile.png", out / "profile.json"]
     return Outcome(results, failed, files)
 
@@ -315,7 +319,7 @@ def _profiles(
 ) -> dict[str, LocalityProfile]:
     """Of the networks of the largest distance and the first seed, one for each coefficient."""
     profiles = {}
-    for coefficient in sorted(setting.coefficients):
+    for coefficient, name in network_names(setting.coefficients).items():
         case = Case(max(setting.distances), coefficient, setting.seeds[0])
         if case not in cases or _result(out, case) is None:
             continue
@@ -329,9 +333,7 @@ def _profiles(
         # On a CPU, minutes for large images: fewer patches are replaced there.
         patches, most = (height // size) * (width // size), _PROFILE_PIXELS // (height * width)
         replaced = None if device != "cpu" else min(patches, max(4, most))
-        profiles[f"coefficient {coefficient:g}"] = locality_profile(
-            network.to(device), images, patch=size, replaced=replaced
-        )
+        profiles[name] = locality_profile(network.to(device), images, patch=size, replaced=replaced)
     return profiles
 
 

@@ -168,6 +168,7 @@ class SameClass:
         self.shape = (channels, *setting.canvas)
         self.images = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
         self._background = _per_channel(background, channels)
+        self._classes = images.labels
         # The places of each class's images.
         self._places = [np.flatnonzero(images.labels == c) for c in range(len(images.names))]
         self.redraw(0)
@@ -224,6 +225,24 @@ class SameClass:
             canvases[:, :, top:bottom, left:right] = self.images[pairs[:, side]]
         return canvases
 
+    def describe(self, indices: Sequence[int] | Tensor) -> list[str]:
+        """What the label of some pairs says, and the classes of their two images, in two lines.
+
+        Args:
+            indices: ``[B]``, which pairs.
+
+        Example:
+            >>> data.describe([0])
+            ['different\\ntrouser, ankle boot']
+        """
+        rows = torch.as_tensor(indices, dtype=torch.int64, device=self.labels.device)
+        labels, pairs = self.labels[rows].tolist(), self.pairs[rows].tolist()
+        return [
+            f"{'same class' if same else 'different'}\n"
+            + ", ".join(_short(self.names[self._classes[image]]) for image in pair)
+            for same, pair in zip(labels, pairs, strict=True)
+        ]
+
     def to(self, device: Any) -> SameClass:
         """The same pairs with images on another device, where the canvases are then made."""
         moved = copy.copy(self)
@@ -270,6 +289,10 @@ def same_class(
     if background == "mean":
         value = mean_std(train.images)[0].round().int().tolist()
     return SameClass(train, setting, "train", value), SameClass(test, setting, "test", value)
+
+
+def _short(name: str, most: int = 14) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def _per_channel(background: int | Sequence[int], channels: int) -> Tensor:

@@ -256,6 +256,7 @@ class _Training:
             "threads": torch.get_num_threads(),
             "processes": self.processes.count,
             "torch": torch.__version__,
+            "smoke": self.setting.smoke,
         }
         replace_file(self.out / RESULT, json.dumps(result, indent=1) + "\n")
         return result
