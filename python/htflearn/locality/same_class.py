@@ -73,21 +73,22 @@ class SameClassSetting:
 
     def patches(self, image_height: int, image_width: int) -> tuple[Patch, Patch]:
         """Where the images stand: both in the middle of the height, symmetric about the middle of
-            the width. Where the pixels left over are odd in number, the odd one is below or at the
-            right.
+        the width. Where the pixels left over are odd in number, the odd one is below or at the
+        right.
 
-            Args:
-                image_height, image_width: of an image on the canvas, after any change of size.
+        Args:
+            image_height, image_width: of an image on the canvas, after any change of size.
 
-            Returns:
-                ``(top, left, bottom, right)`` of the left and of the right image, bottom and right
-                exclusive.
+        Returns:
+            ``(top, left, bottom, right)`` of the left and of the right image, bottom and right
+            exclusive.
 
-            Raises:
-                ValueError: the images do not fit the canvas.
+        Raises:
+            ValueError: the images do not fit the canvas.
 
-            Example:
-        X
+        Example:
+            >>> SameClassSetting(distance=16, canvas=(14, 44)).patches(14, 14)[1]
+            Patch(top=0, left=30, bottom=14, right=44)
         """
         height, width = self.canvas
         most = width - 2 * image_width
