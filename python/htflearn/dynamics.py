@@ -11,18 +11,21 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from math import prod
+from dataclasses import asdict, dataclass, replace
+from math import exp, inf, log, prod, sqrt
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
 import htfkernels as hk
 from htfkernels.dispatch import requested
 from htfkernels.plan import make_plan
 from htflearn.errors import Extras, UserError, reason, usable_device, writable_directory
 from htflearn.files import read_object, replace_file
+from htflearn.learned import SHARE, Evidence, risen, shares
+from htflearn.metrics import plain
 from htflearn.models import matrix_factorization, tensor_factorization
 from htflearn.optim import GroupRMSprop
 from htflearn.options import shown
@@ -39,13 +42,11 @@ from htflearn.trackers import (
 )
 from htflearn.train import TrainConfig, Trainer, TrainResult
 
-__all__ = ["PRESETS", "Setting", "prepare", "run", "run_panel"]
+__all__ = ["PRESETS", "Setting", "adapted", "prepare", "run", "run_panel"]
 
 Panel = Literal["mf", "tf", "htf"]
 OPTIMIZERS = ("grouprmsprop", "sgd", "adam")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-LEARNED = 0.1
-"""A component counts as learned when its norm is above this fraction of the largest."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Setting:
             one where another program has a core (unless OpenMP's threads wait by long spinning,
             see :mod:`htflearn.cli`). The steps of the other panels are too small to be shared.
         device: ``"cpu"`` or ``"cuda"``, where steps are captured as a CUDA graph.
+        smoke: whether it only shows that everything works: what is made of the run says so.
     """
 
     panel: Panel
@@ -98,6 +100,7 @@ class Setting:
     seed: int = 0
     threads: int = 1
     device: str = "cpu"
+    smoke: bool = False
 
 
 # Three of four random targets of local rank 5 are nearly of a lower one: the fifth singular value
@@ -112,11 +115,71 @@ PRESETS: dict[str, dict[str, Setting]] = {
         "htf": Setting("htf", 4, 8, 5, 64.0, 2048, 512, 1e-2, 100_000, 100, seed=_SEED, threads=2),
     },
     "smoke": {
-        "mf": Setting("mf", 2, 12, 2, 12.0, 100, 12, 1e-2, 2_000, 20),
-        "tf": Setting("tf", 3, 6, 2, 12.0, 150, 16, 1e-2, 2_000, 20),
-        "htf": Setting("htf", 4, 4, 2, 12.0, 200, 16, 5e-2, 3_000, 20),
+        "mf": Setting("mf", 2, 12, 2, 12.0, 100, 12, 1e-2, 2_000, 20, smoke=True),
+        "tf": Setting("tf", 3, 6, 2, 12.0, 150, 16, 1e-2, 2_000, 20, smoke=True),
+        "htf": Setting("htf", 4, 4, 2, 12.0, 200, 16, 5e-2, 3_000, 20, smoke=True),
     },
 }
+
+
+def adapted(setting: Setting, **values: Any) -> Setting:
+    """A setting with other values, and initial weights that suit another order or depth.
+
+    With M weight matrices of standard deviation ``s``, an entry of the end tensor is of size
+    ``s^M sqrt(product of the R_v)``, the gradient at a weight of size ``s^(M-1) sqrt(...)``. So
+    weights begin to grow, relative to their size, at a rate of::
+
+        s^(M - 2) sqrt(product of the R_v)
+
+    With the same ``s`` the rate falls with every weight matrix, and the loss stays flat for longer
+    than anybody waits. Where order or depth change and ``init_std`` is not given, a rate that is
+    slower than that of the setting's own ``s`` at its own order and depth (with the other values as
+    they are now) is raised to it::
+
+        log s' = max(log s, ((M - 2) log s + (log product - log product') / 2) / (M' - 2))
+
+    With two matrices the rate is the same for every ``s``, which stays. The norm of a local
+    component depends on ``s`` and on the weights around it alone, not on the order: it grows with
+    ``s``, most of all at upper nodes of wide trees.
+
+    Args:
+        setting: to begin with.
+        **values: other values of its attributes.
+
+    Raises:
+        UserError: there is no tree of that order or depth.
+
+    Example:
+        >>> adapted(PRESETS["paper"]["htf"], seed=1).init_std
+        0.01
+        >>> adapted(PRESETS["paper"]["htf"], order=8).init_std
+        0.0652
+    """
+    changed = replace(setting, **values)
+    before = replace(changed, order=setting.order, depth=setting.depth)
+    if "init_std" in values or changed == before:
+        return changed
+    try:
+        (matrices, size), (others, other_size) = _growth(before), _growth(changed)
+    except ValueError as error:
+        raise UserError(f"{setting.panel}: {error}") from error
+    if others == 2:
+        return changed
+    std = exp(((matrices - 2) * log(setting.init_std) + size - other_size) / (others - 2))
+    return replace(changed, init_std=max(setting.init_std, float(f"{std:.3g}")))
+
+
+def _growth(setting: Setting) -> tuple[int, float]:
+    """The number of weight matrices, and half the logarithm of the product of all local ranks."""
+    layout = _model(setting, (setting.dim,) * setting.order, "meta").layout
+    return len(layout.location), sum(map(log, layout.ranks)) / 2
+
+
+def _usual_std(setting: Setting) -> float:
+    """The default for the setting's order, depth and sizes."""
+    preset = PRESETS["smoke" if setting.smoke else "paper"][setting.panel]
+    same = {name: getattr(setting, name) for name in ("order", "depth", "dim", "width")}
+    return adapted(preset, **same).init_std
 
 
 def prepare(setting: Setting) -> tuple[CompletionTask, hk.HTF, torch.optim.Optimizer]:
@@ -168,14 +231,16 @@ def _prepare(setting: Setting) -> tuple[CompletionTask, hk.HTF, torch.optim.Opti
     return task.to(device, dtype), model, optimizer
 
 
-def _model(setting: Setting, dims: tuple[int, ...]) -> hk.HTF:
-    std, width, double = setting.init_std, setting.width, torch.float64
+def _model(setting: Setting, dims: tuple[int, ...], device: str = "cpu") -> hk.HTF:
+    std, width = setting.init_std, setting.width
     if setting.panel == "mf":
-        return matrix_factorization(setting.dim, setting.dim, setting.depth, width, std, double)
+        rows, columns = dims
+        depth = setting.depth
+        return matrix_factorization(rows, columns, depth, width, std, torch.float64, device)
     if setting.panel == "tf":
-        return tensor_factorization(dims, width, std, double)
+        return tensor_factorization(dims, width, std, torch.float64, device)
     tree = hk.ModeTree.balanced(setting.order)
-    return hk.HTF(tree, dims, width, init_std=std, dtype=double)
+    return hk.HTF(tree, dims, width, init_std=std, dtype=torch.float64, device=device)
 
 
 def run(
@@ -197,7 +262,8 @@ def run(
         force: starts anew where ``out`` holds a run already.
 
     Returns:
-        what ``dynamics.json`` holds: ``{"panels": [...]}``, see :func:`run_panel`.
+        what ``dynamics.json`` holds: ``{"panels": [...]}``, see :func:`run_panel`, and a ``note``
+        where the run is a smoke test.
 
     Raises:
         UserError: settings that do not fit, or differ from those of the run to resume, or an output
@@ -211,7 +277,7 @@ def run(
         >>> len(results["panels"][0]["series"][0]["components"])
         2
     """
-    from htflearn.figures import draw_dynamics
+    from htflearn.figures import SMOKE, draw_dynamics
 
     directory = Path(out)
     if not resume and not force:
@@ -234,7 +300,10 @@ def run(
             extras.sentences.append(str(error))
     if not panels:
         raise UserError("; ".join(extras.sentences))
-    results = {"htfkernels": hk.__version__, "torch": torch.__version__, "panels": panels}
+    results: dict[str, Any] = {"htfkernels": hk.__version__, "torch": torch.__version__}
+    if any(setting.smoke for setting in settings):
+        results["note"] = SMOKE
+    results["panels"] = panels
     try:
         replace_file(numbers, json.dumps(results, indent=1) + "\n")
     except OSError as error:
@@ -266,8 +335,11 @@ def run_panel(
 
     Returns:
         ``settings``; ``series``: for each node (or the singular values of ``"mf"``) the recorded
-        norms, ``iterations``, and of the ``components`` learned the final norm and when each rose
-        (reached half of it); the final errors, ``ranks`` of the matricizations, and the time taken.
+        norms, ``iterations``, and the ``components`` that have risen (see
+        :func:`htflearn.learned.risen`) with their ``share`` of the end tensor; what was ``learned``
+        (``"target"``, ``"entries"`` or ``"nothing"``), ``remarks`` on what to change where it was
+        not the target, and their ``evidence`` (see :class:`htflearn.learned.Evidence`); the final
+        errors, ``ranks`` of the matricizations, and the time taken.
     """
     told = Extras() if extras is None else extras
     with _threads(setting.threads):
@@ -281,6 +353,7 @@ def _run_panel(
     setting: Setting, out: Path, resume: bool, progress: bool, extras: Extras
 ) -> dict[str, Any]:
     task, model, optimizer = prepare(setting)
+    start = [p.detach().clone() for p in model.parameters()]
     trackers: list[Tracker] = [_tracker(setting), Unbalancedness()]
     config = TrainConfig(
         iterations=setting.iterations,
@@ -306,12 +379,16 @@ def _run_panel(
         "full_tensor", model.layout, DTYPES[setting.dtype], setting.device, requested()
     )
     final = result.history[-1]
+    evidence = _evidence(setting, task, model, optimizer, start, result)
     return {
         "settings": asdict(setting),
         "parameters": model.layout.num_parameters,
         "iterations": result.iterations,
         "reason": result.reason,
-        "series": _series(setting, result, model),
+        "learned": evidence.learned,
+        "remarks": evidence.remarks(),
+        "evidence": plain(asdict(evidence)),
+        "series": _series(setting, result, model, evidence.learned != "nothing"),
         "train_loss": final["train_loss"],
         "test_mse": final.get("test_mse"),
         "reconstruction_error": final["reconstruction_error"],
@@ -346,8 +423,49 @@ def _ranks(setting: Setting, model: hk.HTF, task: CompletionTask) -> dict[str, A
     return Spectra().measure(model, task)
 
 
-def _series(setting: Setting, result: TrainResult, model: hk.HTF) -> list[dict[str, Any]]:
-    """Norms against iterations; of an HTF for each interior node."""
+def _evidence(
+    setting: Setting,
+    task: CompletionTask,
+    model: hk.HTF,
+    optimizer: torch.optim.Optimizer,
+    start: list[Tensor],
+    result: TrainResult,
+) -> Evidence:
+    weights = list(model.parameters())
+    gradients = torch.autograd.grad(task.loss(model), weights)
+    first, last = result.history[0], result.history[-1]
+    # Adam's is added to the size of each single gradient.
+    size = sqrt(sum(p.numel() for p in weights)) if setting.optimizer == "adam" else 1.0
+    with torch.no_grad():
+        zero = float(task.loss_function(torch.zeros_like(task.values), task.values))
+        moved = _norm([p - before for p, before in zip(weights, start, strict=True)]) / _norm(start)
+    return Evidence(
+        loss=setting.loss,
+        start_loss=first["train_loss"],
+        end_loss=last["train_loss"],
+        zero_loss=zero,
+        start_error=first["reconstruction_error"],
+        end_error=last["reconstruction_error"],
+        iterations=result.iterations,
+        moved=moved,
+        gradient_norm=_norm(gradients),
+        optimizer=setting.optimizer,
+        lr=setting.lr,
+        eps=optimizer.defaults.get("eps", inf) * size,
+        init_std=setting.init_std,
+        usual_std=_usual_std(setting),
+    )
+
+
+def _norm(tensors: Iterable[Tensor]) -> float:
+    """Of all entries together, in float64: squares of tiny gradients vanish in float32."""
+    return float(torch.stack([t.detach().double().norm() for t in tensors]).norm())
+
+
+def _series(
+    setting: Setting, result: TrainResult, model: hk.HTF, learned: bool
+) -> list[dict[str, Any]]:
+    """Norms against iterations, sorted; of an HTF for each interior node."""
     lines = result.history
     if setting.panel == "mf":
         named = {"singular values": [line["singular_values"]["values"] for line in lines]}
@@ -357,30 +475,32 @@ def _series(setting: Setting, result: TrainResult, model: hk.HTF) -> list[dict[s
         labels = [node_label(node) for node in model.tree.interior]
         named = {s: [line["local_component_norms"][s] for line in lines] for s in labels}
     iterations = [line["iteration"] for line in lines]
-    return [
-        {
-            "name": name,
-            "iterations": iterations,
-            "norms": norms,
-            "components": _components(iterations, norms),
-        }
-        for name, norms in named.items()
-    ]
+    series = []
+    for (name, norms), node in zip(named.items(), model.tree.interior, strict=False):
+        components = risen(iterations, norms) if learned else []
+        found = _shares(setting, model, node, [c["curve"] for c in components])
+        components = [{**c, "share": s} for c, s in zip(components, found, strict=True)]
+        series.append(
+            {
+                "name": name,
+                "iterations": iterations,
+                "norms": norms,
+                "components": [c for c in components if c["share"] > SHARE],
+            }
+        )
+    return series
 
 
-def _components(iterations: list[int], norms: list[list[float]]) -> list[dict[str, Any]]:
-    """Of each learned component the final norm, and the first iteration with half of it."""
-    final = norms[-1]
-    learned = [i for i, norm in enumerate(final) if norm > LEARNED * final[0]]
-    return [
-        {
-            "norm": final[i],
-            "rose": next(
-                it for it, n in zip(iterations, norms, strict=True) if n[i] >= final[i] / 2
-            ),
-        }
-        for i in learned
-    ]
+def _shares(setting: Setting, model: hk.HTF, node: hk.Node, curves: list[int]) -> list[float]:
+    """Of the end tensor, of the components with the largest norms now, by their places."""
+    if not curves:
+        return []
+    if setting.panel == "mf":
+        values = torch.linalg.svdvals(model.full_tensor().detach())
+        return (values / values.norm())[curves].tolist()
+    norms = model.local_component_norms()[node].detach()
+    order = norms.topk(max(curves) + 1).indices
+    return shares(model, node, order[curves].tolist())
 
 
 def _refuse_earlier(directory: Path) -> None:
@@ -402,7 +522,7 @@ def _check_same_settings(setting: Setting, out: Path, resume: bool) -> None:
     if not resume or not path.exists():
         return
     before, now = read_object(path), asdict(setting)
-    free = {"iterations", "stop_train_loss", "device"}
+    free = {"iterations", "stop_train_loss", "device", "smoke"}
     for name, value in now.items():
         if name not in free and before.get(name) != value:
             option = name.replace("_", "-")

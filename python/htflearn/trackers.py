@@ -1,4 +1,10 @@
-"""Trackers: what is measured of a model while it learns."""
+"""Trackers: what is measured of a model while it learns.
+
+Norms of components are recorded in one of two forms. Sorted, the default: the largest at each
+logged iteration, so that a curve is a rank and changes its component where two curves meet. Or,
+with ``sort=False``, of all components in the order of the weights, so that entry ``r`` is component
+``r`` along the whole run.
+"""
 
 from __future__ import annotations
 
@@ -58,10 +64,14 @@ def node_label(node: hk.Node) -> str:
 
 
 class ComponentNorms:
-    """Norms of the components of a CP factorization: of the root's local components, descending.
+    """Norms of the components of a CP factorization: of the root's local components.
 
     Args:
-        top: how many.
+        top: how many, the largest; by default 10. Only where they are sorted.
+        sort: descending. False: all of them, entry ``r`` is component ``r``.
+
+    Raises:
+        ValueError: ``top`` together with ``sort=False``.
 
     Example:
         >>> ComponentNorms(top=2).measure(tensor_factorization((3, 3, 3), 8), None).keys()
@@ -70,45 +80,70 @@ class ComponentNorms:
 
     name = "component_norms"
 
-    def __init__(self, top: int = 10) -> None:
-        self.top = top
+    def __init__(self, top: int | None = None, sort: bool = True) -> None:
+        self.top = _top("ComponentNorms", top, sort)
 
     @torch.no_grad()
     def measure(self, model: hk.HTF, task: Any) -> dict[str, Any]:
         """``{"norms": [...]}``."""
         norms = model.local_component_norms()[model.tree.root]
-        return {"norms": _largest(norms, self.top)}
+        return {"norms": _recorded(norms, self.top)}
 
 
 class LocalComponentNorms:
-    """Norms of local components, descending, node by node.
+    """Norms of local components, node by node.
 
     Args:
         nodes: which interior nodes; by default all of them.
-        top: how many of each.
+        top: how many of each, the largest; by default 10. Only where they are sorted.
+        sort: descending. False: all of them, entry ``r`` is component ``(v, r)``, the one of row
+            ``r`` of ``W_v``.
+
+    Raises:
+        ValueError: ``top`` together with ``sort=False``.
 
     Example:
         >>> model = hk.HTF(hk.ModeTree.balanced(4), 3, 5)
         >>> list(LocalComponentNorms().measure(model, None))
         ['{0,1}', '{2,3}', '{0-3}']
+
+        Along a run, and drawn; each curve is one component:
+
+        >>> task = completion(make_target("ht", (3, 3, 3, 3), 2, 9.0), num_samples=40)
+        >>> tracker = LocalComponentNorms([model.tree.root], sort=False)
+        >>> config = TrainConfig(iterations=20, log_every=10)
+        >>> optimizer = GroupRMSprop(model.parameters())
+        >>> lines = Trainer(model, task, optimizer, config, [tracker]).fit().history
+        >>> iterations = [line["iteration"] for line in lines]
+        >>> norms = [line[tracker.name]["{0-3}"] for line in lines]
+        >>> draw_norms(iterations, norms, "root.png", sort=False)
     """
 
     name = "local_component_norms"
 
-    def __init__(self, nodes: Iterable[hk.Node] | None = None, top: int = 10) -> None:
+    def __init__(
+        self,
+        nodes: Iterable[hk.Node] | None = None,
+        top: int | None = None,
+        sort: bool = True,
+    ) -> None:
         self.nodes = None if nodes is None else list(nodes)
-        self.top = top
+        self.top = _top("LocalComponentNorms", top, sort)
 
     @torch.no_grad()
     def measure(self, model: hk.HTF, task: Any) -> dict[str, Any]:
         """``{label of the node: [...]}``."""
         norms = model.local_component_norms()
         nodes = list(norms) if self.nodes is None else self.nodes
-        return {node_label(node): _largest(norms[node], self.top) for node in nodes}
+        return {node_label(node): _recorded(norms[node], self.top) for node in nodes}
 
 
 class SingularValues:
     """Singular values of the end matrix of an order-2 model, descending.
+
+    They are sorted by definition: which one is which is told by their vectors alone, and not even
+    by these where two values coincide, so there is no other form. Components with an identity are
+    those of :class:`LocalComponentNorms`.
 
     Args:
         top: how many.
@@ -143,7 +178,9 @@ class SingularValues:
 
 
 class Spectra:
-    """Singular values of matricizations with their effective and numerical ranks.
+    """Singular values of matricizations, descending, with their effective and numerical ranks.
+
+    As in :class:`SingularValues` the order is all that tells them apart.
 
     Args:
         nodes: which; by default all but the root.
@@ -252,5 +289,20 @@ def unbalancedness(model: hk.HTF) -> Tensor:
     return torch.stack(worst).max()
 
 
-def _largest(values: Tensor, top: int) -> list[float]:
-    return values.topk(min(top, values.numel())).values.tolist()
+_TOP = 10
+
+
+def _top(name: str, top: int | None, sort: bool) -> int | None:
+    """How many of the largest to record; None: all, in the order of the weights."""
+    if sort:
+        return _TOP if top is None else top
+    if top is not None:
+        raise ValueError(
+            f"{name}: top takes the largest at each iteration, sort=False records all components; "
+            f"got both, top={top}"
+        )
+    return None
+
+
+def _recorded(norms: Tensor, top: int | None) -> list[float]:
+    return norms.tolist() if top is None else norms.topk(min(top, norms.numel())).values.tolist()

@@ -133,7 +133,7 @@ class Trainer:
         task: see :class:`htflearn.tasks.Task`.
         optimizer: of the model's parameters.
         config: when to log, save and stop.
-        trackers: measured at every logged iteration.
+        trackers: measured at every logged iteration, see :mod:`htflearn.trackers`.
         out: directory of ``metrics.jsonl`` and ``checkpoints``; None keeps nothing.
         progress: shows a bar on a terminal, or a line now and then elsewhere.
         watch: ``model -> float``, measured at every logged iteration; the weights of its lowest

@@ -12,6 +12,7 @@ import torch
 
 from htflearn import dynamics as module
 from htflearn.cli import run
+from htflearn.commands.dynamics import _settings
 from htflearn.dynamics import PRESETS, prepare, run_panel
 from htflearn.errors import UserError
 
@@ -27,11 +28,14 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_every_panel_learns_the_rank_of_its_target(smoke: Any) -> None:
     _, results = smoke
+    assert results["note"] == "smoke run, not a result"
+    assert all(p["settings"]["smoke"] for p in results["panels"])
     assert [p["settings"]["panel"] for p in results["panels"]] == ["mf", "tf", "htf"]
     for panel in results["panels"]:
         assert panel["reason"] == "train loss"
         assert panel["train_loss"] < 5e-5
         assert panel["test_mse"] < 2e-3
+        assert panel["learned"] == "target" and panel["remarks"] == []
         for series in panel["series"]:
             assert len(series["components"]) == 2, series["name"]
             rose = [c["rose"] for c in series["components"]]
@@ -61,18 +65,37 @@ def test_the_figure_is_a_picture(smoke: Any) -> None:
     ]
 
 
-def test_rose_is_the_first_iteration_with_half_of_the_final_norm() -> None:
-    norms = [[0.0, 0.0, 0.0], [3.0, 0.9, 0.0], [5.0, 1.1, 0.0], [4.0, 2.0, 0.3]]
-    found = module._components([0, 10, 20, 30], norms)
-    assert found == [{"norm": 4.0, "rose": 10}, {"norm": 2.0, "rose": 20}]
-
-
 def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*QUICK, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr()
     for text in ("12 x 12, rank 2", "100 (iterations)", "singular values", "test MSE", "rank"):
         assert text in printed.out
+    assert "What was learned (smoke run, not a result)" in printed.out
     assert "dynamics.png" in printed.out and printed.err == ""
+
+
+def test_a_run_that_learned_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["dynamics", "--preset", "smoke", "--panels", "tf,htf", "--order", "8", "--dim", "2"]
+    more = ["--optimizer", "sgd", "--loss", "l1", "--iterations", "40", "--out", str(tmp_path)]
+    assert run([*command, *more]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("nothing was learned") == 4, "in the table and below it"
+    assert "HTF: the weights have " in printed and "try --optimizer grouprmsprop" in printed
+    assert "8 modes of 2, rank 2" in printed
+    panels = json.loads((tmp_path / "dynamics.json").read_text())["panels"]
+    assert [p["learned"] for p in panels] == ["nothing", "nothing"]
+    assert not any(series["components"] for p in panels for series in p["series"])
+
+
+def test_initial_weights_follow_order_and_depth() -> None:
+    for given, stds in (
+        ({}, [0.01, 0.01, 0.05]),
+        ({"order": 6, "depth": 4}, [0.0537, 0.316, 0.148]),
+        ({"order": 6, "init_std": 0.2}, [0.2, 0.2, 0.2]),
+    ):
+        assert [s.init_std for s in _settings("smoke", "mf,tf,htf", given)] == stds
+        assert all(s.smoke for s in _settings("smoke", "mf,tf,htf", given))
+    assert not any(s.smoke for s in _settings("paper", "mf,tf,htf", {"order": 3}))
 
 
 def test_options_reach_the_settings(tmp_path: Path) -> None:
@@ -310,12 +333,12 @@ def test_no_gpu(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_from_before_there_were_devices_goes_on(tmp_path: Path) -> None:
+def test_a_run_from_before_there_were_devices_and_stamps_goes_on(tmp_path: Path) -> None:
     out = ["--out", str(tmp_path)]
     assert run([*QUICK, *out]) == 0
     path = tmp_path / "mf" / "settings.json"
     settings = json.loads(path.read_text())
-    assert settings.pop("device") == "cpu"
+    assert settings.pop("device") == "cpu" and settings.pop("smoke")
     path.write_text(json.dumps(settings))
     assert run([*QUICK, *out, "--resume", "--iterations", "150"]) == 0
 

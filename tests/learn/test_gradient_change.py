@@ -430,8 +430,9 @@ def test_bad_options() -> None:
         with pytest.raises(ValueError, match=f"scale must be positive and finite, got {bad}"):
             InputGradientChange(sampler, scale=bad)
     for bad in (0, -2, 1.5):
-        with pytest.raises(ValueError, match=f"every must be a whole number, .* got {bad}"):
-            InputGradientChange(sampler, every=bad)  # type: ignore[arg-type]
+        for name in ("every", "accumulation"):
+            with pytest.raises(ValueError, match=f"{name} must be a whole number, .* got {bad}"):
+                InputGradientChange(sampler, **{name: bad})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match='passes must be "auto", "one" or "two", got \'both\''):
         InputGradientChange(sampler, passes="both")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="passes must be"):

@@ -9,6 +9,7 @@ import pickle
 import shutil
 import struct
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 
 from htflearn.errors import UserError
+from htflearn.locality import labelled
 from htflearn.locality.area import area_average
 from htflearn.locality.labelled import LabelledImages, mean_std, read_labelled
 
@@ -123,6 +125,21 @@ def test_idx(tmp_path: Path, separator: str, packed: bool, inner: str) -> None:
     assert train.names == ("1", "2", "3")
     assert train.labels.tolist() == [0, 1, 2, 0, 1, 2]
     assert train.source == f"train of {tmp_path}"
+
+
+def test_fashion_mnist_is_known_by_its_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = np.arange(20, dtype=np.uint8) % 10
+    images = RNG.integers(0, 256, (20, 4, 5), dtype=np.uint8)
+    for prefix in ("train", "t10k"):
+        (tmp_path / f"{prefix}-images-idx3-ubyte").write_bytes(idx(images))
+        (tmp_path / f"{prefix}-labels-idx1-ubyte").write_bytes(idx(labels))
+    assert read_labelled(tmp_path, "test").names == tuple("0123456789")
+    monkeypatch.setattr(labelled, "_FASHION_MNIST_LABELS", {zlib.crc32(labels.tobytes())})
+    found = read_labelled(tmp_path, "test")
+    assert found.names[0] == "T-shirt/top" and found.names[9] == "ankle boot"
+    assert found.labels.tolist() == labels.tolist()
 
 
 CIFARS = [

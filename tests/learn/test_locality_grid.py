@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from drawn_figures import keep_figures, texts_overlap
 from locality_files import tiny, tiny_pathfinder, write_images
 
 from htflearn import UserError, cli
-from htflearn.locality import grid, processes
+from htflearn.locality import accuracy_figure, grid, processes
 from htflearn.locality.accuracy_figure import accuracy_rows, draw_accuracy
+from htflearn.locality.data import load, make_pictures
 from htflearn.locality.grid import How, run_grid
 from htflearn.locality.launch import launch
+from htflearn.locality.setting import Case, network_names
 from htflearn.locality.shards import ShardedImages
 
 ALONE = How(workers=1, threads=1, progress=False)
@@ -44,10 +48,14 @@ def test_a_grid_from_the_command_line(
     out = tmp_path / "grid"
     assert cli.run(command(data, out)) == 0
     printed = capsys.readouterr().out
-    assert "Accuracy" in printed and "pixels between the images" in printed
+    assert "Accuracy (smoke run, not a result)" in printed
+    assert "pixels between the images" in printed and "plain" in printed
     assert {path.name for path in out.iterdir()} == FILES
     results = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    assert len(results) == 4
+    assert len(results) == 4 and all(r["smoke"] for r in results)
+    profiles = json.loads((out / "profile.json").read_text())
+    assert list(profiles) == ["plain", "regularized"]
+    assert all(profile["smoke"] for profile in profiles.values())
     assert {(r["distance"], r["coefficient"]) for r in results} == {
         (0, 0.0), (0, 1.0), (4, 0.0), (4, 1.0)
     }  # fmt: skip
@@ -249,9 +257,51 @@ def test_rows_and_their_figure(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert rows[3]["mean"] == pytest.approx(0.61) and rows[3]["std"] == pytest.approx(0.01)
     assert accuracy_rows(results[:1])[0]["std"] is None
-    for some in (results, results[:1]):
+    assert network_names(r["coefficient"] for r in results) == {0.0: "plain", 1.0: "regularized"}
+
+
+def test_the_figure_of_accuracies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole bars, ticks up to 100%, a legend beside the curves, and what a smoke run says."""
+    drawn = keep_figures(monkeypatch, accuracy_figure)
+    results = [
+        {"distance": d, "coefficient": c, "seed": s, "test_accuracy": accuracy,
+         "train_accuracy": 1.0, "change": 0.5 if c else None}
+        for d in (0, 40) for c in (0.0, 1.0) for s, accuracy in enumerate((1.0, 0.99, 0.6))
+    ]  # fmt: skip
+    more = [{**r, "coefficient": 9.0 + r["coefficient"]} for r in results]
+    smoke = [{**r, "smoke": True} for r in results]
+    for some in (results, results[:1], results + more, smoke):
         draw_accuracy(some, "isc", tmp_path / "a.png")
         assert (tmp_path / "a.png").stat().st_size > 10_000
+    names = []
+    for figure in drawn:
+        assert texts_overlap(figure) == []
+        (axis,), (legend,) = figure.axes, figure.legends
+        names.append([text.get_text() for text in legend.get_texts()])
+        box = legend.get_window_extent()
+        assert not box.overlaps(axis.get_window_extent()), "nothing is hidden"
+        assert axis.get_yticks().max() <= 100
+        low, high = axis.get_ylim()
+        for bar in (bar for bars in axis.collections for bar in bars.get_paths()):
+            assert low < bar.vertices[:, 1].min() and bar.vertices[:, 1].max() < high
+    assert names[0] == names[3] == ["plain", "regularized"] and names[1] == ["plain"]
+    assert names[2] == ["plain", *(f"regularized, coefficient {c}" for c in (1, 9, 10))]
+    assert [text.get_text() for text in drawn[3].texts] == ["smoke run, not a result"]
+    assert drawn[0].texts == []
+
+
+def test_samples_are_described_in_words(data: Path, tmp_path: Path) -> None:
+    case = Case(20, 0.0, 0)
+    pairs = load(tiny(data), case, tmp_path).train
+    for label, words in zip(pairs.labels[:20].tolist(), pairs.describe(range(20)), strict=True):
+        said, _, classes = words.partition("\n")
+        left, right = classes.split(", ")
+        assert said == ("same class" if left == right else "different") and label == (left == right)
+    setting = tiny_pathfinder()
+    make_pictures(setting, tmp_path, 1)
+    pictures = load(setting, Case(2, 1.0, 0), tmp_path).train
+    found = pictures.describe(torch.arange(4))
+    assert found == [("two paths", "one path")[label] for label in pictures.labels[:4].tolist()]
 
 
 def test_launching(tmp_path: Path) -> None:

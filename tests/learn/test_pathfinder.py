@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from drawn_figures import keep_figures, texts_overlap
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from scipy.ndimage import distance_transform_edt, label
 
 from htflearn.errors import UserError
+from htflearn.locality import sheets
 from htflearn.locality.pathfinder import PathfinderSetting, generate, sample
 from htflearn.locality.shards import ShardedImages
 from htflearn.locality.sheets import contact_sheet
@@ -406,6 +408,18 @@ def test_contact_sheets_take_every_kind_of_image(
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
     if suffix == ".png":
         assert min(Image.open(file).size) > 100
+
+
+@pytest.mark.parametrize("width", [6, 300])
+def test_labels_of_a_contact_sheet_lie_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    drawn = keep_figures(monkeypatch, sheets)
+    images = np.zeros((6, 6, width), np.uint8)
+    labels = ["120 pixels apart, same class\nMountain goat…, Welsh corgi"] * 5 + ["one line"]
+    contact_sheet(images, labels, tmp_path / "sheet.png", 3, "Is Same Class: samples")
+    assert texts_overlap(drawn[0]) == []
+    contact_sheet(images[:0], [], tmp_path / "none.png")
 
 
 def test_contact_sheets_tell_what_is_wrong(tmp_path: Path) -> None:

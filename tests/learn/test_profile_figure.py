@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawn_figures import keep_figures, texts_overlap
 
 from htflearn.locality import profile_figure
 from htflearn.locality.convac import ConvAC, far_first_tree
@@ -33,41 +34,7 @@ def made_up(scale: float, decay: float, size: int = 12) -> LocalityProfile:
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that were saved."""
-    figures: list[Any] = []
-    save = profile_figure.save_figure
-
-    def keep(figure: Any, path: Path) -> None:
-        figures.append(figure)
-        save(figure, path)
-
-    monkeypatch.setattr(profile_figure, "save_figure", keep)
-    return figures
-
-
-def texts_overlap(figure: Any) -> list[tuple[str, str]]:
-    """Pairs of titles, axis labels and legends that lie upon each other, or beyond the figure."""
-    from matplotlib.legend import Legend
-
-    figure.canvas.draw()
-    renderer = figure.canvas.get_renderer()
-    boxes = []
-    for axis in figure.axes:
-        labels = [axis.title, axis.xaxis.label, axis.yaxis.label]
-        for text in labels:
-            if text.get_text():
-                boxes.append((text.get_text(), text.get_window_extent(renderer)))
-        for legend in axis.get_children():
-            if isinstance(legend, Legend):
-                boxes.append(("legend", legend.get_window_extent(renderer)))
-    wrong = [
-        (a[0], b[0]) for i, a in enumerate(boxes) for b in boxes[i + 1 :] if a[1].overlaps(b[1])
-    ]
-    width, height = figure.canvas.get_width_height()
-    inside = (-1, -1, width + 1, height + 1)
-    for name, box in boxes:
-        if box.x0 < inside[0] or box.y0 < inside[1] or box.x1 > inside[2] or box.y1 > inside[3]:
-            wrong.append((name, "outside"))
-    return wrong
+    return keep_figures(monkeypatch, profile_figure)
 
 
 @pytest.mark.parametrize("count", [1, 6])
@@ -77,6 +44,7 @@ def test_profiles(tmp_path: Path, drawn: list[Any], count: int, decay: float) ->
     draw_profiles(named, tmp_path / "p.png", "Couplings")
     (figure,) = drawn
     assert texts_overlap(figure) == []
+    assert all(text.get_text() == "Couplings" for text in figure.texts)
     maps = [axis for axis in figure.axes if axis.images]
     assert [axis.get_title() for axis in maps] == list(named)
     curve = figure.axes[0]
@@ -86,6 +54,11 @@ def test_profiles(tmp_path: Path, drawn: list[Any], count: int, decay: float) ->
     np.testing.assert_allclose(line.get_xdata(), [row.distance for row in rows])
     np.testing.assert_allclose(line.get_ydata(), [row.coupling for row in rows])
     assert [p.name for p in tmp_path.iterdir()] == ["p.png"]
+
+
+def test_a_smoke_run_says_so(tmp_path: Path, drawn: list[Any]) -> None:
+    draw_profiles({"plain": made_up(0.5, 0.2)}, tmp_path / "p.png", smoke=True)
+    assert [text.get_text() for text in drawn[0].texts] == ["smoke run, not a result"]
 
 
 def test_theory(tmp_path: Path, drawn: list[Any]) -> None:

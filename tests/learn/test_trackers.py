@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import htfkernels as hk
+import htflearn
 from htflearn import matrix_factorization, tensor_factorization
 from htflearn.trackers import (
     ComponentNorms,
@@ -75,6 +76,37 @@ def test_local_component_norms() -> None:
         assert measured[node_label(node)] == pytest.approx(sorted(exact, reverse=True))
     some = LocalComponentNorms(nodes=[model.tree.root], top=2).measure(model, None)
     assert {name: len(values) for name, values in some.items()} == {"{0-4}": 2}
+
+
+def test_unsorted_norms_keep_their_components() -> None:
+    """Entry r is component r, before and after another one has become the largest."""
+    model, cp = htf(), tensor_factorization((3, 4, 5), 6, init_std=1.0, dtype=torch.float64)
+    trackers = (LocalComponentNorms(sort=False), LocalComponentNorms([model.tree.root], sort=False))
+    for scale in (1.0, 100.0):
+        with torch.no_grad():
+            model.node_weight(model.tree.root)[1] *= scale
+            cp.node_weight(cp.tree.leaves[0])[:, 4] *= scale
+        norms = model.local_component_norms()
+        every, one = (tracker.measure(model, None) for tracker in trackers)
+        assert list(every) == [node_label(node) for node in model.tree.interior]
+        assert all(every[node_label(node)] == norms[node].tolist() for node in norms)
+        assert one == {"{0-4}": norms[model.tree.root].tolist()}
+        assert (max(range(4), key=one["{0-4}"].__getitem__) == 1) or scale == 1.0
+        measured = ComponentNorms(sort=False).measure(cp, None)["norms"]
+        assert measured == cp.local_component_norms()[cp.tree.root].tolist()
+    assert len(ComponentNorms().measure(tensor_factorization((2, 2), 12), None)["norms"]) == 10
+    for tracker in (ComponentNorms, LocalComponentNorms):
+        with pytest.raises(ValueError, match=f"{tracker.__name__}: top .*sort=False.* top=3"):
+            tracker(top=3, sort=False)
+
+
+def test_trackers_are_exported_and_listed() -> None:
+    from htflearn import trackers
+
+    for name in trackers.__all__:
+        assert getattr(htflearn, name) is getattr(trackers, name) and name in htflearn.__all__
+        if name[0].isupper():
+            assert name in str(htflearn.__doc__)
 
 
 def test_spectra_and_ranks() -> None:

@@ -8,8 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from htflearn.dynamics import LEARNED, PRESETS, Setting, run
+from htflearn.dynamics import PRESETS, Setting, adapted, run
 from htflearn.errors import Incomplete, UserError
+from htflearn.figures import SMOKE, shape_of
+from htflearn.learned import LARGEST, RISEN
 from htflearn.options import not_negative, positive, shown, usable_threads
 
 __all__ = ["dynamics"]
@@ -50,7 +52,10 @@ def dynamics(
     loss: Annotated[str | None, typer.Option(help="l2, l1 or huber.")] = None,
     init_std: Annotated[
         float | None,
-        typer.Option(help="Standard deviation of the initial weights."),
+        typer.Option(
+            help="Standard deviation of the initial weights; the preset's by default, and for "
+            "another --order or --depth the one with which components begin to grow as fast."
+        ),
     ] = None,
     order: Annotated[
         int | None,
@@ -126,12 +131,11 @@ def _settings(preset: str, panels: str, given: dict[str, Any]) -> list[Setting]:
     unknown = [name for name in names if name not in PRESETS[preset]]
     if unknown or len(set(names)) < len(names):
         raise UserError(f"--panels takes mf, tf and htf, each at most once, got {panels!r}")
-    settings = []
+    presets, settings = PRESETS[preset], []
     for name in names:
-        setting = dataclasses.replace(PRESETS[preset][name], **given)
-        settings.append(dataclasses.replace(setting, order=2) if name == "mf" else setting)
-    for setting in settings:
-        _check(setting)
+        changed = {**given, "order": 2} if name == "mf" else given
+        _check(dataclasses.replace(presets[name], **changed))
+        settings.append(adapted(presets[name], **changed))
     return settings
 
 
@@ -154,7 +158,7 @@ def _check(setting: Setting) -> None:
 
 
 def print_table(panels: list[dict[str, Any]]) -> None:
-    """Prints what the panels learned, a column for each.
+    """Prints what the panels learned, a column for each, and what to change where one did not.
 
     Args:
         panels: as :func:`htflearn.dynamics.run_panel` returns them.
@@ -162,7 +166,9 @@ def print_table(panels: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="What was learned", title_justify="left", show_lines=True)
+    smoke = any(panel["settings"]["smoke"] for panel in panels)
+    title = f"What was learned ({SMOKE})" if smoke else "What was learned"
+    table = Table(title=title, title_justify="left", show_lines=True)
     table.add_column("")
     for panel in panels:
         table.add_column(panel["settings"]["panel"].upper())
@@ -170,7 +176,7 @@ def print_table(panels: list[dict[str, Any]]) -> None:
         "tensor": _shape,
         "weights": lambda p: f"{p['parameters']:,}",
         "iterations": lambda p: f"{p['iterations']:,} ({p['reason']})",
-        f"learned\n(> {LEARNED:.0%} of largest)": _learned,
+        f"components risen\n(> {LARGEST:.0%} of largest,\n> {RISEN:g} x the start)": _learned,
         "rose at": lambda p: _each(p, "rose", "{:,}"),
         "norms": lambda p: _each(p, "norm", "{:.3g}"),
         "train loss": lambda p: f"{p['train_loss']:.2e} ({p['settings']['loss']})",
@@ -184,14 +190,19 @@ def print_table(panels: list[dict[str, Any]]) -> None:
     for name, cell in rows.items():
         table.add_row(name, *(cell(panel) for panel in panels))
     Console().print(table)
+    for panel in panels:
+        for remark in panel["remarks"]:
+            typer.echo(f"{panel['settings']['panel'].upper()}: {remark}")
 
 
 def _shape(panel: dict[str, Any]) -> str:
     s = panel["settings"]
-    return f"{' x '.join([str(s['dim'])] * s['order'])}, rank {s['rank']}"
+    return f"{shape_of(s, 'x')}, rank {s['rank']}"
 
 
 def _learned(panel: dict[str, Any]) -> str:
+    if panel["learned"] == "nothing":
+        return "nothing was learned"
     series = panel["series"]
     if len(series) == 1:
         return f"{len(series[0]['components'])} {series[0]['name']}"
@@ -205,7 +216,15 @@ def _backend(panel: dict[str, Any]) -> str:
 
 
 def _each(panel: dict[str, Any], key: str, form: str) -> str:
-    return ", ".join(form.format(c[key]) for c in panel["series"][0]["components"])
+    """Of each component that has risen, a line for each node where there are several."""
+    found = [
+        (s["name"], ", ".join(form.format(c[key]) for c in s["components"]))
+        for s in panel["series"]
+        if s["components"]
+    ]
+    if len(panel["series"]) == 1:
+        return found[0][1] if found else "-"
+    return "\n".join(f"{name}: {values}" for name, values in found) or "-"
 
 
 def _ranks(panel: dict[str, Any]) -> str:

@@ -10,9 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from htflearn.errors import Incomplete, UserError
+from htflearn.figures import SMOKE
 from htflearn.locality.accuracy_figure import accuracy_rows
 from htflearn.locality.grid import How, run_grid
-from htflearn.locality.setting import DISTANCE, PRESETS, TASKS, Setting
+from htflearn.locality.setting import DISTANCE, PRESETS, TASKS, Setting, network_names
 from htflearn.options import shown
 
 __all__ = ["locality"]
@@ -209,15 +210,17 @@ def print_table(task: str, results: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="Accuracy", title_justify="left")
-    for name in (DISTANCE[task], "coefficient", "test", "train", "|cos|", "seeds"):
+    smoke = any(result.get("smoke") for result in results)
+    table = Table(title=f"Accuracy ({SMOKE})" if smoke else "Accuracy", title_justify="left")
+    for name in (DISTANCE[task], "network", "test", "train", "|cos|", "seeds"):
         table.add_column(name, justify="right")
+    names = network_names(result["coefficient"] for result in results)
     for row in sorted(accuracy_rows(results), key=lambda r: (r["distance"], r["coefficient"])):
         deviation = "" if row["std"] is None else f" ± {row['std']:.1%}"
         change = "" if row["change"] is None else f"{row['change']:.3f}"
         table.add_row(
             str(row["distance"]),
-            f"{row['coefficient']:g}",
+            names[row["coefficient"]],
             f"{row['mean']:.1%}{deviation}",
             f"{row['train']:.1%}",
             change,

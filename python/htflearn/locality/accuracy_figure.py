@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from htflearn.figures import COLOURS, save_figure
-from htflearn.locality.setting import DISTANCE
+from htflearn.figures import COLOURS, SMOKE, new_figure, save_figure, stamp
+from htflearn.locality.setting import DISTANCE, TITLES, network_names
 
 __all__ = ["accuracy_rows", "draw_accuracy"]
 
-_TITLES = {"isc": "Is Same Class", "pathfinder": "Pathfinder"}
 _MARKERS = ("o", "s", "D", "^", "v", "P")
 
 
@@ -65,31 +64,27 @@ def draw_accuracy(results: Sequence[dict[str, Any]], task: str, path: Path) -> N
     Raises:
         OSError: it cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.6, 3.8), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(5.6, 4.0)
     axis = figure.subplots()
     rows = accuracy_rows(results)
     distances = sorted({row["distance"] for row in rows})
     span = max(distances) - min(distances) or 1
-    coefficients = sorted({row["coefficient"] for row in rows})
-    for i, coefficient in enumerate(coefficients):
+    names = network_names(row["coefficient"] for row in rows)
+    for i, (coefficient, name) in enumerate(names.items()):
         mine = [row for row in rows if row["coefficient"] == coefficient]
         colour = COLOURS[i % len(COLOURS)]
         # Side by side, so that one curve's bars do not hide another's.
-        shift = 0.012 * span * (i - (len(coefficients) - 1) / 2)
+        shift = 0.012 * span * (i - (len(names) - 1) / 2)
         axis.errorbar(
             [row["distance"] + shift for row in mine],
             [100 * row["mean"] for row in mine],
-            [100 * (row["std"] or 0.0) for row in mine],
+            [100 * (row["std"] or 0.0) for row in mine] if any(r["std"] for r in mine) else None,
             color=colour,
             marker=_MARKERS[i % len(_MARKERS)],
             markersize=5,
             linewidth=1.8,
             capsize=3,
-            label=_label(coefficient),
+            label=name,
         )
         dots = [r for r in results if r["coefficient"] == coefficient]
         axis.plot(
@@ -112,22 +107,23 @@ def draw_accuracy(results: Sequence[dict[str, Any]], task: str, path: Path) -> N
         fontsize=8.5,
         color="#808080",
     )
-    axis.set_title(f"{_TITLES[task]}: {_seeds({row['seeds'] for row in rows})}", fontsize=10)
+    axis.set_title(f"{TITLES[task]}: {_seeds({row['seeds'] for row in rows})}", fontsize=10)
     axis.set_xticks(distances)
     axis.set_xlabel(DISTANCE[task])
     axis.set_ylabel("test accuracy (%)")
-    lowest = min(100 * (row["mean"] - (row["std"] or 0.0)) for row in rows)
-    highest = max(100 * r["test_accuracy"] for r in results)
-    axis.set_ylim(min(46.0, lowest - 2), min(102.0, highest + 12))  # room for the legend
+    # A deviation may reach beyond 100%, accuracies do not.
+    ends = [100 * (row["mean"] + sign * (row["std"] or 0.0)) for row in rows for sign in (-1, 1)]
+    ends += [100 * r["test_accuracy"] for r in results]
+    low, high = min(46.0, *(e - 2 for e in ends)), max(54.0, *(e + 2 for e in ends))
+    axis.set_ylim(low, high)
+    axis.set_yticks([tick for tick in axis.get_yticks() if low <= tick <= min(high, 100.0)])
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", color="#E6E6E6", linewidth=0.8)
     axis.set_axisbelow(True)
-    axis.legend(frameon=False, fontsize=9)
+    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=2)
+    if any(result.get("smoke") for result in results):
+        stamp(figure, SMOKE)
     save_figure(figure, path)
-
-
-def _label(coefficient: float) -> str:
-    return f"regularized, coefficient {coefficient:g}" if coefficient else "not regularized"
 
 
 def _seeds(counts: set[int]) -> str:

@@ -37,6 +37,10 @@ class Images(Protocol):
         """uint8 ``[B, C, H, W]``, on the device of the data."""
         ...
 
+    def describe(self, indices: Tensor) -> list[str]:
+        """What the label of each sample says, in words."""
+        ...
+
     def to(self, device: Any) -> Any:
         """The same on a device."""
         ...
@@ -85,6 +89,10 @@ class Pictures:
     def batch(self, indices: Tensor) -> Tensor:
         """uint8 ``[B, 1, H, W]``."""
         return self.images[indices.to(self.images.device)]
+
+    def describe(self, indices: Tensor) -> list[str]:
+        """Whether the dots of each are on one path or on two."""
+        return ["one path" if label else "two paths" for label in self.labels[indices].tolist()]
 
     def to(self, device: Any) -> Pictures:
         """The same on a device."""

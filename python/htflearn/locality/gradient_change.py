@@ -84,25 +84,54 @@ class InputGradientChange:
     Args:
         sampler: gives two patches for each batch, see :mod:`htflearn.locality.patches`.
         coefficient: factor on the penalty, not negative; at 0 nothing is computed, drawn, counted.
-        every: computes the penalty at every so-manyth call only, from the first on, with the
-            coefficient times ``every``: the mean over calls is the same, at a fraction of the cost.
+        every: computes the penalty in one step out of this many, beginning with the first, with the
+            coefficient times ``every``: the mean over steps is the same, at a fraction of the cost.
             The calls in between return 0.
+        accumulation: calls that make up a step: the number of micro-batches whose gradients are
+            accumulated. All calls of a step have the penalty, or none of them has. With the default
+            a step is a call, so that among micro-batches ``every`` counts these: ``every=4`` on
+            four of them regularizes the first one of each step, four times as strongly.
         passes, scale: as for :func:`input_gradient_change`.
+
+    Attributes:
+        last_value: the latest mean of ``|cos|`` in this process, before it is multiplied by the
+            coefficient and ``every``: a detached scalar on the model's device, which is not waited
+            for. None until there is one.
+
+    :meth:`state_dict` holds the number of calls and the sampler's state, so that a resumed training
+    has its penalties in the same steps and on the same patches, even if it was stopped between two
+    micro-batches. ``last_value`` is not part of it.
 
     In a function under ``torch.compile`` it runs as written, between two graphs: it draws random
     numbers (``fullgraph=True`` refuses it; see :func:`input_gradient_change` there).
 
     Raises:
-        ValueError: a coefficient that is negative or not finite, ``every`` below 1, a scale that is
-            not positive, or ``passes`` that do not exist.
+        ValueError: a coefficient that is negative or not finite, ``every`` or ``accumulation``
+            below 1, a scale that is not positive, or ``passes`` that do not exist.
 
     Example:
         >>> from htflearn.locality.patches import RandomSquares
         >>> regularize = InputGradientChange(RandomSquares(2, min_distance=4, seed=0), 9.0)
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Softplus(), nn.Linear(16, 3))
-        >>> x, y = torch.randn(5, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1])
+        >>> x, y = torch.randn(6, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
         >>> logits, penalty = regularize.with_outputs(model, x, y)
         >>> (nn.functional.cross_entropy(logits, y) + penalty).backward()
+
+        Steps of three micro-batches, every second of them regularized:
+
+        >>> regularize = InputGradientChange(RandomSquares(2), 9.0, every=2, accumulation=3)
+        >>> optimizer, computed = torch.optim.SGD(model.parameters(), lr=0.01), []
+        >>> for step in range(4):
+        ...     optimizer.zero_grad()
+        ...     for part, classes in zip(x.split(2), y.split(2)):
+        ...         logits, penalty = regularize.with_outputs(model, part, classes)
+        ...         ((nn.functional.cross_entropy(logits, classes) + penalty) / 3).backward()
+        ...         computed.append(penalty.requires_grad)
+        ...     optimizer.step()
+        >>> [sum(computed[i : i + 3]) for i in (0, 3, 6, 9)]
+        [3, 0, 3, 0]
+        >>> regularize.last_value.shape
+        torch.Size([])
     """
 
     def __init__(
@@ -111,6 +140,7 @@ class InputGradientChange:
         coefficient: float = 1.0,
         *,
         every: int = 1,
+        accumulation: int = 1,
         passes: Passes = "auto",
         scale: float | None = None,
     ) -> None:
@@ -119,13 +149,16 @@ class InputGradientChange:
                 "InputGradientChange: coefficient must be finite and not negative, got "
                 f"{coefficient}"
             )
-        if every < 1 or every != int(every):
-            raise ValueError(
-                f"InputGradientChange: every must be a whole number, 1 or more, got {every}"
-            )
+        for name, value in (("every", every), ("accumulation", accumulation)):
+            if value < 1 or value != int(value):
+                raise ValueError(
+                    f"InputGradientChange: {name} must be a whole number, 1 or more, got {value}"
+                )
         _check_options(passes, scale)
-        self.sampler, self.coefficient, self.every = sampler, coefficient, every
+        self.sampler, self.coefficient = sampler, coefficient
+        self.every, self.accumulation = every, accumulation
         self.passes, self.scale = passes, scale
+        self.last_value: Tensor | None = None
         self._calls = 0
 
     @torch.compiler.disable(reason="it draws patches; compile input_gradient_change instead")
@@ -159,7 +192,7 @@ class InputGradientChange:
         if self.coefficient == 0:
             return False
         self._calls += 1
-        return (self._calls - 1) % self.every == 0
+        return (self._calls - 1) // self.accumulation % self.every == 0
 
     def _penalty(
         self, model: Any, x: Tensor, y: Tensor | None, wrapped: bool
@@ -172,6 +205,7 @@ class InputGradientChange:
         shared = wrapped and alone is None
         outputs, change = _change(model, x, y, *patches, self.passes, self.scale, shared)
         outputs = outputs if alone is None else alone
+        self.last_value = change.detach()
         return outputs, self.coefficient * self.every * change
 
     def state_dict(self) -> dict[str, Any]:
@@ -179,12 +213,13 @@ class InputGradientChange:
         return {"sampler": self.sampler.state_dict(), "calls": self._calls}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from what :meth:`state_dict` gave."""
+        """Goes on from what :meth:`state_dict` gave; ``last_value`` is None until the next one."""
         self.sampler.load_state_dict(state["sampler"])
-        self._calls = state["calls"]
+        self._calls, self.last_value = state["calls"], None
 
     def __repr__(self) -> str:
-        return f"InputGradientChange({self.sampler}, {self.coefficient}, every={self.every})"
+        steps = f", accumulation={self.accumulation}" if self.accumulation > 1 else ""
+        return f"InputGradientChange({self.sampler}, {self.coefficient}, every={self.every}{steps})"
 
 
 def _change(

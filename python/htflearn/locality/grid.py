@@ -24,7 +24,7 @@ from htflearn.locality.patches import FixedPatches, Patch
 from htflearn.locality.processes import Processes, joined, only_one
 from htflearn.locality.profile import LocalityProfile, locality_profile
 from htflearn.locality.profile_figure import draw_profiles
-from htflearn.locality.setting import DISTANCE, Case, Setting
+from htflearn.locality.setting import DISTANCE, TITLES, Case, Setting, network_names
 from htflearn.locality.sheets import contact_sheet
 from htflearn.locality.training import METRICS, RESULT, inputs, make_network, train
 from htflearn.options import positive, shown, usable_threads
@@ -250,7 +250,7 @@ def _make_pictures(setting: Setting, out: Path, how: How) -> None:
 def _check_same(setting: Setting, path: Path) -> None:
     """A grid goes on with the settings it began with, but for how much of it there is."""
     before = read_object(path)
-    free = {"distances", "coefficients", "seeds", "epochs"}
+    free = {"distances", "coefficients", "seeds", "epochs", "smoke"}
     for name, value in setting.to_dict().items():
         if name not in free and before.get(name) != value:
             raise UserError(
@@ -267,7 +267,8 @@ def _draw_sheet(setting: Setting, out: Path) -> None:
         data = load(setting, Case(distance, 0.0, setting.seeds[0]), out / "data")
         rows = torch.arange(min(_SHEET_COLUMNS, len(data.train)))
         images.append(data.train.batch(rows))
-        labels += [f"{distance}: {label}" for label in data.train.labels[rows].tolist()]
+        apart = f"{distance} pixels apart" if setting.task == "isc" else f"{distance} dashes"
+        labels += [f"{apart}, {words}" for words in data.train.describe(rows)]
         fixed = data.sampler.pairs[0] if isinstance(data.sampler, FixedPatches) else ()
         boxes += [list(fixed)] * len(rows)
     contact_sheet(
@@ -275,7 +276,7 @@ def _draw_sheet(setting: Setting, out: Path) -> None:
         labels,
         out / "sheet.png",
         _SHEET_COLUMNS,
-        f"{DISTANCE[setting.task]}: label",
+        f"{TITLES[setting.task]}: samples",
         boxes=boxes,
     )
 
@@ -322,13 +323,16 @@ def _written(
         with extras.making(f"{out / 'profile.json'}"):
             profiles = _profiles(setting, out, cases, device)
             if profiles:
-                found = {name: p.to_dict() for name, p in profiles.items()}
+                stamped = {"smoke": setting.smoke}
+                found = {name: p.to_dict() | stamped for name, p in profiles.items()}
                 replace_file(out / "profile.json", json.dumps(found) + "\n")
                 files.append(out / "profile.json")
         if profiles:
             with extras.making(f"{out / 'profile.png'}"):
-                title = f"trained at distance {max(setting.distances)}"
-                draw_profiles(profiles, out / "profile.png", title, _place(setting, out))
+                task = setting.task
+                title = f"{TITLES[task]}, {DISTANCE[task]}: {max(setting.distances)}"
+                place = _place(setting, out)
+                draw_profiles(profiles, out / "profile.png", title, place, setting.smoke)
                 files.append(out / "profile.png")
     outcome = Outcome(results, failed, files)
     extras.done(outcome)
@@ -340,7 +344,7 @@ def _profiles(
 ) -> dict[str, LocalityProfile]:
     """Of the networks of the largest distance and the first seed, one for each coefficient."""
     profiles = {}
-    for coefficient in sorted(setting.coefficients):
+    for coefficient, name in network_names(setting.coefficients).items():
         case = Case(max(setting.distances), coefficient, setting.seeds[0])
         if case not in cases or _result(out, case) is None:
             continue
@@ -354,9 +358,7 @@ def _profiles(
         # On a CPU, minutes for large images: fewer patches are replaced there.
         patches, most = (height // size) * (width // size), _PROFILE_PIXELS // (height * width)
         replaced = None if device != "cpu" else min(patches, max(4, most))
-        profiles[f"coefficient {coefficient:g}"] = locality_profile(
-            network.to(device), images, patch=size, replaced=replaced
-        )
+        profiles[name] = locality_profile(network.to(device), images, patch=size, replaced=replaced)
     return profiles
 
 

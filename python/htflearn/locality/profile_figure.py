@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import htfkernels as hk
-from htflearn.figures import COLOURS, save_figure
+from htflearn.figures import COLOURS, SMOKE, new_figure, save_figure, stamp
 from htflearn.locality.patches import Patch
 from htflearn.locality.profile import LocalityProfile
 from htflearn.locality.separation import SeparationRank
@@ -31,6 +31,7 @@ def draw_profiles(
     path: Path,
     title: str = "",
     place: tuple[float, float] | None = None,
+    smoke: bool = False,
 ) -> None:
     """Coupling against distance, all models in one panel, and a map over the image for each.
 
@@ -43,6 +44,7 @@ def draw_profiles(
         path: ``.png``, ``.svg`` or ``.pdf``, replaced as a whole.
         title: above all of it.
         place: row and column in pixels; by default the middle of the image.
+        smoke: says on the figure that this is a smoke run.
 
     Raises:
         ValueError: there is no profile, or one without any coupling.
@@ -58,9 +60,11 @@ def draw_profiles(
     columns = 1 if flat else min(len(named), _MAPS_IN_A_ROW)
     rows = -(-len(named) // columns)
     wide, high = (4.6, max(3.6, 1.2 * rows)) if flat else (2.3 * columns, max(3.6, 2.6 * rows))
-    figure = _new_figure(5.0 + wide + 0.6, high, title)
+    figure = _titled(5.0 + wide + 0.6, high, title)
     curve, maps = figure.subfigures(1, 2, width_ratios=[5.0, wide + 0.6])
     _draw_curves(curve.subplots(), named)
+    # Beside the axes: on a logarithmic one bands may cover all of them.
+    curve.legend(fontsize=8.5, frameon=False, loc="outside lower center", ncols=2)
     axes = maps.subplots(rows, columns, squeeze=False).ravel()
     centres = {name: _nearest(profile, place) for name, profile in named.items()}
     images, scale = _map_scale([p.heat_map(centres[name]) for name, p in named.items()])
@@ -75,6 +79,8 @@ def draw_profiles(
     bar = maps.colorbar(shown, ax=list(axes), shrink=0.8, pad=0.02)
     bar.set_label("coupling to the outlined patch", fontsize=8.5)
     bar.ax.tick_params(labelsize=8)
+    if smoke:
+        stamp(figure, SMOKE)
     save_figure(figure, path)
 
 
@@ -109,9 +115,10 @@ def draw_theory(
     for name, (_, ranks) in named.items():
         if not ranks:
             raise ValueError(f"draw_theory: {name!r} has no partition")
-    figure = _new_figure(4.6 + 3.0 * len(named), 3.7, title)
+    figure = _titled(4.6 + 3.0 * len(named), 3.7, title)
     axes = figure.subplots(1, 1 + len(named), width_ratios=[4.6] + [3.0] * len(named))
     _draw_curves(axes[0], profiles)
+    axes[0].legend(fontsize=8.5, frameon=False)
     axes[0].set_title("coupling of patches", fontsize=9.5)
     partitions = list(dict.fromkeys(p for _, ranks in named.values() for p in ranks))
     floor, longest = _spectra_range([r for _, ranks in named.values() for r in ranks.values()])
@@ -149,12 +156,8 @@ def _check(name: str, named: Mapping[str, LocalityProfile]) -> None:
             raise ValueError(f"{name}: the profile {label!r} has no coupling")
 
 
-def _new_figure(width: float, height: float, title: str) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
+def _titled(width: float, height: float, title: str) -> Any:
+    figure = new_figure(width, height)
     if title:
         figure.suptitle(title, fontsize=11)
     return figure
@@ -192,7 +195,6 @@ def _draw_curves(axis: Any, named: Mapping[str, LocalityProfile]) -> None:
     axis.set_xlabel("pixels between two patches", fontsize=9)
     axis.set_ylabel("coupling: 1 − |cos|", fontsize=9)
     _plain(axis)
-    axis.legend(fontsize=8.5, frameon=False)
 
 
 def _range(values: Sequence[float]) -> tuple[float | None, float]:

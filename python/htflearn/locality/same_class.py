@@ -73,21 +73,22 @@ class SameClassSetting:
 
     def patches(self, image_height: int, image_width: int) -> tuple[Patch, Patch]:
         """Where the images stand: both in the middle of the height, symmetric about the middle of
-            the width. Where the pixels left over are odd in number, the odd one is below or at the
-            right.
+        the width. Where the pixels left over are odd in number, the odd one is below or at the
+        right.
 
-            Args:
-                image_height, image_width: of an image on the canvas, after any change of size.
+        Args:
+            image_height, image_width: of an image on the canvas, after any change of size.
 
-            Returns:
-                ``(top, left, bottom, right)`` of the left and of the right image, bottom and right
-                exclusive.
+        Returns:
+            ``(top, left, bottom, right)`` of the left and of the right image, bottom and right
+            exclusive.
 
-            Raises:
-                ValueError: the images do not fit the canvas.
+        Raises:
+            ValueError: the images do not fit the canvas.
 
-            Example:
-        X
+        Example:
+            >>> SameClassSetting(distance=16, canvas=(14, 44)).patches(14, 14)[1]
+            Patch(top=0, left=30, bottom=14, right=44)
         """
         height, width = self.canvas
         most = width - 2 * image_width
@@ -168,6 +169,7 @@ class SameClass:
         self.shape = (channels, *setting.canvas)
         self.images = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
         self._background = _per_channel(background, channels)
+        self._classes = images.labels
         # The places of each class's images.
         self._places = [np.flatnonzero(images.labels == c) for c in range(len(images.names))]
         self.redraw(0)
@@ -224,6 +226,24 @@ class SameClass:
             canvases[:, :, top:bottom, left:right] = self.images[pairs[:, side]]
         return canvases
 
+    def describe(self, indices: Sequence[int] | Tensor) -> list[str]:
+        """What the label of some pairs says, and the classes of their two images, in two lines.
+
+        Args:
+            indices: ``[B]``, which pairs.
+
+        Example:
+            >>> data.describe([0])
+            ['different\\ntrouser, ankle boot']
+        """
+        rows = torch.as_tensor(indices, dtype=torch.int64, device=self.labels.device)
+        labels, pairs = self.labels[rows].tolist(), self.pairs[rows].tolist()
+        return [
+            f"{'same class' if same else 'different'}\n"
+            + ", ".join(_short(self.names[self._classes[image]]) for image in pair)
+            for same, pair in zip(labels, pairs, strict=True)
+        ]
+
     def to(self, device: Any) -> SameClass:
         """The same pairs with images on another device, where the canvases are then made."""
         moved = copy.copy(self)
@@ -270,6 +290,10 @@ def same_class(
     if background == "mean":
         value = mean_std(train.images)[0].round().int().tolist()
     return SameClass(train, setting, "train", value), SameClass(test, setting, "test", value)
+
+
+def _short(name: str, most: int = 14) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def _per_channel(background: int | Sequence[int], channels: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +14,16 @@ from htflearn.locality.resnets import NETWORKS
 from htflearn.locality.same_class import SameClassSetting
 from htflearn.options import not_negative, positive
 
-__all__ = ["DISTANCE", "FASHION_MNIST", "PRESETS", "TASKS", "Case", "Setting"]
+__all__ = [
+    "DISTANCE",
+    "FASHION_MNIST",
+    "PRESETS",
+    "TASKS",
+    "TITLES",
+    "Case",
+    "Setting",
+    "network_names",
+]
 
 FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
 """Where Debian's package dataset-fashion-mnist puts it."""
@@ -22,8 +31,33 @@ FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
 _MOST_SAMPLES = 10**8
 
 TASKS = ("isc", "pathfinder")
+TITLES = {"isc": "Is Same Class", "pathfinder": "Pathfinder"}
 DISTANCE = {"isc": "pixels between the images", "pathfinder": "dashes of a path"}
 """What the distances of a task are."""
+
+
+def network_names(coefficients: Iterable[float]) -> dict[float, str]:
+    """What figures and tables call the networks that were trained with each coefficient.
+
+    Args:
+        coefficients: of the regularizer, in any order, as often as they come.
+
+    Returns:
+        a name for each, from the smallest coefficient to the largest; it says the coefficient where
+        there are several that are not 0.
+
+    Example:
+        >>> network_names([1.0, 0.0, 1.0])
+        {0.0: 'plain', 1.0: 'regularized'}
+        >>> network_names([0.5, 9.0])
+        {0.5: 'regularized, coefficient 0.5', 9.0: 'regularized, coefficient 9'}
+    """
+    found = sorted(set(coefficients))
+    several = sum(c > 0 for c in found) > 1
+    return {
+        c: ("regularized" + (f", coefficient {c:g}" if several else "")) if c else "plain"
+        for c in found
+    }
 
 
 class Case(NamedTuple):
@@ -62,6 +96,7 @@ class Setting:
         alike: of the pictures, see :class:`htflearn.locality.pathfinder.PathfinderSetting`.
         amp: ``"off"``, ``"float16"`` or ``"bfloat16"``.
         channels_last: memory format of images and weights.
+        smoke: whether it only shows that everything works: what is made of the grid says so.
     """
 
     task: Literal["isc", "pathfinder"]
@@ -85,6 +120,7 @@ class Setting:
     alike: bool = False
     amp: Literal["off", "float16", "bfloat16"] = "off"
     channels_last: bool = True
+    smoke: bool = False
 
     def cases(self) -> Iterator[Case]:
         """The trainings, those that take longest first."""
@@ -189,6 +225,7 @@ PRESETS: dict[str, dict[str, Setting]] = {
             train_size=128,
             test_size=64,
             epochs=1,
+            smoke=True,
         ),
     },
     "pathfinder": {
@@ -226,6 +263,7 @@ PRESETS: dict[str, dict[str, Setting]] = {
             train_size=128,
             test_size=64,
             epochs=1,
+            smoke=True,
         ),
     },
 }

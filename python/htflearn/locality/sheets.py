@@ -15,6 +15,7 @@ __all__ = ["contact_sheet"]
 
 _DPI = 160
 _BOX = "#E69F00"
+_LETTER = 0.07  # inches that a letter of a label takes, on average
 
 Box = tuple[float, float, float, float]
 
@@ -32,7 +33,7 @@ def contact_sheet(
 
     Args:
         images: uint8 ``[n, H, W]``, ``[n, 1, H, W]``, ``[n, 3, H, W]`` or ``[n, H, W, 3]``.
-        labels: ``[n]``, or a text for each.
+        labels: ``[n]``, or a text for each, of one or several lines.
         path: the file, replaced as a whole; its suffix is one of
             :data:`htflearn.figures.FORMATS`.
         columns: images in a row.
@@ -63,9 +64,13 @@ def contact_sheet(
     columns = max(1, min(columns, len(pictures)))
     rows = max(1, -(-len(pictures) // columns))
     height, width = pictures.shape[1:3]
-    side = min(2.0, max(1.1, width / _DPI))
+    texts = [str(label) if names is None else names[int(label)] for label in labels]
+    lines = [text.split("\n") for text in texts] or [[""]]
+    longest = max(len(line) for text in lines for line in text)
+    side = min(2.5, max(1.1, min(2.0, width / _DPI), _LETTER * longest))
+    above = 0.08 + 0.14 * max(map(len, lines))
     figure = Figure(
-        figsize=(columns * side, rows * (side * height / width + 0.22) + 0.35 * bool(title)),
+        figsize=(columns * side, rows * (side * height / width + above) + 0.35 * bool(title)),
         dpi=_DPI,
         layout="constrained",
     )
@@ -77,8 +82,7 @@ def contact_sheet(
         axis.set_axis_off()
     for i, (axis, picture) in enumerate(zip(axes, pictures, strict=False)):
         axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
-        text = str(labels[i]) if names is None else names[int(labels[i])]
-        axis.set_title(text, fontsize=8, pad=2)
+        axis.set_title(texts[i], fontsize=8, pad=2)
         for top, left, bottom, right in () if boxes is None else boxes[i]:
             corner = (left - 0.5, top - 0.5)  # pixels are centred on whole numbers
             axis.add_patch(

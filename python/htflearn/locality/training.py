@@ -196,7 +196,8 @@ class _Training:
         self.sums[0] += loss.detach()
         self.sums[1] += ((logits > 0) == (labels > 0)).sum()
         if penalty.requires_grad:
-            self.sums[2] += penalty.detach() / (self.case.coefficient * self.setting.every)
+            assert self.regularizer.last_value is not None
+            self.sums[2] += self.regularizer.last_value
             self.state.changes += 1
 
     def _log(self, metrics: MetricsFile, epoch: int) -> None:
@@ -260,6 +261,7 @@ class _Training:
             "threads": torch.get_num_threads(),
             "processes": self.processes.count,
             "torch": torch.__version__,
+            "smoke": self.setting.smoke,
         }
         replace_file(self.out / RESULT, json.dumps(result, indent=1) + "\n")
         return result
