@@ -74,7 +74,6 @@ def plan_for(op: str, layout: Layout, dtype: torch.dtype, device: str, rows: int
     return make_plan(op, layout, dtype, device, dispatch.requested(), about, precision)
 
 
-@torch.compiler.assume_constant_result
 def _traced_backend(op: str, number: int, dtype: torch.dtype, device: str) -> str:
     # A graph may be for any number of rows.
     spec = dispatch.Spec(op, dtype, device, layout_of(number), _TRACED_ROWS)
@@ -82,6 +81,11 @@ def _traced_backend(op: str, number: int, dtype: torch.dtype, device: str) -> st
     if backend == "triton" and device == "cpu":
         raise RuntimeError(f"{op}: Triton's interpreter does not run under torch.compile")
     return backend
+
+
+# As torch.compiler.assume_constant_result does, which imports the whole of torch._dynamo for it:
+# half of what `import htfkernels` would take.
+_traced_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=1024)
