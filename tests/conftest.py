@@ -58,6 +58,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def same_numbers_every_time() -> None:
     """Random weights and inputs do not depend on which tests ran before."""
