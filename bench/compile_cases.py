@@ -11,7 +11,7 @@ Tensors are as large as the real ones and never written, so that they take addre
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -114,8 +114,8 @@ def models() -> tuple[Model, ...]:
     )
 
 
-def cases() -> Iterator[Case]:
-    """``(name, run)`` for each call of a launcher."""
+def cases(chosen: Iterable[Model] | None = None) -> Iterator[Case]:
+    """``(name, run)`` for each call of a launcher, on some models or all."""
     makers = {
         "evaluate": _evaluate,
         "slog": _slog,
@@ -123,7 +123,7 @@ def cases() -> Iterator[Case]:
         "planned": _planned,
         "tensor": _tensor,
     }
-    for model in models():
+    for model in models() if chosen is None else chosen:
         for numbers in model.numbers:
             for op in model.ops:
                 for what, run in makers[op](model, numbers):

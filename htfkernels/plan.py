@@ -77,7 +77,6 @@ def _precision(dtype: torch.dtype) -> str:
     return float32_precision() if dtype == torch.float32 else "ieee"
 
 
-@torch.compiler.assume_constant_result
 def _traced_backend(op: str, number: int, dtype: torch.dtype, device: str) -> str:
     # A graph may be for any number of rows.
     precision = _precision(dtype)
@@ -86,6 +85,11 @@ def _traced_backend(op: str, number: int, dtype: torch.dtype, device: str) -> st
     if backend == "triton" and device == "cpu":
         raise RuntimeError(f"{op}: Triton's interpreter does not run under torch.compile")
     return backend
+
+
+# As torch.compiler.assume_constant_result does, which imports the whole of torch._dynamo for it:
+# half of what `import htfkernels` would take.
+_traced_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=1024)

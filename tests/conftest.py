@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -35,6 +36,35 @@ torch.set_num_threads(1)
 # wait for ever.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """`pytest` alone runs on all cores; named files run in this process. ``-n`` says otherwise.
+
+    A worker takes as long to start as many a file takes to run.
+    """
+    if hasattr(config, "workerinput"):  # of pytest-xdist: this is a worker
+        return
+    option = config.option
+    everything = config.args_source == pytest.Config.ArgsSource.TESTPATHS
+    if everything and getattr(option, "numprocesses", 0) is None and not option.collectonly:
+        option.numprocesses = "auto"
+        option.maxprocesses = option.maxprocesses or 8  # each holds a PyTorch of its own
+        option.dist = "worksteal" if option.dist == "no" else option.dist
+
+
+def pytest_collection_finish() -> None:
+    """Collecting garbage no longer walks over all that was imported and collected so far.
+
+    `htf bench` collects before each timing, and a test that loses references of its own may too.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -88,12 +118,10 @@ def _target(backend: str, device: str) -> object:
 CPU = [_target("reference", "cpu"), _target("cpp", "cpu")]
 INTERPRETED = [_target("triton", "cpu")] if dispatch.interpreted() else []
 EMULATED = [_target("cuda", "cpu")] if cuda_module.emulated() else []
-GPU = [_target("reference", "cuda"), _target("cuda", "cuda"), _target("triton", "cuda")]
+GPU = [_target(b, "cuda") for b in ("reference", "cuda", "triton") if torch.cuda.is_available()]
 
 
 def _enter(target: Target) -> Iterator[Target]:
-    if target.device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     with dispatch.use_backend(target.backend):
         yield target
 

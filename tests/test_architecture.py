@@ -122,6 +122,7 @@ MAY_IMPORT = {
 NOT_AT_IMPORT = ["matplotlib", "typer", "rich", "scipy", "sklearn", "skimage", "htflearn"]
 NOT_AT_IMPORT += ["htfkernels.gpu"]  # PyTorch itself loads Triton where it is installed
 NOT_AT_IMPORT += ["tensap", "tensorly", "pyttb", "hiepy"]
+NOT_AT_IMPORT += ["torch._dynamo"]  # takes as long as PyTorch itself
 
 
 def modules(package):

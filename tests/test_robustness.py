@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -96,11 +97,22 @@ def test_strides_of_the_gradient_do_not_matter(target, op, view):
     testing.assert_matches(run(viewed, *arguments), expected, torch.float64, "backward", scale)
 
 
+@functools.cache
+def product_spreads_nan(dtype):
+    """Whether PyTorch's own product takes a NaN to other rows, as oneDNN's bfloat16 with AMX does
+    where an odd number of terms is summed."""
+    x = torch.ones(65, 17, dtype=dtype)
+    x[::2] = torch.nan
+    return bool((x @ torch.ones(17, 16, dtype=dtype))[1::2].isnan().any())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", [c for c in testing.cases() if c.batch >= 65], ids=str)
 def test_nan_stays_in_its_row(target, case, dtype):
     """Rows are computed together; what is in one never reaches another, nor its gradient."""
     target.require("evaluate", dtype)
+    if (target.backend, target.device) == ("reference", "cpu") and product_spreads_nan(dtype):
+        pytest.skip(f"PyTorch's product of {dtype} matrices takes a NaN to other rows here")
     inputs = testing.make_inputs(case, dtype, target.device)
     packed = isinstance(inputs.vectors, torch.Tensor)
     clean = inputs.vectors if packed else torch.cat(inputs.vectors, dim=1)

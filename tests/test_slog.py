@@ -57,7 +57,7 @@ def test_gradcheck(small_case):
 
     leaves = [a.requires_grad_() for a in arguments]
     assert torch.autograd.gradcheck(logabs, leaves)
-    assert torch.autograd.gradgradcheck(logabs, leaves)
+    assert torch.autograd.gradgradcheck(logabs, leaves, fast_mode=True)
 
 
 def test_only_logabs_has_a_gradient():
@@ -76,7 +76,6 @@ TREES = [
 ]
 
 
-@pytest.mark.parametrize("size", [1e-3, 1e3], ids=lambda s: f"{s:g}")
 @pytest.mark.parametrize(
     ("make", "root"),
     [
@@ -85,36 +84,37 @@ TREES = [
         for n, m, r in TREES
     ],
 )
-def test_four_thousand_modes(make, size, root):
-    """Weights of 1e-3 and 1e3 in float32: the value is 10^-25000 or 10^25000."""
+def test_four_thousand_modes(make, root):
+    """Weights of 2^-10 and 2^10 in float32: the value is 10^-25000 or 10^25000."""
     tree = make(4096)
     layout = hk.Layout.make(tree, 2, 3, root=root)
     case = testing.Case("", layout, 2)
     inputs = testing.make_inputs(case, torch.float32, spread=0.01)
-    weights = [size * w for w in inputs.weights]
-    x = inputs.vectors
 
-    def run(dtype, factor):
-        leaves = [(w.to(dtype) / factor).requires_grad_() for w in weights]
-        vectors = x.to(dtype).requires_grad_()
+    def run(dtype, size):
+        leaves = [(size * w).to(dtype).requires_grad_() for w in inputs.weights]
+        vectors = inputs.vectors.to(dtype).requires_grad_()
         sign, logabs = hk.slog_evaluate(tree, leaves, vectors, layout=layout)
         grads = torch.autograd.grad(logabs.sum(), [*leaves, vectors])
         return sign, logabs, grads
 
-    sign, logabs, grads = run(torch.float32, 1.0)
-    # In float64, with weights brought back to 1, nothing leaves the range: the plain value will do.
-    expected_sign, scaled, scaled_grads = run(torch.float64, size)
+    # In float64, with weights near 1, nothing leaves the range: the plain value will do.
+    expected_sign, plain, plain_grads = run(torch.float64, 1)
     with hk.use_backend("reference"):
-        value = hk.evaluate(tree, [w.double() / size for w in weights], x.double(), layout=layout)
-    testing.assert_matches(scaled, value.abs().log(), torch.float32, "forward", value.new_ones(2))
+        weights = [w.double() for w in inputs.weights]
+        value = hk.evaluate(tree, weights, inputs.vectors.double(), layout=layout)
+    testing.assert_matches(plain, value.abs().log(), torch.float32, "forward", value.new_ones(2))
+    assert torch.equal(expected_sign, value.sign())
     nodes = len(tree.nodes) - (root == "sum")
-    expected = value.abs().log() + nodes * math.log(size)
-    assert torch.equal(sign.double(), value.sign()) and torch.equal(expected_sign, value.sign())
-    testing.assert_matches(logabs, expected, torch.float32, "forward")
-    given = [g / size for g in scaled_grads[:-1]] + [scaled_grads[-1]]
-    # Roundings add up as the square root of their number; the table is for 64 modes.
-    scale = [torch.full_like(g, g.abs().max().item() * math.sqrt(4096 / 64)) for g in given]
-    testing.assert_matches(grads, given, torch.float32, "backward", scale)
+    for size in (2.0**-10, 2.0**10):
+        sign, logabs, grads = run(torch.float32, size)
+        assert torch.equal(sign.double(), value.sign())
+        expected = value.abs().log() + nodes * math.log(size)
+        testing.assert_matches(logabs, expected, torch.float32, "forward")
+        given = [g / size for g in plain_grads[:-1]] + [plain_grads[-1]]
+        # Roundings add up as the square root of their number; the table is for 64 modes.
+        scale = [torch.full_like(g, g.abs().max().item() * math.sqrt(4096 / 64)) for g in given]
+        testing.assert_matches(grads, given, torch.float32, "backward", scale)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30], ids=lambda s: f"{s:g}")

@@ -1,4 +1,4 @@
-"""The gradient-change regularizer in a training: batch norm, AMP, accumulation, DDP, the loop."""
+"""The gradient-change regularizer in a training: batch norm, accumulation, DDP, the loop."""
 
 from __future__ import annotations
 
@@ -46,18 +46,21 @@ def close(found: object, expected: object) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
-def two_passes(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """The formula, written out."""
+def patch_gradients(
+    model: nn.Module, x: Tensor, y: Tensor, passes: str = "two", scale: float = 1.0
+) -> list[Tensor]:
+    """Of the images and of those with a replaced patch, written out in plain PyTorch."""
     replaced = x.clone()
     for i in range(len(x)):
         replaced[i, :, B[0] : B[2], B[1] : B[3]] = x[(i + 1) % len(x), :, B[0] : B[2], B[1] : B[3]]
-    g = []
-    for images in (x, replaced):
+    both = [(x, y), (replaced, y)]
+    g: list[Tensor] = []
+    for images, labels in both if passes == "two" else [map(torch.cat, zip(*both, strict=True))]:
         images = images.detach().requires_grad_()
-        logits = model(images)[range(len(x)), y]
-        (whole,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
-        g.append(whole[:, :, A[0] : A[2], A[1] : A[3]].reshape(len(x), -1))
-    return nn.functional.cosine_similarity(*g, dim=1, eps=0).abs().mean()
+        logits = model(images)[range(len(images)), labels]
+        (whole,) = torch.autograd.grad(logits.sum() * scale, images, create_graph=True)
+        g += whole[:, :, A[0] : A[2], A[1] : A[3]].flatten(1).split(len(x))
+    return g
 
 
 # -- batch normalization --------------------------------------------------------------------------
@@ -68,7 +71,8 @@ def test_batch_norm_in_training(passes: str) -> None:
     model = small_resnet(2, 3).to(F64)
     start = {k: v.clone() for k, v in model.state_dict().items()}
     x, y = batch()
-    expected = two_passes(model, x, y)
+    g = patch_gradients(model, x, y)
+    expected = nn.functional.cosine_similarity(*g, dim=1, eps=0).abs().mean()
     expected.backward()
     wanted, after = grads(model), {k: v.clone() for k, v in model.state_dict().items()}
     model.load_state_dict(start)
@@ -117,102 +121,6 @@ def test_dropout_draws_twice() -> None:
         alone = input_gradient_change(model.eval(), x, None, A, B, passes=passes)
         torch.testing.assert_close(alone, torch.ones(()), rtol=0, atol=1e-6)
         model.train()
-
-
-# -- precision ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("passes", ["one", "two"])
-@pytest.mark.parametrize("make", [mlp, conv], ids=["mlp", "conv"])
-def test_autocast(make, passes: str, dtype: torch.dtype) -> None:
-    model = make()
-    x, y = batch(dtype=torch.float32)
-    expected = input_gradient_change(model, x, y, A, B, passes=passes)
-    expected.backward()
-    wanted = grads(model)
-    model.zero_grad()
-    with torch.autocast("cpu", dtype=dtype):
-        logits = model(x)  # its casts of the weights are those that the penalty finds
-        found = input_gradient_change(model, x, y, A, B, passes=passes)
-        loss = nn.functional.cross_entropy(logits, y) * 0 + found
-    assert found.dtype == torch.float32
-    loss.backward()
-    # Rounding of the gradients to half precision in three layers; their derivatives are differences
-    # of terms some times larger, for these cosines are near 1.
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(found, expected, rtol=0, atol=4 * eps)
-    for got, want in zip(grads(model), wanted, strict=True):
-        assert got.isfinite().all()
-        assert (got - want).norm() <= 32 * eps * want.norm() + 1e-3 * eps
-
-
-def small_logits() -> nn.Module:
-    """Gradients of some 1e-7, of which float16 holds two bits."""
-    model = mlp()
-    with torch.no_grad():
-        model[-1].weight.mul_(1e-6)
-    return model
-
-
-def test_float16_keeps_small_gradients() -> None:
-    model = small_logits()
-    x, y = batch(dtype=torch.float32)
-    expected = input_gradient_change(model, x, y, A, B)
-    with torch.autocast("cpu", dtype=torch.float16):
-        scaled = input_gradient_change(model, x, y, A, B)
-        asked = input_gradient_change(model, x, y, A, B, scale=1024)
-        plain = input_gradient_change(model, x, y, A, B, scale=1)
-    assert scaled == asked
-    # float16 of small, partly subnormal numbers.
-    torch.testing.assert_close(scaled, expected, rtol=0, atol=2e-2)
-    assert abs(plain - expected) > 5e-2
-
-
-def test_what_runs_in_float32_under_autocast_stays_there() -> None:
-    """Also on the way back to the images."""
-    inner = small_logits()
-
-    class Exempt(nn.Module):
-        def forward(self, images: Tensor) -> Tensor:
-            with torch.autocast("cpu", enabled=False):
-                return inner(images)
-
-    x, y = batch(dtype=torch.float32)
-    expected = input_gradient_change(inner, x, y, A, B)
-    with torch.autocast("cpu", dtype=torch.float16):
-        found = input_gradient_change(Exempt(), x, y, A, B)
-    # float32, the same operations.
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-
-
-def test_a_gradient_scaler() -> None:
-    model = mlp()
-    x, y = batch(dtype=torch.float32)
-    regularize = InputGradientChange(RandomSquares(2, 2), 0.5)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    before = [p.detach().clone() for p in model.parameters()]
-    for _ in range(3):
-        optimizer.zero_grad()
-        with torch.autocast("cpu", dtype=torch.float16):
-            logits, penalty = regularize.with_outputs(model, x, y)
-            loss = nn.functional.cross_entropy(logits, y) + penalty
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-    assert scaler.get_scale() == 2.0**10  # no step was skipped
-    assert all(bool((p != b).any()) for p, b in zip(model.parameters(), before, strict=True))
-
-
-def test_a_float16_model() -> None:
-    """Without autocast: the scale goes by the outputs."""
-    model = small_logits()
-    x, y = batch(dtype=torch.float32)
-    expected = input_gradient_change(model, x, y, A, B)
-    found = input_gradient_change(model.half(), x.half(), y, A, B)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected, rtol=0, atol=5e-2)
 
 
 # -- training loops -------------------------------------------------------------------------------
