@@ -33,6 +33,10 @@ def main() -> None:
             h = torch.einsum("bnr,nrs->bns", h[:, 0::2] * h[:, 1::2], w)
         return h[:, 0, 0]
 
+    def each_sample() -> Tensor:
+        with hk.use_index_plans(False):
+            return model.at(indices)
+
     def folded() -> Tensor:
         h = model.weights[0][number[:, None], indices.T]
         for w in list(model.weights)[1:]:
@@ -42,6 +46,7 @@ def main() -> None:
     ways: dict[str, Callable[[], Tensor]] = {
         "batch-major einsum, as the paper's code": batch_major,
         "folded bmm": folded,
+        "htfkernels, at, without index plans": each_sample,
         "htfkernels, at": lambda: model.at(indices),
         "htfkernels, at an index plan": lambda: model.at(plan),
         "htfkernels, full_tensor": lambda: model.full_tensor().reshape(-1)[flat],

@@ -20,6 +20,7 @@ from htfkernels.algebra import (
 )
 from htfkernels.dispatch import backends, use_backend
 from htfkernels.functional import evaluate, evaluate_at, full_tensor, slog_evaluate
+from htfkernels.index_cache import use_index_plans
 from htfkernels.index_plan import IndexPlan
 from htfkernels.layout import Layout
 from htfkernels.memory import release_memory
@@ -71,5 +72,6 @@ __all__ = [
     "slog_inner",
     "stable_rank",
     "use_backend",
+    "use_index_plans",
     "use_precision",
 ]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from htfkernels.index_plan import IndexPlan
+from htfkernels.arguments import came
+from htfkernels.index_cache import plan_that_pays
+from htfkernels.index_plan import IndexPlan, Indices, check_indices
 from htfkernels.layout import Layout
 from htfkernels.ops.evaluate import evaluate as _evaluate
 from htfkernels.ops.evaluate_at import evaluate_at as _evaluate_at
@@ -58,7 +63,7 @@ def evaluate(
 def evaluate_at(
     tree: ModeTree,
     weights: Weights,
-    indices: Tensor | IndexPlan,
+    indices: Indices | IndexPlan,
     *,
     layout: Layout | None = None,
 ) -> Tensor:
@@ -66,8 +71,10 @@ def evaluate_at(
 
     Args:
         tree, weights, layout: as in :func:`evaluate`.
-        indices: ``[B, N]``, int64, ``0 <= indices[:, n] < D_n``; or an :class:`IndexPlan` of
-            them, which evaluates each node once per distinct sub-tuple of its modes.
+        indices: ``[B, N]``, ``0 <= indices[:, n] < D_n``: a tensor of integers, or a list, tuple or
+            NumPy array of them; or an :class:`IndexPlan` of them, which evaluates each node once
+            per distinct sub-tuple of its modes. On the CPU such a plan is made without being asked
+            for where it pays, see :func:`htfkernels.use_index_plans`.
 
     Returns:
         ``[B]`` or ``[B, out_features]``.
@@ -127,18 +134,27 @@ def run_evaluate(layout: Layout, weights: Sequence[Tensor], vectors: Vectors) ->
 
 
 def run_evaluate_at(
-    layout: Layout, weights: Sequence[Tensor], indices: Tensor | IndexPlan
+    layout: Layout, weights: Sequence[Tensor], indices: Indices | IndexPlan
 ) -> Tensor:
     if isinstance(indices, IndexPlan):
         return _run_planned(layout, weights, indices)
-    rows = len(indices) if indices.dim() else 0
-    plan, weights, _ = _prepare("evaluate_at", layout, weights, None, rows)
-    _check_indices(layout, indices, plan.backend)
-    if indices.device != weights[0].device:
-        raise ValueError(
-            f"evaluate_at: indices are on {indices.device}, the weights on {weights[0].device}"
-        )
-    return _evaluate_at(plan, weights, indices)
+    values = check_indices("evaluate_at", layout, indices)
+    plan, weights, first = _prepare("evaluate_at", layout, weights, None, values.shape[0])
+    if values.device != first.device:
+        if isinstance(indices, Tensor):
+            raise ValueError(
+                f"evaluate_at: indices are on {values.device}, the weights on {first.device}"
+            )
+        values = values.to(first.device)
+    if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+        if plan.backend == "cpp":
+            shared = plan_that_pays("evaluate_at", layout, weights, indices, values)
+            if shared is not None:
+                plan = plan_for("evaluate_at_planned", layout, first.dtype, first.device.type)
+                return _evaluate_at_planned(plan, weights, shared)
+        if not (values.is_cuda and plan.backend != "reference"):
+            _check_range(layout, values)  # else it is asserted there, without waiting for it
+    return _evaluate_at(plan, weights, values)
 
 
 def _run_planned(layout: Layout, weights: Sequence[Tensor], indices: IndexPlan) -> Tensor:
@@ -168,7 +184,7 @@ def run_full_tensor(layout: Layout, weights: Sequence[Tensor]) -> Tensor:
 
 def run_slog(layout: Layout, weights: Sequence[Tensor], vectors: Vectors) -> tuple[Tensor, Tensor]:
     x = pack_vectors("slog", layout, vectors)
-    check_same("slog", weights, x)
+    check_same("slog", weights, x, layout)
     first = weights[0]
     # A graph is made of the reference's operations.
     traced = torch.compiler.is_compiling()
@@ -181,13 +197,16 @@ def fold(
     op: str, tree: ModeTree, weights: Weights, layout: Layout | None
 ) -> tuple[Layout, list[Tensor]]:
     """The layout that the weights' shapes tell, and the weights folded into its groups."""
+    if not isinstance(tree, ModeTree):
+        raise ValueError(f"{op}: tree must be a ModeTree, got {type(tree).__name__}")
     if isinstance(weights, Mapping):
-        known = {node.index: w for node, w in weights.items()}
-        foreign = next((n for n in weights if n.tree != tree), None)
+        foreign = next((n for n in weights if not isinstance(n, Node) or n.tree != tree), None)
         if foreign is not None:
-            raise ValueError(f"{op}: {foreign} is a node of another tree")
+            what = "a node of another tree" if isinstance(foreign, Node) else "not a node"
+            raise ValueError(f"{op}: weights are a mapping from nodes, and {foreign!r} is {what}")
+        known = {node.index: w for node, w in weights.items()}
     else:
-        listed = list(weights)
+        listed = _listed(op, "weights must be {node: [R_in, R_out]} or a list of tensors", weights)
         if listed and all(w.dim() == 3 for w in listed):
             return _folded_already(op, tree, listed, layout)
         if len(listed) not in (len(tree.nodes), len(tree.nodes) - 1):
@@ -201,9 +220,9 @@ def fold(
     if missing is not None:
         raise ValueError(f"{op}: no weight for {missing}")
     for i, w in known.items():
-        if w.dim() != 2:
+        if not isinstance(w, Tensor) or w.dim() != 2 or w.layout is not torch.strided:
             raise ValueError(
-                f"{op}: the weight of {tree.nodes[i]} must be [R_in, R_out], got {list(w.shape)}"
+                f"{op}: the weight of {tree.nodes[i]} must be [R_in, R_out], got {came(w)}"
             )
     dims = [known[n.index].shape[0] for n in tree.leaves]
     ranks = {node: known[tree._children[node.index][0]].shape[1] for node in tree.interior}
@@ -226,64 +245,69 @@ def _folded_already(
         raise ValueError(
             f"{op}: folded weights ([F, R_in, R_out]) need layout=, for example model.layout"
         )
+    if not isinstance(layout, Layout):
+        raise ValueError(f"{op}: layout must be a Layout, got {type(layout).__name__}")
     if layout.tree != tree:
         raise ValueError(f"{op}: the layout is of another tree")
-    shapes = [tuple(w.shape) for w in weights]
-    expected = [g.shape for g in layout.groups]
-    if shapes != expected:
-        raise ValueError(f"{op}: expected folded weights of the shapes {expected}, got {shapes}")
+    _check_shapes(op, layout, weights)
     return layout, weights
 
 
 def pack_vectors(op: str, layout: Layout, vectors: Vectors) -> Tensor:
     """``[B, N, D]`` or ``N`` tensors ``[B, D_n]`` as one ``[B, sum D_n]``."""
-    dims, order = layout.mode_dims, layout.tree.order
+    order = layout.tree.order
     if isinstance(vectors, Tensor):
-        if (
-            vectors.dim() != 3
-            or vectors.shape[1] != order
-            or any(d != vectors.shape[2] for d in set(dims))
-        ):
-            expected = (
-                f"[B, {order}, {dims[0]}]"
-                if len(set(dims)) == 1
-                else f"{order} tensors [B, D_n] (the mode dimensions differ)"
-            )
-            raise ValueError(f"{op}: vectors must be {expected}, got {list(vectors.shape)}")
+        strided = vectors.layout is torch.strided and not vectors.is_nested
+        shape = vectors.shape if strided else ()
+        if len(shape) != 3 or shape[1] != order or shape[2] != layout.common_dim:
+            raise ValueError(f"{op}: {_vectors_are(layout)}, got {came(vectors)}")
         return vectors.flatten(1)
-    parts = list(vectors)
+    parts = _listed(op, _vectors_are(layout), vectors)
     if len(parts) != order:
         raise ValueError(
             f"{op}: expected {order} tensors of vectors, one per mode, got {len(parts)}"
         )
-    batch = parts[0].shape[0] if parts[0].dim() else 0
-    if [part.shape for part in parts] != [(batch, d) for d in dims]:
-        n = next(i for i, d in enumerate(dims) if tuple(parts[i].shape) != (batch, d))
-        raise ValueError(
-            f"{op}: the vectors of mode {n} must be [{batch}, {dims[n]}], got "
-            f"{list(parts[n].shape)}"
-        )
+    batch = parts[0].shape[0] if parts[0].dim() == 2 else "B"
+    for n, (part, d) in enumerate(zip(parts, layout.mode_dims, strict=True)):
+        if part.shape != (batch, d) or part.layout is not torch.strided:
+            raise ValueError(
+                f"{op}: the vectors of mode {n} must be [{batch}, {d}], got {came(part)}"
+            )
     return torch.cat(parts, dim=1)
 
 
-def _check_indices(layout: Layout, indices: Tensor, backend: str) -> None:
-    order = layout.tree.order
-    if indices.dtype != torch.int64 or indices.dim() != 2 or indices.shape[1] != order:
-        raise ValueError(
-            f"evaluate_at: indices must be int64 [B, {order}], got {indices.dtype} "
-            f"{list(indices.shape)}"
-        )
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or (indices.is_cuda and backend != "reference")  # asserted there, without waiting for it
-        or not len(indices)
-    ):
+def _vectors_are(layout: Layout) -> str:
+    """What vectors are expected to be."""
+    order, dim = layout.tree.order, layout.common_dim
+    each = f"{order} tensors [B, D_n]"
+    if dim is None:
+        return f"vectors must be {each} (the mode dimensions differ)"
+    return f"vectors must be [B, {order}, {dim}] or {each}"
+
+
+def _listed(op: str, expected: str, values: Iterable[Any]) -> list[Tensor]:
+    """A sequence of tensors as a list; ``expected`` says what it should be."""
+    try:
+        listed = list(values)
+    except TypeError:
+        raise ValueError(f"{op}: {expected}, got {came(values)}") from None
+    for value in listed:
+        if not isinstance(value, Tensor):
+            kinds = type(values).__name__, type(value).__name__
+            raise ValueError(f"{op}: {expected}, got {kinds[0]} of {kinds[1]}")
+    return listed
+
+
+def _check_range(layout: Layout, indices: Tensor) -> None:
+    if indices.is_meta or not len(indices):
         return
-    low, high = indices.amin(0).tolist(), indices.amax(0).tolist()
+    bounds: Any = torch.aminmax(indices)  # .item() would end a trace
+    if bounds.min.tolist() >= 0 and bounds.max.tolist() < min(layout.mode_dims):
+        return
+    least, most = (bound.tolist() for bound in torch.aminmax(indices, dim=0))
     for n, d in enumerate(layout.mode_dims):
-        if low[n] < 0 or high[n] >= d:
-            worst = low[n] if low[n] < 0 else high[n]
+        if least[n] < 0 or most[n] >= d:
+            worst = least[n] if least[n] < 0 else most[n]
             raise IndexError(
                 f"evaluate_at: index {worst} of mode {n} is out of range, its dimension is {d}"
             )
@@ -292,10 +316,10 @@ def _check_indices(layout: Layout, indices: Tensor, backend: str) -> None:
 def _prepare(
     op: str, layout: Layout, weights: Sequence[Tensor], x: Tensor | None, rows: int = 0
 ) -> tuple[Plan, Sequence[Tensor], Tensor]:
-    check_same(op, weights, x)
+    check_same(op, weights, x, layout)
     first = weights[0]
     device = first.device.type
-    if torch.is_autocast_enabled(device) and first.dtype != torch.float64:
+    if _autocast(device) and first.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         weights = [w.to(dtype) for w in weights]
         first = weights[0]
@@ -304,26 +328,58 @@ def _prepare(
     return plan, weights, first if x is None else x
 
 
-def check_same(op: str, weights: Sequence[Tensor], x: Tensor | None) -> None:
+def _autocast(device: str) -> bool:
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def check_same(
+    op: str, weights: Sequence[Tensor], x: Tensor | None = None, layout: Layout | None = None
+) -> None:
+    """Whether weights, and vectors, are floating point of one dtype on one device; and whether the
+    weights are those of a layout.
+
+    Raises:
+        ValueError: they are not, with what came; ``op`` names who was called.
+    """
     first = weights[0]
-    if not first.is_floating_point():
-        raise ValueError(f"{op}: weights must be floating point, got {first.dtype}")
+    if type(first) is not Parameter and type(first) is not Tensor:
+        _check_kind(op, first, x)
+    dtype, device = first.dtype, first.device
+    if not dtype.is_floating_point:
+        raise ValueError(f"{op}: weights must be floating point, got {dtype}")
     for w in weights:
-        if w.dtype != first.dtype or w.device != first.device:
-            raise ValueError(
-                f"{op}: weights are {first.dtype} on {first.device} and {w.dtype} on {w.device}"
-            )
-    if x is None or (x.dtype == first.dtype and x.device == first.device):
+        if w.dtype is not dtype or w.device != device:
+            raise ValueError(f"{op}: weights are {dtype} on {device} and {w.dtype} on {w.device}")
+    if layout is not None:
+        _check_shapes(op, layout, weights)
+    if x is None or (x.dtype is dtype and x.device == device):
         return
-    if (
-        x.device == first.device
-        and x.is_floating_point()
-        and torch.is_autocast_enabled(x.device.type)
-    ):
+    if x.device == device and x.is_floating_point() and _autocast(device.type):
         return
-    raise ValueError(
-        f"{op}: vectors are {x.dtype} on {x.device}, the weights {first.dtype} on {first.device}"
-    )
+    raise ValueError(f"{op}: vectors are {x.dtype} on {x.device}, the weights {dtype} on {device}")
+
+
+def _check_shapes(op: str, layout: Layout, weights: Sequence[Tensor]) -> None:
+    shapes = [w.shape for w in weights]
+    if shapes != layout.weight_shapes:
+        raise ValueError(
+            f"{op}: expected folded weights of the shapes {layout.weight_shapes}, got "
+            f"{[tuple(shape) for shape in shapes]}"
+        )
+
+
+def _check_kind(op: str, weight: Any, x: Tensor | None) -> None:
+    """Refuses what stands where weights should be, and weights that are elsewhere in part."""
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"{op}: weights must be tensors, got {type(weight).__name__}")
+    distributed = sys.modules.get("torch.distributed.tensor")
+    sharded = () if distributed is None else distributed.DTensor
+    if isinstance(weight, sharded) and not isinstance(x, sharded):
+        raise RuntimeError(
+            f"{op}: the weights are sharded (DTensor). FSDP gathers them for model(vectors) alone, "
+            "and for methods that are registered after fully_shard(model): "
+            'torch.distributed.fsdp.register_fsdp_forward_method(model, "at")'
+        )
 
 
 def _squeeze(layout: Layout, result: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import import_module
 from typing import Any, NamedTuple, Protocol
 
@@ -30,6 +30,9 @@ __all__ = [
     "Pairs",
     "Request",
     "Step",
+    "as_array",
+    "fingerprint",
+    "native",
     "program_steps",
 ]
 
@@ -132,6 +135,59 @@ class Loops(Protocol):
         """All the lists one after the other, on the indices' device. Takes the pieces away."""
 
 
+@cache
+def native() -> Any:
+    """The compiled loops.
+
+    Raises:
+        RuntimeError: they cannot be loaded.
+    """
+    try:
+        return import_module("htfkernels._plan")
+    except ImportError as error:
+        raise RuntimeError(
+            f"IndexPlan: the compiled module htfkernels._plan cannot be loaded ({error}); "
+            "reinstall htfkernels for this Python"
+        ) from error
+
+
+class _Lent:
+    """A CPU tensor's memory as NumPy takes it. ``Tensor.numpy`` would keep the tensor from ever
+    being resized again."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        size = tensor.element_size()
+        sign = "i" if tensor.dtype.is_signed else "u"
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": f"={sign}{size}",
+            "shape": tuple(tensor.shape),
+            "strides": tuple(size * s for s in tensor.stride()),
+            "data": (tensor.data_ptr(), True),
+        }
+
+
+def as_array(tensor: Tensor) -> Any:
+    """NumPy's read-only view of a CPU tensor of integers.
+
+    Raises:
+        ValueError: the tensor has no memory of its own, as some subclasses have none.
+    """
+    lent = _Lent(tensor)
+    if tensor.numel() and not tensor.data_ptr():
+        raise ValueError(f"IndexPlan: {type(tensor).__name__} indices have no values in memory")
+    return numpy.asarray(lent)
+
+
+def fingerprint(indices: Tensor) -> int:
+    """64 bits of the contents of a CPU tensor: one changed index is always noticed, several are but
+    for a chance of ``2^-64``."""
+    array = as_array(indices.detach().contiguous())
+    found: int = native().fingerprint(array, torch.get_num_threads())
+    return found
+
+
 class OnCpu:
     """The loops of ``htfkernels._plan``, on NumPy arrays.
 
@@ -142,15 +198,9 @@ class OnCpu:
     together = False
 
     def __init__(self, layout: Layout, indices: Tensor) -> None:
-        try:
-            self.native: Any = import_module("htfkernels._plan")
-        except ImportError as error:
-            raise RuntimeError(
-                f"IndexPlan: the compiled module htfkernels._plan cannot be loaded ({error}); "
-                "reinstall htfkernels for this Python"
-            ) from error
+        self.native = native()
         self.dims = layout.mode_dims
-        self.indices: Any = indices.detach().cpu().numpy()
+        self.indices: Any = as_array(indices.detach().cpu())
         self.device = indices.device
         self.threads = torch.get_num_threads()
         self.columns: dict[int, Any] = {}
@@ -162,10 +212,7 @@ class OnCpu:
             first = mode - mode % 8
             modes = range(first, min(first + 8, len(self.dims)))
             dims = [self.dims[m] for m in modes]
-            try:
-                found = self.native.columns(self.indices, list(modes), dims, self.threads)
-            except IndexError as error:
-                raise IndexError(f"IndexPlan: {error}") from None
+            found = self.native.columns(self.indices, list(modes), dims, self.threads)
             self.columns.update(zip(modes, found, strict=True))
         return self.columns.pop(mode)
 

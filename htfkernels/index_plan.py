@@ -44,18 +44,17 @@ Example:
 
 from __future__ import annotations
 
-import math
-import weakref
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn
 
+import numpy
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from htfkernels import dispatch
+from htfkernels.arguments import came
 from htfkernels.cuda.index_loops import OnDevice
 from htfkernels.index_build import (
     BILINEAR,
@@ -69,6 +68,7 @@ from htfkernels.index_build import (
     OnCpu,
     program_steps,
 )
+from htfkernels.index_cost import STEP, passes_to_pay
 from htfkernels.layout import Layout
 from htfkernels.tree import Node
 from htfkernels.tree_checks import format_modes
@@ -81,17 +81,17 @@ __all__ = [
     "CutRow",
     "FramedRow",
     "IndexPlan",
-    "index_plan",
+    "Indices",
+    "build_plan",
+    "check_indices",
     "program_steps",
 ]
 
-FORMS = ("walked per sample", "bilinear in two frames", "framed up to the root")
+_log = logging.getLogger("htfkernels")
 
-# A mini-batch's plan, on one thread of an AMD EPYC: what a node costs a sample, and a node; and
-# what a kernel does meanwhile.
-SECONDS_PER_ID = 6e-9
-SECONDS_PER_NODE = 7e-6
-MULTIPLY_ADDS_PER_SECOND = 50e9
+Indices = Tensor | Sequence[Sequence[int]] | numpy.ndarray[Any, Any]
+
+FORMS = ("walked per sample", "bilinear in two frames", "framed up to the root")
 
 # Indices on a GPU: for fewer samples, the launches (about 20 for all nodes of a height) cost more
 # than the CPU's loops and the copies do in a tree of a few nodes. Counted, not timed.
@@ -100,7 +100,8 @@ WORTH_LAUNCHES = 4096
 
 @dataclass(frozen=True, eq=False, repr=False)
 class IndexPlan:
-    """How a fixed set of index tuples is evaluated. Build with :meth:`make` or :func:`index_plan`.
+    """How a fixed set of index tuples is evaluated. Build with :meth:`make`, or
+    :meth:`htfkernels.HTF.index_plan`.
 
     Attributes:
         layout: tree and shapes.
@@ -120,7 +121,7 @@ class IndexPlan:
     cuts: tuple[CutRow, ...]
 
     @classmethod
-    def make(cls, layout: Layout, indices: Tensor) -> IndexPlan:
+    def make(cls, layout: Layout, indices: Indices) -> IndexPlan:
         """The plan of these tuples.
 
         A node whose operands (leaves, and nodes framed before) have at most ``B // 2`` distinct
@@ -133,10 +134,11 @@ class IndexPlan:
 
         Args:
             layout: tree and shapes.
-            indices: ``[B, N]``, int64, any strides.
+            indices: ``[B, N]``: a tensor of integers with any strides, or a list, tuple or NumPy
+                array of them.
 
         Raises:
-            ValueError: not int64 ``[B, N]``, or more than 2^31 - 1 samples or indices of a mode.
+            ValueError: not integers ``[B, N]``, or more than 2^31 - 1 samples or indices of a mode.
             IndexError: an index is out of range.
             RuntimeError: the compiled module for it cannot be loaded.
 
@@ -147,20 +149,10 @@ class IndexPlan:
             >>> len(plan), plan.rows_of(layout.tree.root)
             (4, 2)
         """
-        order = layout.tree.order
-        if (
-            not isinstance(indices, Tensor)
-            or indices.dtype != torch.int64
-            or indices.dim() != 2
-            or indices.shape[1] != order
-        ):
-            came = (
-                f"{indices.dtype} {list(indices.shape)}"
-                if isinstance(indices, Tensor)
-                else type(indices).__name__
-            )
-            raise ValueError(f"IndexPlan: indices must be int64 [B, {order}], got {came}")
-        return cls(layout, indices, *Builder(layout, indices, _loops(indices)).build())
+        if not isinstance(layout, Layout):
+            raise ValueError(f"IndexPlan: layout must be a Layout, got {type(layout).__name__}")
+        values = check_indices("IndexPlan", layout, indices)
+        return build_plan("IndexPlan", layout, indices, values)
 
     def to(self, device: torch.device | str) -> IndexPlan:
         """The same plan with its indices and lists on another device."""
@@ -226,8 +218,11 @@ class IndexPlan:
 
         The expectation is that of indices drawn uniformly; samples of a real data set repeat more.
         A set of tuples that is used again and again is worth a plan in any case.
+
+        Raises:
+            ValueError: not a layout, or not a number of samples.
         """
-        return _pays(layout, batch)
+        return passes_to_pay(layout, batch) < STEP
 
     def __repr__(self) -> str:
         return f"IndexPlan(batch={self.batch}, order={self.layout.tree.order}, {self._summary()})"
@@ -268,6 +263,60 @@ class IndexPlan:
             )
 
 
+def check_indices(op: str, layout: Layout, indices: Indices) -> Tensor:
+    """Indices as an int64 tensor ``[B, N]``: int64 tensors themselves, a copy of anything else.
+    Whether they are in range is not looked at.
+
+    Raises:
+        ValueError: not integers ``[B, N]``; ``op`` names who was called.
+    """
+    order = layout.tree.order
+    tensor = indices if isinstance(indices, Tensor) else _as_tensor(op, order, indices)
+    dtype = tensor.dtype
+    if (
+        (dtype is not torch.int64 and dtype not in _INTEGERS)
+        or tensor.layout is not torch.strided
+        or tensor.is_nested
+        or tensor.dim() != 2
+        or tensor.shape[1] != order
+    ):
+        _refuse(op, order, f"{dtype} {came(tensor)}")
+    return tensor if dtype is torch.int64 else tensor.long()
+
+
+_INTEGERS = {
+    torch.int8, torch.int16, torch.int32, torch.int64,
+    torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+}  # fmt: skip
+
+
+def _as_tensor(op: str, order: int, indices: Any) -> Tensor:
+    if not isinstance(indices, (list, tuple, numpy.ndarray)):
+        _refuse(op, order, type(indices).__name__)
+    try:
+        array = numpy.asarray(indices)
+    except (TypeError, ValueError):
+        _refuse(op, order, f"a {type(indices).__name__} that does not form an array")
+    if array.dtype.kind not in "iu" or array.ndim != 2 or array.shape[1] != order:
+        _refuse(op, order, f"{type(indices).__name__} of {array.dtype} {list(array.shape)}")
+    return torch.from_numpy(array.astype(numpy.int64))
+
+
+def _refuse(op: str, order: int, what: str) -> NoReturn:
+    raise ValueError(f"{op}: indices must be integers [B, {order}], got {what}")
+
+
+def build_plan(op: str, layout: Layout, indices: Indices, values: Tensor) -> IndexPlan:
+    """The plan of int64 ``values``; it keeps ``indices`` if they came as a tensor."""
+    kept = indices if isinstance(indices, Tensor) else values
+    if values.is_meta:
+        raise ValueError(f"{op}: indices on the meta device have no values to make a plan of")
+    try:
+        return IndexPlan(layout, kept, *Builder(layout, values, _loops(values)).build())
+    except IndexError as error:
+        raise IndexError(f"{op}: {error}") from None
+
+
 def _loops(indices: Tensor) -> type[Loops]:
     """Where a plan is built."""
     spec = dispatch.Spec("index_plan", indices.dtype, indices.device.type)
@@ -285,89 +334,3 @@ def _saved(part: int, whole: int) -> str:
 def _cost_of_sample(layout: Layout) -> int:
     """Multiply-adds of all interior nodes: the product of the messages, then the weight."""
     return sum(s.rows * (s.cols + s.children - 1) for s in program_steps(layout) if s.mode < 0)
-
-
-@lru_cache(maxsize=256)
-def _pays(layout: Layout, batch: int) -> bool:
-    steps = program_steps(layout)
-    # Logarithm of the number of cells below each step, None where it is walked.
-    cells: list[float | None] = [0.0] * len(steps)
-    saved = 0.0
-    looked_at = 0
-    for s, step in enumerate(steps):
-        if step.mode >= 0:
-            cells[s] = math.log(step.rows)
-            looked_at += 1
-        here = cells[s]
-        if here is not None and step.mode < 0:
-            looked_at += 1
-            rows = _expected_distinct(here, batch)
-            if rows <= batch // 2:
-                saved += (batch - rows) * step.rows * (step.cols + step.children - 1)
-            else:
-                here = None
-        if step.parent >= 0:
-            above = cells[step.parent]
-            cells[step.parent] = None if here is None or above is None else above + here
-    building = looked_at * (batch * SECONDS_PER_ID + SECONDS_PER_NODE)
-    return 3 * saved / MULTIPLY_ADDS_PER_SECOND > building
-
-
-def _expected_distinct(log_cells: float, batch: int) -> float:
-    """Of ``batch`` balls in ``exp(log_cells)`` bins: the expected number of bins that have one."""
-    if log_cells > 40:
-        return float(batch)
-    cells = math.exp(log_cells)
-    return -cells * math.expm1(-batch / cells)
-
-
-# -- the cache ------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Entry:
-    """A plan without its indices: with them, the cache would keep its own keys alive."""
-
-    version: int
-    rest: tuple[Any, ...]
-    plan: weakref.ref[IndexPlan]
-
-
-_plans: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def index_plan(layout: Layout, indices: Tensor) -> IndexPlan:
-    """The plan of these tuples, built at the first call.
-
-    It is kept as long as the tensor lives, for this layout, and built anew once the tensor has been
-    written to. (Writing past PyTorch, through a NumPy view of it, goes unnoticed. A tensor of
-    inference mode does not tell either: its plan is built at every call.)
-
-    Args:
-        layout, indices: as in :meth:`IndexPlan.make`.
-
-    Raises:
-        ValueError, IndexError, RuntimeError: as :meth:`IndexPlan.make`.
-
-    Example:
-        >>> from htfkernels import Layout, ModeTree
-        >>> layout = Layout.make(ModeTree.balanced(4), mode_dims=2, ranks=3)
-        >>> indices = torch.randint(2, (100, 4))
-        >>> index_plan(layout, indices) is index_plan(layout, indices)
-        True
-    """
-    if not isinstance(indices, Tensor) or indices.is_inference():
-        return IndexPlan.make(layout, indices)
-    version = indices._version
-    entries: dict[Layout, _Entry] = _plans.setdefault(indices, {})
-    entry = entries.get(layout)
-    if entry is not None and entry.version == version:
-        plan = entry.plan()
-        if plan is None:
-            plan = IndexPlan(layout, indices, *entry.rest)
-            entry.plan = weakref.ref(plan)
-        return plan
-    plan = IndexPlan.make(layout, indices)
-    rest = (plan.table, plan.lists, plan.form, plan.framed, plan.cuts)
-    entries[layout] = _Entry(version, rest, weakref.ref(plan))
-    return plan

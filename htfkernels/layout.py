@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import count
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 from weakref import WeakValueDictionary
 
 import torch
@@ -112,7 +112,9 @@ class Layout:
         """
         if not isinstance(tree, ModeTree):
             raise ValueError(f"tree: expected a ModeTree, got {type(tree).__name__}")
-        if isinstance(mode_dims, Iterable):
+        if isinstance(mode_dims, Mapping):
+            raise ValueError("mode_dims: expected an integer, or one for each mode, got a mapping")
+        if _is_several(mode_dims):
             dims = tuple(as_int("mode_dims", d) for d in mode_dims)
             if len(dims) != tree.order:
                 raise ValueError(
@@ -128,7 +130,11 @@ class Layout:
         if outputs < 1 or (root == "sum" and outputs != 1):
             expected = "1 with root='sum'" if root == "sum" else "at least 1"
             raise ValueError(f"out_features: expected {expected}, got {outputs}")
+        if share_weights not in (False, True):
+            raise ValueError(f"share_weights: expected True or False, got {share_weights!r}")
         per_node = _expand_ranks(tree, ranks)
+        if sum(dims) >= 2**63:
+            raise ValueError("mode_dims: their sum must fit into 64 bits")
         return _interned(tree, dims, per_node, outputs, root, bool(share_weights))
 
     @cached_property
@@ -194,6 +200,17 @@ class Layout:
                 count = 1 if self.share_weights else len(members)
                 groups.append(Group(level, tuple(members), rows, cols, count))
         return tuple(groups)
+
+    @cached_property
+    def weight_shapes(self) -> list[tuple[int, int, int]]:
+        """Shapes of the folded weights."""
+        return [group.shape for group in self.groups]
+
+    @cached_property
+    def common_dim(self) -> int | None:
+        """The dimension of all modes; None where they differ."""
+        dim = self.mode_dims[0]
+        return dim if self.mode_dims.count(dim) == len(self.mode_dims) else None
 
     @cached_property
     def location(self) -> dict[int, tuple[int, int]]:
@@ -295,7 +312,7 @@ def _interned(*fields: Any) -> Layout:
     """Equal layouts are one object, so that the functional API pays for a layout once; what is
     derived from it is computed here, since torch.compile cannot trace into it."""
     layout = Layout(*fields)
-    _ = layout.program, layout.offsets, layout.location, layout.groups
+    _ = layout.program, layout.offsets, layout.location, layout.weight_shapes, layout.common_dim
     layout.__dict__["number"] = number = next(_numbers)
     _numbered[number] = layout
     return layout
@@ -311,6 +328,11 @@ def layout_of(number: int) -> Layout:
     return _numbered[number]
 
 
+def _is_several(value: Any) -> TypeGuard[Iterable[Any]]:
+    """Whether there may be one for each; a scalar array or tensor says that it can be iterated."""
+    return isinstance(value, Iterable) and getattr(value, "ndim", 1) > 0
+
+
 def _expand_ranks(tree: ModeTree, ranks: Ranks) -> tuple[int, ...]:
     if isinstance(ranks, Mapping):
         missing = [node for node in tree.interior if node not in ranks]
@@ -319,7 +341,7 @@ def _expand_ranks(tree: ModeTree, ranks: Ranks) -> tuple[int, ...]:
             what = f"no rank for {missing[0]}" if missing else f"{unknown[0]} is no interior node"
             raise ValueError(f"ranks: expected one for every interior node, but {what}")
         per_node = tuple(as_int("ranks", ranks[node]) for node in tree.interior)
-    elif isinstance(ranks, Iterable):
+    elif _is_several(ranks):
         levels = [as_int("ranks", r) for r in ranks]
         if len(levels) != tree.depth:
             raise ValueError(

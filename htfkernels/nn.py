@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from htfkernels import functional, inner_products, mode_sets, spectra
-from htfkernels.index_plan import IndexPlan, index_plan
+from htfkernels.index_cache import index_plan
+from htfkernels.index_plan import IndexPlan, Indices
 from htfkernels.layout import Layout, Ranks, RootKind
 from htfkernels.trace_ranks import run_trace_ranks
 from htfkernels.tree import ModeTree, Node
 
 __all__ = ["HTF"]
+
+
+_DTYPES = (None, torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class HTF(nn.Module):
@@ -38,10 +43,15 @@ class HTF(nn.Module):
             network.
         init_std: standard deviation of the normal initial weights; by default ``R_in ** -0.5``,
             which keeps the messages' variance through the tree for unit-variance products.
-        dtype, device: of the parameters.
+        dtype, device: of the parameters. On the device ``"meta"`` they have
+            shapes alone, and so has what is computed of them.
 
     Raises:
-        ValueError: dimensions or ranks that do not fit the tree.
+        ValueError: dimensions or ranks that do not fit the tree, or an argument of another kind.
+
+    Under FSDP2, ``model(vectors)`` gathers the sharded weights. Register the other methods that
+    are called, after ``fully_shard(model)``:
+    ``torch.distributed.fsdp.register_fsdp_forward_method(model, "at")``.
 
     A ``state_dict`` holds the layout beside the weights (``"_extra_state"``), and
     ``load_state_dict`` refuses weights of another tree, dimensions or ranks, with ``strict=False``
@@ -71,7 +81,10 @@ class HTF(nn.Module):
     ) -> None:
         super().__init__()
         self.layout = Layout.make(tree, mode_dims, ranks, out_features, root, share_weights)
-        self.init_std = init_std
+        self.init_std = _checked_std(init_std)
+        if dtype not in _DTYPES:
+            expected = ", ".join(map(str, _DTYPES))
+            raise ValueError(f"dtype: expected one of {expected}, got {dtype!r}")
         _ = (
             self.layout.program,
             self.layout.offsets,
@@ -104,7 +117,7 @@ class HTF(nn.Module):
             'sum'
         """
         layout, folded = functional.fold("from_weights", tree, weights, layout)
-        functional.check_same("from_weights", folded, None)
+        functional.check_same("from_weights", folded)
         ranks = dict(zip(tree.interior, layout.ranks, strict=True))
         # On "meta", so that the initial weights neither take time nor draw random numbers.
         model = cls(
@@ -146,16 +159,26 @@ class HTF(nn.Module):
         """
         return functional.run_evaluate(self.layout, self._folded(), vectors)
 
-    def at(self, indices: Tensor | IndexPlan) -> Tensor:
-        """Entries of the end tensor: ``[B, N]`` int64 ``-> [B]`` or ``[B, out_features]``.
+    def at(self, indices: Indices | IndexPlan) -> Tensor:
+        """Entries of the end tensor, see :func:`htfkernels.evaluate_at`.
 
-        For indices that are used again and again, :meth:`index_plan` makes this cheaper.
+        Many samples of few distinct indices are computed by an :class:`htfkernels.IndexPlan`, on
+        the CPU without being asked for, see :func:`htfkernels.use_index_plans`. Everywhere, also
+        for a few samples and under ``torch.compile`` and ``torch.func``, :meth:`index_plan` makes
+        one by hand.
+
+        Args:
+            indices: ``[B, N]`` integers, or a plan.
+
+        Returns:
+            ``[B]``, or ``[B, out_features]``.
         """
         return functional.run_evaluate_at(self.layout, self._folded(), indices)
 
-    def index_plan(self, indices: Tensor) -> IndexPlan:
+    def index_plan(self, indices: Indices) -> IndexPlan:
         """A plan that :meth:`at` takes in place of the indices: each node is evaluated once per
-        distinct sub-tuple of its modes. Cached as long as ``indices`` lives.
+        distinct sub-tuple of its modes. Cached as long as the tensor ``indices`` lives, and built
+        anew once its values are others.
 
         Example:
             >>> model = HTF(ModeTree.balanced(4), mode_dims=8, ranks=16)
@@ -352,6 +375,13 @@ class HTF(nn.Module):
         if key in missing_keys:
             missing_keys.remove(key)
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What ``torch.jit.script`` calls first."""
+        raise RuntimeError(
+            "HTF: torch.jit.script cannot compile this module; torch.export.export can, and "
+            'torch.jit.trace under hk.use_backend("reference")'
+        )
+
     def extra_repr(self) -> str:
         layout = self.layout
         dims, ranks = sorted(set(layout.mode_dims)), sorted(set(layout.ranks))
@@ -366,6 +396,21 @@ class HTF(nn.Module):
 def _cut(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _checked_std(value: Any) -> float | None:
+    if value is None:
+        return None
+    try:
+        std = None if isinstance(value, (bool, str, bytes)) else float(value)
+    except OverflowError:
+        std = math.inf
+    except (TypeError, ValueError, RuntimeError):
+        std = None
+    if std is None or not 0 <= std < math.inf:
+        came = repr(value) if std is None else std
+        raise ValueError(f"init_std: expected a finite number that is not negative, got {came}")
+    return std
 
 
 def _span(values: list[int]) -> str:

@@ -66,15 +66,28 @@ def plan_for(op: str, layout: Layout, dtype: torch.dtype, device: str, rows: int
     if torch.compiler.is_compiling():
         backend = _traced_backend(op, layout.number, dtype, device)
         return Plan(op, layout, dtype, device, backend, "chosen when traced")
-    # On a CPU one backend is the fastest at every size.
-    if device == "cpu":
-        return make_plan(op, layout, dtype, device, dispatch.requested())
-    about = 1 << (rows - 1).bit_length() if rows else 0
-    return make_plan(op, layout, dtype, device, dispatch.requested(), about, _precision(dtype))
+    request = dispatch.requested()
+    if device == "cpu":  # one backend is the fastest at every size
+        plan = make_plan(op, layout, dtype, device, request)
+    else:
+        about = 1 << (rows - 1).bit_length() if rows else 0
+        plan = make_plan(op, layout, dtype, device, request, about, _precision(dtype))
+    if torch._C._get_tracing_state() is not None:
+        _check_export(op, plan.backend)
+    return plan
 
 
 def _precision(dtype: torch.dtype) -> str:
     return float32_precision() if dtype == torch.float32 else "ieee"
+
+
+def _check_export(op: str, backend: str) -> None:
+    """ONNX has PyTorch's own operations alone."""
+    if backend != "reference" and torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            f"{op}: ONNX has no operator for the backend {backend!r}; export under "
+            'hk.use_backend("reference")'
+        )
 
 
 def _traced_backend(op: str, number: int, dtype: torch.dtype, device: str) -> str:
@@ -84,6 +97,7 @@ def _traced_backend(op: str, number: int, dtype: torch.dtype, device: str) -> st
     backend = dispatch.choose(spec, dispatch.requested())[0]
     if backend == "triton" and device == "cpu":
         raise RuntimeError(f"{op}: Triton's interpreter does not run under torch.compile")
+    _check_export(op, backend)
     return backend
 
 

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import reprlib
+from operator import index
 from typing import Any
 
 __all__ = ["analyse", "as_int", "depth_first", "format_modes", "partition_owners"]
 
 
 def as_int(what: str, value: Any) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    """An integer, also of NumPy or PyTorch, that fits into 64 bits."""
+    try:
+        found = None if isinstance(value, bool) else index(value)
+    except TypeError:
+        found = None
+    if found is None:
         raise ValueError(f"{what} must be an integer, got {reprlib.repr(value)}")
-    return int(value.__index__())
+    if not -(2**63) <= found < 2**63:
+        raise ValueError(f"{what} must fit into 64 bits, got an integer of {found.bit_length()}")
+    return found
 
 
 def format_modes(modes: tuple[int, ...]) -> str:

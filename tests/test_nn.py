@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 
+import numpy
 import pytest
 import torch
 
@@ -355,12 +356,66 @@ def test_repr(model):
     assert "share_weights=True" in repr(hk.HTF(ModeTree.flat(3), 2, 2, share_weights=True))
 
 
-def test_bad_models():
-    with pytest.raises(ValueError, match="ranks: expected 3"):
-        make_bad = ModeTree.from_nested(((0, 1), (2, (3,))))
-        hk.HTF(make_bad, 2, [5, 5])
-    with pytest.raises(ValueError, match="tree: expected a ModeTree, got int"):
-        hk.HTF(4, 2, 5)
+BAD_ARGUMENTS = {
+    "tree": [(4, "tree: expected a ModeTree, got int"), (None, "got NoneType")],
+    "mode_dims": [
+        ("3333", "mode_dims must be an integer, got '3'"),
+        (2.5, "mode_dims must be an integer, got 2.5"),
+        (torch.tensor(2.5), "mode_dims must be an integer, got tensor"),
+        ([3, 3, 3], "mode_dims: expected 4"),
+        ({0: 3}, "mode_dims: expected an integer, or one for each mode, got a mapping"),
+        (0, "mode_dims: expected positive"),
+        (10**5000, "mode_dims must fit into 64 bits"),
+        (2**62, "mode_dims: their sum must fit into 64 bits"),
+    ],
+    "ranks": [
+        ([5, 5], "ranks: expected 3"),
+        (None, "ranks must be an integer, got None"),
+        ("4", "ranks must be an integer, got '4'"),
+        ({}, "ranks: expected one for every interior node"),
+        (2**63, "ranks must fit into 64 bits"),
+    ],
+    "out_features": [(1.5, "out_features must be an integer"), (0, "out_features: expected")],
+    "root": [("Sum", 'root: expected "linear" or "sum"'), (["sum"], "root: expected")],
+    "share_weights": [("no", "share_weights: expected True or False, got 'no'"), (None, "None")],
+    "init_std": [
+        (-1, "init_std: expected a finite number that is not negative, got -1"),
+        (float("nan"), "init_std: expected .*, got nan"),
+        (float("inf"), "init_std: expected .*, got inf"),
+        (10**5000, "init_std: expected .*, got inf"),
+        ("0.1", "init_std: expected .*, got '0.1'"),
+        ([0.1], r"init_std: expected .*, got \[0.1\]"),
+        (True, "init_std: expected .*, got True"),
+        (1j, "init_std: expected .*, got 1j"),
+    ],
+    "dtype": [
+        ("float32", "dtype: expected one of .*torch.float32.*, got 'float32'"),
+        (torch.int64, "got torch.int64"),
+        (torch.complex64, "got torch.complex64"),
+        (torch.float8_e4m3fn, "got torch.float8_e4m3fn"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        pytest.param(name, *case, id=f"{name}-{i}")
+        for name, bad in BAD_ARGUMENTS.items()
+        for i, case in enumerate(bad)
+    ],
+)
+def test_bad_models(argument, value, message):
+    good = {"tree": ModeTree.from_nested(((0, 1), (2, (3,)))), "mode_dims": 2, "ranks": 5}
+    with pytest.raises(ValueError, match=message):
+        hk.HTF(**{**good, argument: value})
+
+
+def test_numbers_of_numpy_and_pytorch_will_do():
+    tree = ModeTree.balanced(4)
+    model = hk.HTF(tree, torch.tensor(3), numpy.int64(2), init_std=torch.tensor(0.0))
+    assert model.layout == hk.HTF(tree, numpy.array([3, 3, 3, 3]), torch.tensor([2, 2])).layout
+    assert model.init_std == 0.0 and not any(p.any() for p in model.parameters())
 
 
 # -- the docstrings' examples ---------------------------------------------------------------------
@@ -372,6 +427,8 @@ def test_bad_models():
         "balance",
         "dispatch",
         "functional",
+        "index_cache",
+        "index_plan",
         "layout",
         "mode_sets",
         "nn",

@@ -99,8 +99,8 @@ class OnDevice:
             for mode, dim in enumerate(self.dims):
                 if (sample := values[mode]) != IN_RANGE:
                     raise IndexError(
-                        f"IndexPlan: index {int(self.indices[sample, mode])} of mode {mode} is out "
-                        f"of range, its dimension is {dim}"
+                        f"index {int(self.indices[sample, mode])} of mode {mode} is out of range, "
+                        f"its dimension is {dim}"
                     )
             self.checked = True
         return values

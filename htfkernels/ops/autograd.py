@@ -117,6 +117,12 @@ def apply(kernel: Kernel, *tensors: Tensor) -> Tensor:
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return _TransformForward.apply(kernel, *tensors)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        if torch._C._get_tracing_state() is not None:
+            raise RuntimeError(
+                "htfkernels: torch.jit.trace cannot record the derivatives of a compiled backend; "
+                'trace under hk.use_backend("reference"), or under torch.no_grad(), or use '
+                "torch.export.export"
+            )
         return _Forward.apply(kernel, *tensors)
     return kernel.forward(*tensors)
 

@@ -62,7 +62,11 @@ def _no_plan(problem: Problem) -> Prepared:
         # A tensor not seen before: nothing that is remembered of an earlier one helps.
         fresh[0] = indices.clone()
 
-    return Prepared(lambda: model.at(fresh[0]), [], before=before)
+    def forward() -> Tensor:
+        with hk.use_index_plans(False):
+            return model.at(fresh[0])
+
+    return Prepared(forward, [], before=before)
 
 
 def _distinct(problem: Problem) -> Prepared:
