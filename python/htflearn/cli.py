@@ -48,6 +48,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 """Name -> (``module:function``, line of help). A command without its module is not offered."""
 
 _USER_ERROR, _INCOMPLETE, _INTERRUPTED = 2, 3, 130
+_LONGEST, _END = 600, 200  # of a sentence, and what is kept of its end
 
 
 def main() -> None:
@@ -151,7 +152,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
                 raise
             code, sentences = told
             for sentence in sentences:
-                print(f"htf: {sentence}", file=sys.stderr)
+                print(f"htf: {_one_line(sentence)}", file=sys.stderr)
             raise typer.Exit(code) from None
 
     return guarded
@@ -175,6 +176,12 @@ def _told(error: BaseException) -> tuple[int, Sequence[str]] | None:
         detail = f": {reason(error)}" if str(error) else ""
         return _USER_ERROR, [f"there is not enough memory{detail}"]
     return None
+
+
+def _one_line(sentence: str) -> str:
+    """What is named in a sentence may be of any length, and hold what a terminal obeys."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in sentence)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - _END]} ... {text[-_END:]}"
 
 
 if __name__ == "__main__":

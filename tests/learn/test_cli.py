@@ -79,6 +79,10 @@ def test_errors_of_the_user_and_interruptions(
     raising(OSError(36, "File name too long", "a.npy"))
     assert cli.run(["info"]) == 2
     assert capsys.readouterr().err == "htf: a.npy: File name too long\n"
+    raising(UserError(f"\x1b[2J{'a' * 5000}\nb"))
+    assert cli.run(["info"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(r"htf: \x1b[2Jaaa") and told.endswith("a\\nb\n") and len(told) < 700
     raising(MemoryError())
     assert cli.run(["info"]) == 2
     assert capsys.readouterr().err == "htf: there is not enough memory\n"

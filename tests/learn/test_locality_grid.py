@@ -129,6 +129,8 @@ BAD = [
     (["locality", "isc", "--distances", "0,a"], "--distances takes whole numbers"),
     (["locality", "isc", "--distances", "5,5"], "--distances needs values that differ"),
     (["locality", "isc", "--distances", "5000"], "at a distance of 120 at most, got 5000"),
+    (["locality", "pathfinder", "--distances", "9" * 400], "--distances must be at most 16,384"),
+    (["locality", "pathfinder", "--canvas", "99999x99999"], "--canvas must be at most 16,384"),
     (["locality", "isc", "--coefficients", "-1"], "--coefficients must not be negative"),
     (["locality", "isc", "--canvas", "big"], "--canvas takes a height and a width"),
     (["locality", "pathfinder", "--canvas", "64x32"], "--canvas must be square"),

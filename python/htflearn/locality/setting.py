@@ -12,7 +12,7 @@ from htflearn.locality.patches import RandomSquares
 from htflearn.locality.pathfinder import PathfinderSetting
 from htflearn.locality.resnets import NETWORKS
 from htflearn.locality.same_class import SameClassSetting
-from htflearn.options import not_negative, positive
+from htflearn.options import not_negative, positive, shown
 
 __all__ = [
     "DISTANCE",
@@ -28,7 +28,7 @@ __all__ = [
 FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
 """Where Debian's package dataset-fashion-mnist puts it."""
 
-_MOST_SAMPLES = 10**8
+_MOST_SAMPLES, _MOST_PIXELS = 10**8, 2**14
 
 TASKS = ("isc", "pathfinder")
 TITLES = {"isc": "Is Same Class", "pathfinder": "Pathfinder"}
@@ -164,7 +164,12 @@ class Setting:
         for name in ("distances", "coefficients", "seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
-                raise UserError(f"--{name} needs values that differ, got {list(values)}")
+                raise UserError(f"--{name} needs values that differ, got {shown(list(values))}")
+        for name, pixels in (("distances", self.distances), ("canvas", self.canvas)):
+            if max(pixels) > _MOST_PIXELS:
+                raise UserError(
+                    f"--{name} must be at most {_MOST_PIXELS:,}, got {shown(max(pixels))}"
+                )
         if self.train_size < self.batch or self.batch < 2:
             raise UserError(
                 f"--batch must be in 2..{self.train_size}, the number of training samples, got "
