@@ -145,14 +145,15 @@ def test_func_and_compile(cpu_target):
         testing.assert_matches(a, b, torch.float64, "backward")
 
 
-def test_compiled(cpu_target):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled(cpu_target, backend):
     if cpu_target.backend == "reference":
         pytest.skip("the reference follows the lists' values, which a trace does not know")
     cpu_target.require("evaluate_at_planned")
     model, indices = paper()
     plan = model.index_plan(indices)
     expected = torch.autograd.grad(model.at(plan).square().sum(), list(model.parameters()))
-    compiled = torch.compile(lambda: model.at(plan).square().sum(), fullgraph=True)
+    compiled = torch.compile(lambda: model.at(plan).square().sum(), fullgraph=True, backend=backend)
     found = torch.autograd.grad(compiled(), list(model.parameters()))
     for a, b in zip(found, expected, strict=True):
         testing.assert_matches(a, b, torch.float64, "backward")

@@ -254,24 +254,25 @@ _EVERY_CASE = """
 import os, sys, traceback, torch, htfkernels as hk
 from htfkernels import testing
 
-def check():
+def calls(dtype):
     for case in testing.cases():
         for op in testing.OPS:
             if not case.fits(op):
                 continue
             function, arguments = testing.operation(op, case, testing.make_inputs(case, dtype))
             run = testing.gradients(function)
-            with hk.use_backend("cpp"):
-                out = function(*arguments)
-                given = (torch.ones_like(out), *arguments)
-                grads = run(*given)
-            testing.assert_matches(out, *exact(function, arguments, dtype, "forward"))
-            testing.assert_matches(grads, *exact(run, given, dtype, "backward"))
+            value = testing.exact(function, arguments)
+            given = (torch.ones_like(value[0]).to(dtype), *arguments)
+            yield function, arguments, run, given, value, testing.exact(run, given)
 
-def exact(run, given, dtype, direction):
-    expected, scale = testing.exact(run, given)
-    return expected, dtype, direction, scale
+def check(dtype):
+    for function, arguments, run, given, (value, size), (gradients, sizes) in expected[dtype]:
+        with hk.use_backend("cpp"):
+            out, grads = function(*arguments), run(*given)
+        testing.assert_matches(out, value, dtype, "forward", size)
+        testing.assert_matches(grads, gradients, dtype, "backward", sizes)
 
+expected = {dtype: list(calls(dtype)) for dtype in (torch.float32, torch.bfloat16)}
 failed = []
 for instructions, dtype in (
     ("generic", torch.float32),
@@ -284,7 +285,7 @@ for instructions, dtype in (
     if child == 0:
         os.environ["HTF_CPU"] = instructions
         try:
-            check()
+            check(dtype)
         except BaseException:
             traceback.print_exc()
             os._exit(1)
@@ -300,7 +301,9 @@ def test_every_instruction_set_on_dirty_memory():
     reason = hk.backends()["cpp"]
     if reason is not None:
         pytest.skip(f"cpp: {reason}")
-    environment = {**os.environ, "MALLOC_PERTURB_": "1", "OMP_NUM_THREADS": "1"}
+    # Threads, those of autograd for GPUs too, would not survive the forks.
+    alone = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "MALLOC_PERTURB_": "1", **alone}
     run = subprocess.run(
         [sys.executable, "-c", _EVERY_CASE], env=environment, capture_output=True, text=True
     )

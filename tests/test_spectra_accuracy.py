@@ -181,15 +181,15 @@ def test_columns_may_differ_by_any_factor(method, backend):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("std", [1.0, 1e-4])
+@pytest.mark.parametrize("std", [1e4, 1e-8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_values_out_of_range(dtype, std, method):
-    """Order 512: the values overflow or underflow, their ratios do not."""
-    tree = ModeTree.balanced(512)
+    """Order 128: the values overflow or underflow, their ratios do not."""
+    tree = ModeTree.balanced(128)
     model = hk.HTF(tree, 3, 8, init_std=std, dtype=dtype)
     found = model.matricization_spectra(method=method)
     first, second = tree.root.children
-    end = math.inf if std == 1.0 else 0.0
+    end = math.inf if std > 1 else 0.0
     assert found[first][0] == end
     assert bool((found.relative[first] > 0).all())
     assert abs(found.log2_scale[first]) > 1000
@@ -226,8 +226,9 @@ LAYOUTS = [
 def function(layout, of_model):
     """A function of the folded weights from one of a model."""
 
+    model = module(layout, seed=1)
+
     def run(*weights):
-        model = module(layout, seed=1)
         return torch.func.functional_call(
             _Call(model, of_model), {f"model.weights.{i}": w for i, w in enumerate(weights)}, ()
         )
