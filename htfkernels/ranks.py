@@ -52,6 +52,7 @@ def numerical_rank(s: Tensor, tol: float | None = None, rtol: float | None = Non
         ... )
         (tensor(2), tensor(1))
     """
+    _check_values("numerical_rank", s)
     if tol is not None and rtol is not None:
         raise ValueError(f"numerical_rank: expected tol or rtol, got both ({tol} and {rtol})")
     for name, given in (("tol", tol), ("rtol", rtol)):
@@ -72,6 +73,12 @@ def numerical_rank(s: Tensor, tol: float | None = None, rtol: float | None = Non
     return count
 
 
+def _check_values(op: str, s: Any) -> None:
+    if not isinstance(s, Tensor) or not s.is_floating_point() or s.dim() == 0:
+        came = f"{s.dtype} {list(s.shape)}" if isinstance(s, Tensor) else type(s).__name__
+        raise ValueError(f"{op}: s must be singular values [..., K], floating point, got {came}")
+
+
 def _is_number(x: Any) -> bool:
     return isinstance(x, numbers.Real) or (isinstance(x, Tensor) and x.numel() == 1)
 
@@ -83,6 +90,7 @@ def effective_rank(s: Tensor) -> Tensor:
         >>> effective_rank(torch.ones(5))
         tensor(5.0000)
     """
+    _check_values("effective_rank", s)
     entropy = _entropy(_shares(s))
     return torch.where(_any(s), entropy.exp(), torch.zeros_like(entropy))
 
@@ -96,6 +104,7 @@ def renyi2_rank(s: Tensor) -> Tensor:
         >>> renyi2_rank(torch.tensor([2.0, 2.0, 0.0]))
         tensor(2.)
     """
+    _check_values("renyi2_rank", s)
     squares = _scaled(s).square()
     return _ratio(squares.sum(-1).square(), squares.square().sum(-1))
 
@@ -108,6 +117,7 @@ def stable_rank(s: Tensor) -> Tensor:
         >>> stable_rank(torch.tensor([2.0, 1.0, 0.0]))
         tensor(1.2500)
     """
+    _check_values("stable_rank", s)
     squares = _scaled(s).square()
     return _ratio(squares.sum(-1), squares.amax(-1) if s.shape[-1] else squares.sum(-1))
 
@@ -120,11 +130,13 @@ def entanglement_entropy(s: Tensor) -> Tensor:
         >>> entanglement_entropy(torch.ones(8)) / math.log(2)  # in bits
         tensor(3.)
     """
+    _check_values("entanglement_entropy", s)
     return _entropy(_shares(_scaled(s).square()))
 
 
 def nuclear_norm(s: Tensor) -> Tensor:
     """``sum s``: the Schatten norm with ``p = 1``."""
+    _check_values("nuclear_norm", s)
     return s.sum(-1)
 
 
@@ -143,6 +155,7 @@ def schatten_norm(s: Tensor, p: float) -> Tensor:
         >>> schatten_norm(torch.tensor([3.0, 4.0]), 2)
         tensor(5.)
     """
+    _check_values("schatten_norm", s)
     if not (_is_number(p) and p > 0):
         raise ValueError(f"schatten_norm: p must be a positive number, got {p!r}")
     if s.shape[-1] == 0:

@@ -104,7 +104,7 @@ def test_weights_that_are_not_finite(backend, bad):
 
 
 def test_complex_weights():
-    model = hk.HTF(ModeTree.balanced(4), 3, 2, dtype=torch.complex64)
+    model = hk.HTF(ModeTree.balanced(4), 3, 2).to(torch.complex64)
     calls = {
         "matricization_spectra": lambda: model.matricization_spectra(),
         "principal_frames": lambda: model.principal_frames(),

@@ -138,3 +138,10 @@ def test_numerical_rank_drops_rounding():
     assert hk.numerical_rank(s, tol=0.0) == 3
     assert hk.numerical_rank(s, tol=1e-9) == 1
     assert hk.numerical_rank(1e3 * s, rtol=1e-9) == 1
+
+
+@pytest.mark.parametrize("measure", [*RANKS, hk.nuclear_norm, hk.numerical_rank])
+def test_values_that_are_none(measure):
+    for bad, came in ((None, "NoneType"), ([1.0], "list"), (torch.ones(2).long(), "int64")):
+        with pytest.raises(ValueError, match=f"{measure.__name__}: s must be .* got .*{came}"):
+            measure(bad)

@@ -81,7 +81,12 @@ class _Worker:
     def start(self, ready: selectors.BaseSelector) -> None:
         command = [sys.executable, __file__, "--worker", self.family, str(self.next), str(self.end)]
         self.errors = tempfile.TemporaryFile()
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.errors)
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         self.heard, self.rest, self.hung = time.monotonic(), b"", False
         ready.register(self.process.stdout, selectors.EVENT_READ, self)
 
@@ -134,9 +139,6 @@ def work(family: str, begin: int, end: int) -> None:
     Before a case that may end the process its number is told, so cases are told singly; a line is
     cheap beside a case.
     """
-    import torch
-
-    torch.set_num_threads(1)
     case = import_module(f"fuzz_{family}").case
     for seed in range(begin, end):
         try:
