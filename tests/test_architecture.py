@@ -91,6 +91,7 @@ MAY_IMPORT = {
     "mode_grams": {"mode_cores", "tree"},
     "mode_sets": {
         "balance",
+        "finite",
         "functional",
         "layout",
         "mode_cores",
