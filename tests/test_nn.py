@@ -369,6 +369,7 @@ def test_bad_models():
 @pytest.mark.parametrize(
     "module",
     [
+        "algebra",
         "balance",
         "dispatch",
         "functional",
