@@ -36,6 +36,11 @@ class HTF(nn.Module):
     are called, after ``fully_shard(model)``:
     ``torch.distributed.fsdp.register_fsdp_forward_method(model, "at")``.
 
+    Control-C ends a long call on the CPU within a moment. A process that was forked computes on one
+    thread, and warns once: the threads of its parent are not in it, and PyTorch's own operations
+    may hang there. Start processes by the method ``"spawn"``, or call ``torch.set_num_threads(1)``
+    before the fork or first thing in the new process.
+
     Args:
         tree: the mode tree.
         mode_dims: ``D_n``: one integer for all modes, or one for each.
