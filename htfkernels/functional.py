@@ -260,29 +260,23 @@ def pack_vectors(op: str, layout: Layout, vectors: Vectors) -> Tensor:
         strided = vectors.layout is torch.strided and not vectors.is_nested
         shape = vectors.shape if strided else ()
         if len(shape) != 3 or shape[1] != order or shape[2] != layout.common_dim:
-            raise ValueError(f"{op}: {_vectors_are(layout)}, got {came(vectors)}")
+            several = f"{order} tensors [B, D_n] (the mode dimensions differ)"
+            expected = f"[B, {order}, {layout.common_dim}]" if layout.common_dim else several
+            raise ValueError(f"{op}: vectors must be {expected}, got {came(vectors)}")
         return vectors.flatten(1)
-    parts = _listed(op, _vectors_are(layout), vectors)
+    parts = _listed(op, f"vectors must be a tensor or {order} tensors [B, D_n]", vectors)
     if len(parts) != order:
         raise ValueError(
             f"{op}: expected {order} tensors of vectors, one per mode, got {len(parts)}"
         )
     batch = parts[0].shape[0] if parts[0].dim() == 2 else "B"
     for n, (part, d) in enumerate(zip(parts, layout.mode_dims, strict=True)):
-        if part.shape != (batch, d) or part.layout is not torch.strided:
+        dense = part.layout is torch.strided and not part.is_nested
+        if not dense or part.shape != (batch, d):
             raise ValueError(
                 f"{op}: the vectors of mode {n} must be [{batch}, {d}], got {came(part)}"
             )
     return torch.cat(parts, dim=1)
-
-
-def _vectors_are(layout: Layout) -> str:
-    """What vectors are expected to be."""
-    order, dim = layout.tree.order, layout.common_dim
-    each = f"{order} tensors [B, D_n]"
-    if dim is None:
-        return f"vectors must be {each} (the mode dimensions differ)"
-    return f"vectors must be [B, {order}, {dim}] or {each}"
 
 
 def _listed(op: str, expected: str, values: Iterable[Any]) -> list[Tensor]:

@@ -109,9 +109,9 @@ def use_index_plans(enabled: bool) -> Iterator[None]:
 
     By default they are: on the CPU, ``model.at(indices)`` and :func:`htfkernels.evaluate_at` make a
     plan where even a single call, or a single training step, is expected to gain by it, and keep it
-    as :meth:`htfkernels.HTF.index_plan` does. That depends on the tree, the number of samples and
-    whether gradients are wanted alone, so that the same call gives the same bits every time; with
-    a plan and without, results agree to rounding. Plans that are passed in are used in any case.
+    as :meth:`htfkernels.HTF.index_plan` does. That depends only on the tree, the number of samples
+    and whether gradients are wanted: the same call gives the same bits every time. With a plan and
+    without, results agree to rounding. Plans that are passed in are used in any case.
 
     Args:
         enabled: False leaves them out. The environment variable ``HTF_INDEX_PLANS=0`` does the same

@@ -44,7 +44,6 @@ Example:
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -86,8 +85,6 @@ __all__ = [
     "check_indices",
     "program_steps",
 ]
-
-_log = logging.getLogger("htfkernels")
 
 Indices = Tensor | Sequence[Sequence[int]] | numpy.ndarray[Any, Any]
 

@@ -20,7 +20,7 @@ from htfkernels.tree import ModeTree, Node
 __all__ = ["HTF"]
 
 
-_DTYPES = (None, torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class HTF(nn.Module):
@@ -31,6 +31,15 @@ class HTF(nn.Module):
     product of the children's messages, ``m_v = p_v W_v``; the answer is the root's message.
     (Razin, Maman & Cohen, ICML 2022.) Matrix and CP factorizations are the trees
     ``ModeTree.chain`` and ``ModeTree.flat`` with ``root="sum"``.
+
+    Under FSDP2, ``model(vectors)`` gathers the sharded weights. Register the other methods that
+    are called, after ``fully_shard(model)``:
+    ``torch.distributed.fsdp.register_fsdp_forward_method(model, "at")``.
+
+    Control-C ends a long call on the CPU within a moment. A process that was forked computes on one
+    thread, and warns once: the threads of its parent are not in it, and PyTorch's own operations
+    may hang there. Start processes by the method ``"spawn"``, or call ``torch.set_num_threads(1)``
+    before the fork or first thing in the new process.
 
     Args:
         tree: the mode tree.
@@ -43,15 +52,11 @@ class HTF(nn.Module):
             network.
         init_std: standard deviation of the normal initial weights; by default ``R_in ** -0.5``,
             which keeps the messages' variance through the tree for unit-variance products.
-        dtype, device: of the parameters. On the device ``"meta"`` they have
-            shapes alone, and so has what is computed of them.
+        dtype, device: of the parameters. On the device ``"meta"`` they have shapes alone, and so
+            has what is computed of them.
 
     Raises:
         ValueError: dimensions or ranks that do not fit the tree, or an argument of another kind.
-
-    Under FSDP2, ``model(vectors)`` gathers the sharded weights. Register the other methods that
-    are called, after ``fully_shard(model)``:
-    ``torch.distributed.fsdp.register_fsdp_forward_method(model, "at")``.
 
     A ``state_dict`` holds the layout beside the weights (``"_extra_state"``), and
     ``load_state_dict`` refuses weights of another tree, dimensions or ranks, with ``strict=False``
@@ -82,7 +87,7 @@ class HTF(nn.Module):
         super().__init__()
         self.layout = Layout.make(tree, mode_dims, ranks, out_features, root, share_weights)
         self.init_std = _checked_std(init_std)
-        if dtype not in _DTYPES:
+        if dtype is not None and dtype not in _DTYPES:
             expected = ", ".join(map(str, _DTYPES))
             raise ValueError(f"dtype: expected one of {expected}, got {dtype!r}")
         _ = (

@@ -24,6 +24,18 @@ def module(layout, dtype=torch.float64, seed=0):
     )
 
 
+def of_one_vector(function, tensors):
+    """A function of several tensors as one of a vector, and that vector: finite differences in a
+    random direction then take one evaluation for all of them."""
+    sizes = [t.numel() for t in tensors]
+
+    def run(vector):
+        parts = vector.split(sizes)
+        return function(*(p.view(t.shape) for p, t in zip(parts, tensors, strict=True)))
+
+    return run, torch.cat([t.detach().flatten() for t in tensors]).requires_grad_()
+
+
 def matricization(tensor, modes):
     """Rows the modes, in their order; columns all others and the outputs."""
     rest = [n for n in range(tensor.dim()) if n not in modes]

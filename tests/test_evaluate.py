@@ -93,7 +93,7 @@ BAD_VECTORS = {
     ),
     "one_dimension": (
         lambda: [torch.randn(3)] * 4,
-        r"the vectors of mode 0 must be \[3, 3\], got \[3\]",
+        r"the vectors of mode 0 must be \[B, 3\], got \[3\]",
     ),
     "numbers": (lambda: [torch.tensor(1.0)] * 4, "the vectors of mode 0 must be"),
     "float64": (

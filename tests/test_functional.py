@@ -204,7 +204,7 @@ def test_a_layout_is_needed_with_folded_weights(model):
 
 ones = torch.ones
 BAD_VECTORS = {
-    "none": (None, r"vectors must be \[B, 4, 3\] or 4 tensors \[B, D_n\], got NoneType"),
+    "none": (None, r"vectors must be a tensor or 4 tensors \[B, D_n\], got NoneType"),
     "a_number": (1.5, "vectors must be .*, got float"),
     "a_word": ("abcd", "vectors must be .*, got str of str"),
     "lists": ([[0.5] * 3] * 4, "vectors must be .*, got list of list"),

@@ -424,6 +424,7 @@ def test_numbers_of_numpy_and_pytorch_will_do():
 @pytest.mark.parametrize(
     "module",
     [
+        "algebra",
         "balance",
         "dispatch",
         "functional",

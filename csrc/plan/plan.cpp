@@ -449,7 +449,7 @@ inline uint64_t absorb(uint64_t state, uint64_t word) {
 }
 
 uint64_t hash_of(const char* data, int64_t bytes) {
-  constexpr int kLanes = 4;  // independent: a round takes five cycles, and two can begin in each
+  constexpr int kLanes = 4;  // independent of each other, so that their rounds overlap
   uint64_t lane[kLanes] = {1, 2, 3, 4}, word[kLanes];
   int64_t at = 0;
   for (; at + static_cast<int64_t>(sizeof word) <= bytes; at += sizeof word) {

@@ -28,7 +28,6 @@ from htflearn.learned import SHARE, Evidence, risen, shares
 from htflearn.metrics import plain
 from htflearn.models import matrix_factorization, tensor_factorization
 from htflearn.optim import GroupRMSprop
-from htflearn.options import shown
 from htflearn.targets import make_target
 from htflearn.tasks import CompletionTask, completion
 from htflearn.trackers import (
@@ -527,6 +526,6 @@ def _check_same_settings(setting: Setting, out: Path, resume: bool) -> None:
         if name not in free and before.get(name) != value:
             option = name.replace("_", "-")
             raise UserError(
-                f"the {setting.panel} run in {out} has {option} {shown(before.get(name))}, not "
+                f"the {setting.panel} run in {out} has {option} {before.get(name)}, not "
                 f"{value}: resume it with the same settings, or start anew in another directory"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ __all__ = [
     "writable_directory",
 ]
 
+_log = logging.getLogger(__name__)
 _LONGEST_REASON = 240
 # What PyTorch's RuntimeErrors say: on a CPU, on a GPU, and where not even the size can be told.
 _MEMORY = ("allocate memory", "out of memory", "size calculation overflowed")
@@ -107,6 +109,7 @@ class Extras:
             self.sentences.append(f"{what} could not be made: {reason(error)}")
         except Exception as error:
             kind = type(error).__name__
+            _log.debug("%s could not be made", what, exc_info=True)  # perhaps a mistake of ours
             self.sentences.append(f"{what} could not be made: {kind}: {reason(error)}")
 
     def done(self, made: Any = None) -> None:

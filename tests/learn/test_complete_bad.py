@@ -300,6 +300,29 @@ def test_bad_input(
 
 
 @pytest.mark.parametrize(
+    ("name", "make", "options"),
+    [
+        ("p.png", PHOTO, ("--out", "{folder}/o.blp")),
+        ("t.npz", with_member(TENSOR, "notes.txt", True), ("--key", "a")),
+    ],
+)
+def test_a_result_that_cannot_be_written_is_told_before_the_training(
+    name: str,
+    make: Callable[[Path], None],
+    options: tuple[str, ...],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make(tmp_path / name)
+    monkeypatch.setattr("htflearn.train.Trainer.fit", lambda *_: pytest.fail("it trained"))
+    filled = [option.format(folder=tmp_path) for option in options]
+    assert cli.run(["complete", str(tmp_path / name), "--hide", "0.5", *filled]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
     ("name", "make"),
     [
         ("t.npz", lambda path: np.savez_compressed(path, a=np.zeros(10**5))),

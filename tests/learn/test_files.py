@@ -157,7 +157,8 @@ def test_more_than_the_memory() -> None:
         check_fits(10**18, "large")
 
 
-def test_extras_are_told_together() -> None:
+def test_extras_are_told_together(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "htflearn.errors")
     extras = Extras()
     extras.done("the result")
     with extras.making("the figure"):
@@ -174,3 +175,5 @@ def test_extras_are_told_together() -> None:
         "the figure could not be made: No space left on device",
         "the ranks could not be made: ZeroDivisionError: a bug",
     )
+    (record,) = caplog.records  # with its traceback, for whoever looks for it
+    assert record.exc_info is not None and record.exc_info[0] is ZeroDivisionError

@@ -69,11 +69,21 @@ def close(found: list[Tensor], expected: list[Tensor]) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("passes", ["one", "two"])
+also = pytest.mark.slow  # a second number of passes is traced as it is in the other networks
+
+
 @pytest.mark.parametrize(
-    ("make", "training"),
-    [(mlp, True), (in_place, True), (resnet, True), (resnet, False)],
-    ids=["mlp", "in place", "resnet, training", "resnet, eval"],
+    ("make", "training", "passes"),
+    [
+        pytest.param(mlp, True, "one", id="mlp-one"),
+        pytest.param(mlp, True, "two", id="mlp-two"),
+        pytest.param(in_place, True, "one", id="in place-one", marks=also),
+        pytest.param(in_place, True, "two", id="in place-two"),
+        pytest.param(resnet, True, "one", id="resnet, training-one"),
+        pytest.param(resnet, True, "two", id="resnet, training-two"),
+        pytest.param(resnet, False, "one", id="resnet, eval-one"),
+        pytest.param(resnet, False, "two", id="resnet, eval-two", marks=also),
+    ],
 )
 def test_a_compiled_step(make, training: bool, passes: str) -> None:
     """One graph; running statistics of a batch norm move in it as without it."""

@@ -21,8 +21,7 @@ def test_numbers_of_parameters(make, count: int) -> None:
     assert sum(p.numel() for p in model.parameters()) == count
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("classes", [1, 2, 10])
+@pytest.mark.parametrize(("channels", "classes"), [(1, 1), (3, 2), (3, 10)])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_shapes(name: str, classes: int, channels: int) -> None:
     with torch.device("meta"):

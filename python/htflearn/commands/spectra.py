@@ -73,14 +73,18 @@ def spectra(
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Draw the tree with its spectra: .png, .svg or .pdf."),
+        typer.Option(
+            metavar="FILE",
+            help="Draw the tree with its spectra: .png, .svg or .pdf. An earlier one is replaced.",
+        ),
     ] = None,
     json_file: Annotated[
         Path | None,
         typer.Option(
             "--json",
             metavar="FILE",
-            help="Write all numbers there; - is standard output, and then nothing else goes there.",
+            help="Write all numbers there, in place of earlier ones; - is standard output, and "
+            "then nothing else goes there.",
         ),
     ] = None,
     following: Annotated[

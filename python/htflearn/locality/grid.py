@@ -27,7 +27,7 @@ from htflearn.locality.profile_figure import draw_profiles
 from htflearn.locality.setting import DISTANCE, TITLES, Case, Setting, network_names
 from htflearn.locality.sheets import contact_sheet
 from htflearn.locality.training import METRICS, RESULT, inputs, make_network, train
-from htflearn.options import positive, shown, usable_threads
+from htflearn.options import positive, usable_threads
 from htflearn.progress import Progress
 
 __all__ = ["How", "Outcome", "run_grid"]
@@ -254,7 +254,7 @@ def _check_same(setting: Setting, path: Path) -> None:
     for name, value in setting.to_dict().items():
         if name not in free and before.get(name) != value:
             raise UserError(
-                f"the grid in {path.parent} has {name} {shown(before.get(name))}, not {value}: "
+                f"the grid in {path.parent} has {name} {before.get(name)}, not {value}: "
                 "resume it with the same settings, or choose another --out"
             )
 

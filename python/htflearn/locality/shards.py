@@ -316,5 +316,5 @@ def _first_difference(there: dict[str, Any], asked: dict[str, Any], of: str = ""
         if old != new:
             if isinstance(old, dict) and isinstance(new, dict):
                 return _first_difference(old, new, f"{of}{key}.")
-            return f"its {of}{key} is {shown(old)}, not {shown(new)}"
+            return f"its {of}{key} is {old}, not {new}"
     return "it says so in another way"
