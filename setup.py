@@ -52,9 +52,7 @@ def cuda_wanted(torch_version, torch_cuda):
     if asked == "0":
         return None, "HTF_BUILD_CUDA=0"
     if not asked and torch_cuda is None:
-        return None, (
-            f"PyTorch {torch_version} is not a CUDA build (HTF_BUILD_CUDA=1 asks for it)"
-        )
+        return None, (f"PyTorch {torch_version} is not a CUDA build (HTF_BUILD_CUDA=1 asks for it)")
     home = cuda_home()
     if home is None and asked:
         raise SystemExit(
