@@ -104,9 +104,7 @@ common = {
 }
 extension = {
     "name": "htfkernels._C",
-    "sources": sorted(
-        set(glob("csrc/**/*.cpp", recursive=True)) - set(plan.sources) - set(emulated)
-    ),
+    "sources": sorted(glob("csrc/units/*.cpp") + glob("csrc/cpu/kernels*.cpp")),
     **common,
 }
 

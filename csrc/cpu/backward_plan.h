@@ -17,17 +17,15 @@ constexpr int64_t kPartRows = 128;                       // least of a part of t
 constexpr int64_t kMostParts = 16;
 constexpr int64_t kPartBytes = int64_t{512} << 10;  // of the gradients of all parts
 
-template <class S, class Rows>
-class BackwardPlan : public Walk<S, Rows> {
-  using Base = Walk<S, Rows>;
+template <class T>
+class BackwardPlan : public Walk<T> {
+  using Base = Walk<T>;
 
  public:
-  using T = typename Base::T;
-
   // dw[s]: where the gradient of weight[s] goes, or null; no two steps may share one. It is
   // overwritten.
-  BackwardPlan(const Tree& tree, std::vector<const T*> weight, const Rows& rows, std::vector<T*> dw,
-               int64_t batch, bool inputs, std::vector<PairWeight> pairs)
+  BackwardPlan(const Tree& tree, std::vector<const T*> weight, const Rows<T>& rows,
+               std::vector<T*> dw, int64_t batch, bool inputs, std::vector<PairWeight> pairs)
       : Base(tree, std::move(weight), rows, std::move(pairs)),
         dw_(std::move(dw)),
         batch_(batch),
@@ -143,7 +141,7 @@ class BackwardPlan : public Walk<S, Rows> {
   const int64_t batch_;
   std::vector<char> wanted_;  // whether a gradient at or below a step is asked for
   std::vector<int64_t> slot_;
-  Rows piece_rows_;  // windows of a whole chunk
+  Rows<T> piece_rows_;  // windows of a whole chunk
   std::vector<int64_t> top_, pieces_, product_at_;
   int64_t most_leaves_ = 0, top_columns_ = 0, slots_ = 0;
   int64_t chunk_ = 0, tile_ = 0;

@@ -25,11 +25,9 @@ constexpr int64_t kFrameFields = 10;
 static_assert(sizeof(FrameRow) == kFrameFields * sizeof(int64_t));
 constexpr int64_t kNoOperand = -(int64_t{1} << 31);
 
-template <class S>
+template <class T>
 class Frames {
  public:
-  using T = typename ComputeOf<S>::type;
-
   Frames(const Program& program, std::vector<const T*> weight, std::vector<FrameRow> rows,
          const int32_t* lists)
       : p_(program),

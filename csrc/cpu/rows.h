@@ -11,13 +11,19 @@ namespace htf {
 // Vectors, as a packed [B, x_width] matrix. Rows that lie far apart share few cache sets, and a
 // leaf's piece of a row need not be a whole cache line: a window copies some rows of a run of
 // leaves, in the order of the walk, so that each line is fetched once. It widens them as well.
-template <class S>
-class DenseRows {
+//
+// Or indices: a leaf's message is a row of its matrix. Index (b, mode) lies at b * down + mode *
+// across.
+template <class T>
+class Rows {
  public:
-  using T = typename ComputeOf<S>::type;
-  static constexpr bool kDense = true;
+  Rows(Numbers x, int64_t stride) : dense_(true), x_(x), stride_(stride) {}
+  Rows(const int64_t* indices, int64_t down, int64_t across)
+      : dense_(false), indices_(indices), stride_(down), across_(across) {}
+  Rows(const int32_t* indices, int64_t down, int64_t across)
+      : dense_(false), narrow_(indices), stride_(down), across_(across) {}
 
-  DenseRows(const S* x, int64_t stride) : x_(x), stride_(stride) {}
+  bool is_dense() const { return dense_; }
 
   // Some rows of one run, in a thread's scratch memory.
   struct Window {
@@ -31,9 +37,10 @@ class DenseRows {
     rows_ = std::max<int64_t>(rows, 1);
     window_ = 0;
     runs_.clear();
+    if (!is_dense()) return;
     place_.assign(tree.steps, {});
-    const bool near = rows <= 1 || stride_ * static_cast<int64_t>(sizeof(S)) < kFarApart;
-    if (std::is_same_v<S, T> && near) return;
+    const bool near = rows <= 1 || x_.bytes(stride_) < kFarApart;
+    if (in_place<T>(x_) != nullptr && near) return;
     const int64_t widest = kWindowBytes / (static_cast<int64_t>(sizeof(T)) * rows_);
     int64_t width = 0;
     for (int64_t s = 0; s < tree.steps; ++s) {
@@ -52,9 +59,7 @@ class DenseRows {
   std::pair<const T*, int64_t> operand(const Tree& tree, int64_t s, int64_t b, Window& window,
                                        const Kernels<T>& k) const {
     const Step& leaf = tree.step[s];
-    if constexpr (std::is_same_v<S, T>) {
-      if (window_ == 0) return {x_ + b * stride_ + leaf.offset, stride_};
-    }
+    if (window_ == 0) return {in_place<T>(x_) + b * stride_ + leaf.offset, stride_};
     const auto [run, at] = place_[s];
     if (run != window.run) load(tree, run, window, k);
     return {window.data + at * window.count + (b - window.first) * leaf.rows, leaf.rows};
@@ -62,19 +67,25 @@ class DenseRows {
 
   // The same without a window: the caller's memory, or a widened copy in scratch.
   std::pair<const T*, int64_t> alone(const Step& leaf, int64_t b, int64_t n, T* scratch) const {
-    const S* from = x_ + b * stride_ + leaf.offset;
-    if constexpr (std::is_same_v<S, T>) {
-      return {from, stride_};
-    } else {
-      pack_rows(n, leaf.rows, from, stride_, scratch, leaf.rows);
-      return {scratch, leaf.rows};
-    }
+    const Numbers from = x_ + b * stride_ + leaf.offset;
+    if (const T* there = in_place<T>(from)) return {there, stride_};
+    pack_rows(n, leaf.rows, from, stride_, scratch, leaf.rows);
+    return {scratch, leaf.rows};
+  }
+
+  // The rows of a leaf's matrix for indices b .. b+n-1.
+  void rows(const Step& leaf, int64_t b, int64_t n, int64_t* to) const {
+    const int64_t first = b * stride_ + leaf.mode * across_;
+    if (narrow_ != nullptr)
+      for (int64_t i = 0; i < n; ++i) to[i] = narrow_[first + i * stride_];
+    else
+      for (int64_t i = 0; i < n; ++i) to[i] = indices_[first + i * stride_];
   }
 
  private:
   static constexpr int64_t kFarApart = 2048;  // bytes
   static constexpr int64_t kTogether = 8;  // rows whose lines stay in the cache for the next leaf
-  static constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(S));
+  static constexpr int64_t kLine = 64;     // bytes
   static constexpr int64_t kWindowBytes = int64_t{256} << 10;
 
   struct Place {
@@ -89,11 +100,11 @@ class DenseRows {
       const int64_t m = std::min(kTogether, window.count - i);
       for (const auto [s, at] : runs_[run]) {
         const Step& leaf = tree.step[s];
-        const S* from = x_ + (window.first + i) * stride_ + leaf.offset;
+        const Numbers from = x_ + (window.first + i) * stride_ + leaf.offset;
         T* to = window.data + at * window.count + i * leaf.rows;
         if (i + kTogether < window.count) fetch(from + kTogether * stride_, leaf.rows);
-        if constexpr (std::is_same_v<S, T>)
-          k.copy(m, leaf.rows, from, stride_, to, leaf.rows);
+        if (const T* there = in_place<T>(from))
+          k.copy(m, leaf.rows, there, stride_, to, leaf.rows);
         else
           pack_rows(m, leaf.rows, from, stride_, to, leaf.rows);
       }
@@ -102,43 +113,20 @@ class DenseRows {
   }
 
   // The same piece of the next rows.
-  void fetch(const S* from, int64_t cols) const {
+  void fetch(Numbers from, int64_t cols) const {
+    const int64_t bytes = from.bytes(cols), apart = from.bytes(stride_);
     for (int64_t r = 0; r < kTogether; ++r)
-      for (int64_t j = 0; j < cols; j += kLine) __builtin_prefetch(from + r * stride_ + j);
+      for (int64_t j = 0; j < bytes; j += kLine) __builtin_prefetch(from.data + r * apart + j);
   }
 
-  const S* x_;
-  int64_t stride_;
+  bool dense_;
+  Numbers x_;
+  const int64_t* indices_ = nullptr;
+  const int32_t* narrow_ = nullptr;
+  int64_t stride_, across_ = 0;
   int64_t rows_ = 1, window_ = 0;
   std::vector<std::vector<Member>> runs_;  // leaves of each, and columns before them
   std::vector<Place> place_;               // of a leaf: its run, and columns before it
-};
-
-// Indices: a leaf's message is a row of its matrix. Index (b, mode) lies at b * down + mode *
-// across.
-template <class Index>
-class IndexRows {
- public:
-  static constexpr bool kDense = false;
-
-  IndexRows(const Index* indices, int64_t down, int64_t across)
-      : indices_(indices), down_(down), across_(across) {}
-
-  struct Window {
-    void* data;
-    int64_t first, count;
-  };
-  void choose_runs(const Tree&, int64_t) {}
-  int64_t window_elements() const { return 0; }
-
-  void rows(const Step& leaf, int64_t b, int64_t n, int64_t* to) const {
-    const Index* from = indices_ + b * down_ + leaf.mode * across_;
-    for (int64_t i = 0; i < n; ++i) to[i] = from[i * down_];
-  }
-
- private:
-  const Index* indices_;
-  int64_t down_, across_;
 };
 
 }  // namespace htf

@@ -33,26 +33,17 @@ constexpr int64_t kWorthThreads = 1 << 19;
 constexpr int64_t kMoved = 8;  // multiply-adds in the time of moving one element
 
 // Runs f(item, scratch) for every item, the next free thread taking the next item; items must not
-// share results. Each thread has scratch memory of its own. Allocates before the threads start: an
-// exception inside PyTorch's parallel region would lose its message. work is that of all items
-// together.
+// share results. Each thread has scratch memory of its own. work is that of all items together.
+void run_items(int64_t items, int64_t work, int64_t scratch_size, std::size_t element,
+               void (*f)(const void* context, int64_t item, void* scratch), const void* context);
 template <class T, class F>
 void for_each_item(int64_t items, int64_t work, int64_t scratch_size, const F& f) {
-  const int64_t threads =
-      work < kWorthThreads ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), items);
-  if (threads <= 1) {
-    Buffer<T> scratch(scratch_size);
-    for (int64_t i = 0; i < items; ++i) f(i, scratch.get());
-    return;
-  }
-  std::vector<Buffer<T>> scratch;
-  for (int64_t t = 0; t < threads; ++t) scratch.emplace_back(scratch_size);
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t)
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;)
-        f(i, scratch[t].get());
-  });
+  run_items(
+      items, work, scratch_size, sizeof(T),
+      [](const void* context, int64_t item, void* scratch) {
+        (*static_cast<const F*>(context))(item, static_cast<T*>(scratch));
+      },
+      &f);
 }
 
 // What is computed in: bfloat16 operands are widened when they are packed, except the weights that
@@ -65,6 +56,12 @@ template <>
 struct ComputeOf<BFloat16> {
   using type = float;
 };
+
+// Calls f with a value of the type that such a tensor's elements are computed in.
+template <class F>
+auto with_computed(ScalarType dtype, const F& f) {
+  return dtype == ScalarType::Double ? f(double{}) : f(float{});
+}
 
 // Calls f with a value of the tensor's element type.
 template <class F>

@@ -13,40 +13,19 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/rows.h"
+#include "cpu/walks.h"
 
 namespace htf {
 
-constexpr int64_t kTile = 64;                      // rows that walk together
-constexpr int64_t kTallTile = 128;                 // where weights are streamed from memory
-constexpr int64_t kMostKept = int64_t{512} << 20;  // bytes; beyond, a backward pass computes again
+constexpr int64_t kTile = 64;       // rows that walk together
+constexpr int64_t kTallTile = 128;  // where weights are streamed from memory
 
-// What a forward pass keeps for the backward pass: a flat tensor, empty where it would be too
-// large.
 template <class T>
-Tensor kept_tensor(const Tensor& like, int64_t elements) {
-  if (elements * static_cast<int64_t>(sizeof(T)) > kMostKept) elements = 0;
-  return new_tensor(like, {elements},
-                    sizeof(T) == sizeof(double) ? ScalarType::Double : ScalarType::Float);
-}
-template <class T>
-const T* kept_pointer(const char* op, const Tensor& kept, int64_t elements) {
-  if (kept.numel() == 0) return nullptr;
-  const ScalarType dtype = sizeof(T) == sizeof(double) ? ScalarType::Double : ScalarType::Float;
-  check(kept.is_cpu() && kept.scalar_type() == dtype && kept.is_contiguous() &&
-            kept.numel() == elements,
-        op, ": kept must be what the forward operation returned, got ", describe(kept));
-  return kept.const_data_ptr<T>();
-}
-
-template <class S, class Rows>
 class Walk {
  public:
-  using T = typename ComputeOf<S>::type;
-
   // weight[s]: the matrix of step s, [rows, padded(cols)]; null for the root of a sum. Where pairs
   // has the matrix as well, it is taken from there, and weight[s] may be null.
-  Walk(const Tree& tree, std::vector<const T*> weight, const Rows& rows,
+  Walk(const Tree& tree, std::vector<const T*> weight, const Rows<T>& rows,
        std::vector<PairWeight> pairs = {})
       : tree_(tree),
         rows_(rows),
@@ -71,7 +50,7 @@ class Walk {
   int64_t kept_columns() const { return kept_columns_; }
 
   // messages: where to keep the interior messages [column][batch][...], or null.
-  void forward(int64_t batch, S* out, T* messages) {
+  void forward(int64_t batch, Results out, T* messages) {
     const auto finish = [&](int64_t b, int64_t n, const T* result) {
       unpack_rows(n, tree_.outputs, result, ld_cols(tree_.steps - 1), out + b * tree_.outputs,
                   tree_.outputs);
@@ -91,7 +70,7 @@ class Walk {
   // Multiply-adds of a row's message; of a gathered one, the elements that are moved.
   int64_t macs(int64_t s) const { return (gathers(s) ? 1 : tree_.step[s].rows) * ld_cols(s); }
   // Whether a step takes rows of its weight, few of many perhaps.
-  bool gathers(int64_t s) const { return !Rows::kDense && tree_.is_leaf(s); }
+  bool gathers(int64_t s) const { return !rows_.is_dense() && tree_.is_leaf(s); }
   bool kept(int64_t s) const { return !tree_.is_leaf(s) && s + 1 < tree_.steps; }
 
   // Rows of the kept message of step s, where there are `batch` of them.
@@ -156,7 +135,7 @@ class Walk {
     int64_t size;  // of each
     T* result;
     int64_t b, n;
-    mutable typename Rows::Window window;
+    mutable typename Rows<T>::Window window;
 
     Tile(const Walk& walk, T* scratch, int64_t rows, int64_t b, int64_t n)
         : buffers(scratch),
@@ -171,9 +150,9 @@ class Walk {
   }
 
   // Rows b .. b+n-1 of a leaf's message.
-  void leaf_message(const Rows& rows, int64_t s, int64_t b, int64_t n, T* to, Store store,
-                    typename Rows::Window& window) const {
-    if constexpr (Rows::kDense) {
+  void leaf_message(const Rows<T>& rows, int64_t s, int64_t b, int64_t n, T* to, Store store,
+                    typename Rows<T>::Window& window) const {
+    if (rows.is_dense()) {
       const auto [x, stride] = rows.operand(tree_, s, b, window, k_);
       multiply(s, n, x, stride, to, store);
     } else {
@@ -200,16 +179,13 @@ class Walk {
   }
 
   // Whether step s multiplies in pairs of bfloat16.
-  bool paired(int64_t s) const {
-    if constexpr (std::is_same_v<S, BFloat16>) return !pairs_.empty() && pairs_[s].down != nullptr;
-    return false;
-  }
+  bool paired(int64_t s) const { return !pairs_.empty() && pairs_[s].down != nullptr; }
   bool weighted(int64_t s) const { return weight_[s] != nullptr || paired(s); }
 
   // [n x cols] (=, *=) a W, a [n x rows].
   void multiply(int64_t s, int64_t n, const T* a, int64_t lda, T* to, Store store) const {
     const int64_t rows = tree_.step[s].rows, ld = ld_cols(s);
-    if constexpr (std::is_same_v<S, BFloat16>)
+    if constexpr (std::is_same_v<T, float>)
       if (paired(s))
         return pair_kernels()->gemm(n, ld, rows, a, lda, pairs_[s].down, ld, to, ld, store,
                                     weight_after(s));
@@ -217,7 +193,7 @@ class Walk {
   }
   void multiply(int64_t s, int64_t n, const T* a, int64_t lda, const Products<T>& to) const {
     const int64_t rows = tree_.step[s].rows, ld = ld_cols(s);
-    if constexpr (std::is_same_v<S, BFloat16>)
+    if constexpr (std::is_same_v<T, float>)
       if (paired(s))
         return pair_kernels()->gemm_products(n, ld, rows, a, lda, pairs_[s].down, ld, to,
                                              weight_after(s));
@@ -237,7 +213,7 @@ class Walk {
   // [n x rows] = dm W^T, dm [n x cols], with what transpose_weight made.
   void multiply_back(int64_t s, int64_t n, const T* dm, const T* transposed, T* to) const {
     const int64_t cols = tree_.step[s].cols, ld = ld_rows(s);
-    if constexpr (std::is_same_v<S, BFloat16>)
+    if constexpr (std::is_same_v<T, float>)
       if (paired(s))
         return pair_kernels()->gemm(n, ld, cols, dm, ld_cols(s),
                                     reinterpret_cast<const Pair*>(transposed), ld, to, ld,
@@ -247,7 +223,7 @@ class Walk {
   void multiply_back(int64_t s, int64_t n, const T* dm, const T* transposed,
                      const Products<T>& to) const {
     const int64_t cols = tree_.step[s].cols, ld = ld_rows(s);
-    if constexpr (std::is_same_v<S, BFloat16>)
+    if constexpr (std::is_same_v<T, float>)
       if (paired(s))
         return pair_kernels()->gemm_products(n, ld, cols, dm, ld_cols(s),
                                              reinterpret_cast<const Pair*>(transposed), ld, to);
@@ -258,14 +234,14 @@ class Walk {
   void multiply_gradient(int64_t s, int64_t count, int64_t n, const T* a, int64_t lda, const T* d,
                          T* to, Store store, Ahead ahead) const {
     const int64_t ld = ld_cols(s);
-    if constexpr (std::is_same_v<S, BFloat16>)
+    if constexpr (std::is_same_v<T, float>)
       if (paired(s))
         return pair_kernels()->gemm_transposed(count, ld, n, a, lda, d, ld, to, ld, store, ahead);
     k_.gemm(count, ld, n, a, 1, lda, d, ld, to, ld, store, ahead);
   }
 
   const Tree& tree_;
-  Rows rows_;
+  Rows<T> rows_;
   const std::vector<const T*> weight_;
   const std::vector<PairWeight> pairs_;
   const Kernels<T>& k_;

@@ -23,20 +23,19 @@ constexpr int64_t kGradientRows = 64;    // of a weight's gradient in one work i
 constexpr int64_t kGradientDepth = 256;  // rows summed over in one GEMM
 constexpr int64_t kScatterColumns = 32;
 
-template <class S, class Rows>
-class BackwardWalk : public BackwardPlan<S, Rows> {
-  using Base = BackwardPlan<S, Rows>;
-  using Window = typename Rows::Window;
+template <class T>
+class BackwardWalk : public BackwardPlan<T> {
+  using Base = BackwardPlan<T>;
+  using Window = typename Rows<T>::Window;
 
  public:
-  using T = typename Base::T;
-
   // dw[s]: where the gradient of weight[s] goes, or null; no two steps may share one. It is
   // overwritten. grad [batch, outputs] contiguous; dx [batch, x_width] or null.
-  BackwardWalk(const Tree& tree, std::vector<const T*> weight, const Rows& rows, std::vector<T*> dw,
-               int64_t batch, const S* grad, S* dx, int64_t x_width,
+  BackwardWalk(const Tree& tree, std::vector<const T*> weight, const Rows<T>& rows,
+               std::vector<T*> dw, int64_t batch, Numbers grad, Results dx, int64_t x_width,
                std::vector<PairWeight> pairs = {})
-      : Base(tree, std::move(weight), rows, std::move(dw), batch, dx != nullptr, std::move(pairs)),
+      : Base(tree, std::move(weight), rows, std::move(dw), batch, static_cast<bool>(dx),
+             std::move(pairs)),
         grad_(grad),
         dx_(dx),
         x_width_(x_width) {}
@@ -147,7 +146,7 @@ class BackwardWalk : public BackwardPlan<S, Rows> {
       at.push_back(size);
       if (weighted(s)) size += tree_.step[s].cols * ld_rows(s);
       for (const int64_t* c = tree_.begin(s); c < tree_.end(s); ++c) {
-        if (!tree_.is_leaf(*c) || dx_ == nullptr) continue;
+        if (!tree_.is_leaf(*c) || !dx_) continue;
         size += tree_.step[*c].cols * ld_rows(*c);
       }
     }
@@ -164,7 +163,7 @@ class BackwardWalk : public BackwardPlan<S, Rows> {
       };
       if (weighted(s)) put(s);
       for (const int64_t* c = tree_.begin(s); c < tree_.end(s); ++c)
-        if (tree_.is_leaf(*c) && dx_ != nullptr) put(*c);
+        if (tree_.is_leaf(*c) && dx_) put(*c);
     });
   }
 
@@ -200,7 +199,7 @@ class BackwardWalk : public BackwardPlan<S, Rows> {
             const int64_t s = top_[t];
             T* p = dw_[s] == nullptr ? nullptr : chunk.top + chunk_ * product_at_[t];
             descend(s, i, n, chunk, transposed_at_[s], top_d, p, scratch, rows_, window);
-            if (dx_ == nullptr) continue;
+            if (!dx_) continue;
             for (const int64_t* c = tree_.begin(s); c < tree_.end(s); ++c)
               if (tree_.is_leaf(*c))
                 input_gradient(*c, i, n, chunk, transposed_at_[*c], top_d(*c), scratch);
@@ -219,10 +218,8 @@ class BackwardWalk : public BackwardPlan<S, Rows> {
           const Item& it = items[item - whole];
           const T* p = it.product_at < 0 ? nullptr : chunk.top + chunk_ * it.product_at;
           const auto operand = [&](int64_t i, [[maybe_unused]] int64_t n) {
-            if constexpr (Rows::kDense) {
-              if (tree_.is_leaf(it.step))
-                return rows_.alone(tree_.step[it.step], chunk.b0 + i, n, scratch);
-            }
+            if (tree_.is_leaf(it.step))
+              return rows_.alone(tree_.step[it.step], chunk.b0 + i, n, scratch);
             return product_rows(it.step, chunk, p, i);
           };
           weight_gradient(it.step, it.first, it.count, chunk, top_d(it.step), operand, {});
@@ -240,7 +237,7 @@ class BackwardWalk : public BackwardPlan<S, Rows> {
     for (int64_t s = piece; s >= tree_.first[piece]; --s) {
       if (!wanted_[s]) continue;
       const bool leaf = tree_.is_leaf(s);
-      const bool below = !leaf || dx_ != nullptr;
+      const bool below = !leaf || dx_;
       if (below && weighted(s)) transpose_weight(s, transposed);
       for (int64_t i = 0; i < chunk.count && below; i += tile_) {
         const int64_t n = std::min(tile_, chunk.count - i);
@@ -252,9 +249,7 @@ class BackwardWalk : public BackwardPlan<S, Rows> {
       }
       if (dw_[s] == nullptr) continue;
       const auto operand = [&](int64_t i, int64_t) {
-        if constexpr (Rows::kDense) {
-          if (leaf) return piece_rows_.operand(tree_, s, chunk.b0 + i, window, k_);
-        }
+        if (leaf) return piece_rows_.operand(tree_, s, chunk.b0 + i, window, k_);
         return product_rows(s, chunk, product, i);
       };
       weight_gradient(s, 0, gathers(s) ? ld_cols(s) : tree_.step[s].rows, chunk, d_of(s), operand,
@@ -273,7 +268,7 @@ class BackwardWalk : public BackwardPlan<S, Rows> {
   // product, unless it passes.
   template <class F>
   void descend(int64_t s, int64_t i, int64_t n, const Chunk& chunk, const T* transposed,
-               const F& d_of, T* product, T* scratch, const Rows& rows, Window& window) const {
+               const F& d_of, T* product, T* scratch, const Rows<T>& rows, Window& window) const {
     const int64_t ld = ld_rows(s), count = tree_.count(s), size = tile_ * widest_;
     const int64_t* child = tree_.begin(s);
     bool below = false;
@@ -383,16 +378,14 @@ class BackwardWalk : public BackwardPlan<S, Rows> {
                        const F& operand, Ahead ahead) const {
     const Step& st = tree_.step[s];
     const int64_t ld = ld_cols(s);
-    if constexpr (!Rows::kDense) {
-      if (tree_.is_leaf(s)) {
-        int64_t at[kTile];
-        for (int64_t i = 0; i < chunk.count; i += kTile) {
-          const int64_t n = std::min(kTile, chunk.count - i);
-          rows_.rows(st, chunk.b0 + i, n, at);
-          k_.scatter(n, count, at, d + i * ld + first, ld, (*chunk.dw)[s] + first, ld);
-        }
-        return;
+    if (gathers(s)) {
+      int64_t at[kTile];
+      for (int64_t i = 0; i < chunk.count; i += kTile) {
+        const int64_t n = std::min(kTile, chunk.count - i);
+        rows_.rows(st, chunk.b0 + i, n, at);
+        k_.scatter(n, count, at, d + i * ld + first, ld, (*chunk.dw)[s] + first, ld);
       }
+      return;
     }
     T* to = (*chunk.dw)[s] + first * ld;
     for (int64_t i = 0; i < chunk.count; i += kGradientDepth) {
@@ -404,9 +397,9 @@ class BackwardWalk : public BackwardPlan<S, Rows> {
     }
   }
 
-  const S* const grad_;
+  const Numbers grad_;
   const T* messages_ = nullptr;
-  S* const dx_;
+  const Results dx_;
   const int64_t x_width_;
   std::vector<const T*> transposed_at_;
   Buffer<T> top_matrices_, transposed_;

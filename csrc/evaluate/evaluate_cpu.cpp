@@ -1,4 +1,4 @@
-#include "cpu/walk_backward.h"
+#include "cpu/walks.h"
 #include "evaluate/evaluate.h"
 
 namespace htf {
@@ -16,17 +16,16 @@ std::vector<Tensor> evaluate_cpu(const Program& program, const std::vector<Tenso
   const Tensor rows = with_dense_rows(x);
   const int64_t batch = x.size(0);
   Tensor out = program.new_result(x, batch, x.scalar_type());
-  return with_dtype(x.scalar_type(), "evaluate", [&](auto s) {
-    using S = decltype(s);
-    using T = typename ComputeOf<S>::type;
-    const PairWeights<S> pairs(program, weights, false, false);
-    const PackedWeights<S> packed(weights, pairs.only());
+  return with_computed(x.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    const PairWeights pairs(program, weights, false, false);
+    const PackedWeights<T> packed(weights, pairs.only());
     const Tree tree(program);
-    const DenseRows<S> source(rows.const_data_ptr<S>(), rows.stride(0));
-    Walk<S, DenseRows<S>> walk(tree, weights_of(program, packed), source, pairs.steps());
-    Tensor kept = keep ? kept_tensor<T>(x, batch * walk.kept_columns()) : out;
+    const Rows<T> source(numbers_of(rows), rows.stride(0));
+    Tensor kept = keep ? kept_tensor<T>(x, batch * kept_columns<T>(tree)) : out;
     T* messages = keep && kept.numel() > 0 ? kept.mutable_data_ptr<T>() : nullptr;
-    walk.forward(batch, out.mutable_data_ptr<S>(), messages);
+    walk(tree, weights_of(program, packed), source, pairs.steps(), batch, results_of(out),
+         messages);
     return keep ? std::vector<Tensor>{out, kept} : std::vector<Tensor>{out};
   });
 }
@@ -39,18 +38,16 @@ std::vector<Tensor> evaluate_backward_cpu(const Program& program, const Tensor& 
   const bool needs_x = needs.back() != 0;
   Tensor dx = needs_x ? new_tensor(x, {batch, program.x_width}, x.scalar_type())
                       : torch::stable::new_empty(x, {0});
-  return with_dtype(x.scalar_type(), "evaluate_backward", [&](auto s) {
-    using S = decltype(s);
-    using T = typename ComputeOf<S>::type;
-    const PairWeights<S> pairs(program, weights, false, true);
-    const PackedWeights<S> packed(weights, pairs.only());
+  return with_computed(x.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    const PairWeights pairs(program, weights, false, true);
+    const PackedWeights<T> packed(weights, pairs.only());
     const Tree tree(program);
-    const DenseRows<S> source(rows.const_data_ptr<S>(), rows.stride(0));
-    WeightGradients<S> dw(program, weights, needs);
-    BackwardWalk<S, DenseRows<S>> walk(
-        tree, weights_of(program, packed), source, dw.steps(), batch, g.const_data_ptr<S>(),
-        needs_x ? dx.mutable_data_ptr<S>() : nullptr, program.x_width, pairs.steps());
-    walk.run(kept_pointer<T>("evaluate_backward", kept, batch * walk.kept_columns()));
+    const Rows<T> source(numbers_of(rows), rows.stride(0));
+    WeightGradients<T> dw(program, weights, needs);
+    walk_back(tree, weights_of(program, packed), source, pairs.steps(), dw.steps(), batch,
+              numbers_of(g), needs_x ? results_of(dx) : Results{}, program.x_width,
+              kept_pointer<T>("evaluate_backward", kept, batch * kept_columns<T>(tree)));
     std::vector<Tensor> grads = dw.finish();
     grads.push_back(dx);
     return grads;

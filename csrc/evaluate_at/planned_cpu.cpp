@@ -1,10 +1,8 @@
-#include "cpu/walk_backward.h"
+#include "cpu/walks.h"
 #include "evaluate_at/planned.h"
 
 namespace htf {
 namespace {
-
-using Source = IndexRows<int32_t>;
 
 // The part of the tree that is walked per sample: its leaves are the plan's cuts.
 struct Upper {
@@ -37,11 +35,9 @@ struct Upper {
   }
 };
 
-template <class S>
+template <class T>
 class Planned {
  public:
-  using T = typename ComputeOf<S>::type;
-
   Planned(const Program& program, const IndexPlan& plan, const std::vector<Tensor>& weights)
       : p_(program),
         plan_(plan),
@@ -52,36 +48,32 @@ class Planned {
 
   int64_t kept_elements() const {
     int64_t columns = 0;
-    if (plan_.form == IndexPlan::kWalk) {
-      const Upper upper(p_, plan_);
-      for (std::size_t s = 0; s + 1 < upper.steps.size(); ++s)
-        if (upper.steps[s].mode < 0) columns += padded<T>(upper.steps[s].cols);
-    }
+    if (plan_.form == IndexPlan::kWalk)
+      columns = kept_columns<T>(Tree(Upper(p_, plan_).steps, p_.outputs));
     return frames_.elements() + columns * plan_.batch;
   }
 
   // kept: kept_elements(), or null.
-  void forward(S* out, T* kept) {
+  void forward(Results out, T* kept) {
     Buffer<T> own(kept == nullptr ? frames_.elements() : 0);
     frames_.forward(kept == nullptr ? own.get() : kept);
-    if (plan_.form == IndexPlan::kFramedRoot) {
-      const CutRow& cut = plan_.cuts[0];
-      const T* root = frames_.frame(cut.operand);
-      const int64_t ld = frames_.ld(cut.operand);
-      for (int64_t b = 0; b < plan_.batch; ++b)
-        for (int64_t o = 0; o < p_.outputs; ++o)
-          out[b * p_.outputs + o] = static_cast<S>(root[ids(cut)[b] * ld + o]);
-    } else if (plan_.form == IndexPlan::kBilinear) {
-      bilinear(out);
-    } else {
+    if (plan_.form == IndexPlan::kWalk) {
       const Upper upper(p_, plan_);
-      const Tree tree(upper.steps, p_.outputs);
-      Walk<S, Source> walk(tree, upper_weights(upper), {plan_.lists, 1, 1});
-      walk.forward(plan_.batch, out, kept == nullptr ? nullptr : kept + frames_.elements());
+      walk(Tree(upper.steps, p_.outputs), upper_weights(upper), rows(), {}, plan_.batch, out,
+           kept == nullptr ? nullptr : kept + frames_.elements());
+      return;
     }
+    const int64_t count = plan_.batch * p_.outputs;
+    T* to = in_place<T>(out);
+    Buffer<T> wide(to == nullptr ? count : 0);
+    if (plan_.form == IndexPlan::kFramedRoot)
+      framed_root(to == nullptr ? wide.get() : to);
+    else
+      bilinear(to == nullptr ? wide.get() : to);
+    if (to == nullptr) unpack_rows(1, count, wide.get(), count, out, count);
   }
 
-  void backward(const S* grad, const T* kept, const std::vector<T*>& dw) {
+  void backward(Numbers grad, const T* kept, const std::vector<T*>& dw) {
     Buffer<T> own(kept == nullptr ? frames_.elements() : 0);
     if (kept == nullptr)
       frames_.forward(own.get());
@@ -89,24 +81,24 @@ class Planned {
       frames_.use(kept);
     frames_.want(dw);
     if (plan_.form == IndexPlan::kFramedRoot) {
-      framed_root_backward(grad);
+      framed_root_backward(Widened<T>(grad, plan_.batch * p_.outputs).get());
     } else if (plan_.form == IndexPlan::kBilinear) {
-      bilinear_backward(grad, dw[p_.steps - 1]);
+      bilinear_backward(Widened<T>(grad, plan_.batch).get(), dw[p_.steps - 1]);
     } else {
       const Upper upper(p_, plan_);
-      const Tree tree(upper.steps, p_.outputs);
       std::vector<T*> d;
       for (const int64_t s : upper.from)
         d.push_back(s >= 0 ? dw[s] : frames_.gradient(plan_.cuts[-(s + 1)].operand));
-      BackwardWalk<S, Source>(tree, upper_weights(upper), {plan_.lists, 1, 1}, std::move(d),
-                              plan_.batch, grad, nullptr, 0)
-          .run(kept == nullptr ? nullptr : kept + frames_.elements());
+      walk_back(Tree(upper.steps, p_.outputs), upper_weights(upper), rows(), {}, std::move(d),
+                plan_.batch, grad, {}, 0, kept == nullptr ? nullptr : kept + frames_.elements());
     }
     frames_.backward();
   }
 
  private:
   const int32_t* ids(const CutRow& cut) const { return plan_.lists + cut.ids; }
+  // Of the walk: a cut's "mode" is where its ids start.
+  Rows<T> rows() const { return {plan_.lists, 1, 1}; }
 
   std::vector<const T*> upper_weights(const Upper& upper) const {
     std::vector<const T*> all;
@@ -127,8 +119,16 @@ class Planned {
     return column;
   }
 
+  void framed_root(T* out) const {
+    const CutRow& cut = plan_.cuts[0];
+    const T* root = frames_.frame(cut.operand);
+    const int64_t ld = frames_.ld(cut.operand);
+    for (int64_t b = 0; b < plan_.batch; ++b)
+      for (int64_t o = 0; o < p_.outputs; ++o) out[b * p_.outputs + o] = root[ids(cut)[b] * ld + o];
+  }
+
   // out[b] = sum over r of A[i_b, r] w[r] N[j_b, r]: the samples of a row of A together.
-  void bilinear(S* out) const {
+  void bilinear(T* out) const {
     const CutRow &a = plan_.cuts[0], &n = plan_.cuts[1];
     const int64_t ld = frames_.ld(a.operand), part = rows_together(a);
     const Buffer<T> w = root_column();
@@ -139,26 +139,17 @@ class Planned {
           for (int64_t i = item * part; i < std::min(a.rows, (item + 1) * part); ++i) {
             k_.product(1, ld, left + i * ld, ld, w.get(), ld, scaled, ld, Store::assign);
             for (int64_t q = start[i]; q < start[i + 1]; ++q)
-              out[order[q]] = static_cast<S>(k_.dot(ld, scaled, right + ids(n)[order[q]] * ld));
+              out[order[q]] = k_.dot(ld, scaled, right + ids(n)[order[q]] * ld);
           }
         });
   }
 
   // Z[i] = sum of g_b N[j_b] over the samples of row i: dA = Z w, dw = sum over i of A[i] Z[i]; and
   // the other way round for dN.
-  void bilinear_backward(const S* grad, T* dw) {
+  void bilinear_backward(const T* g, T* dw) {
     const CutRow &a = plan_.cuts[0], &n = plan_.cuts[1];
     const int64_t ld = frames_.ld(a.operand), outs = padded<T>(1);
     const Buffer<T> w = root_column();
-    const T* g = nullptr;
-    Buffer<T> widened;
-    if constexpr (std::is_same_v<S, T>) {
-      g = grad;
-    } else {
-      widened = Buffer<T>(plan_.batch);
-      std::copy_n(grad, plan_.batch, widened.get());
-      g = widened.get();
-    }
     T *da = frames_.gradient(a.operand), *dn = frames_.gradient(n.operand);
     const bool own = dw != nullptr;
     Buffer<T> z(own ? a.rows * ld : 0);
@@ -195,7 +186,7 @@ class Planned {
     return std::clamp<int64_t>(cut.rows / 64, 1, 64);
   }
 
-  void framed_root_backward(const S* grad) {
+  void framed_root_backward(const T* grad) {
     const CutRow& cut = plan_.cuts[0];
     T* d = frames_.gradient(cut.operand);
     if (d == nullptr) return;
@@ -204,15 +195,15 @@ class Planned {
       std::fill_n(d + i * ld, ld, T(0));
       for (int64_t q = plan_.lists[cut.start + i]; q < plan_.lists[cut.start + i + 1]; ++q)
         for (int64_t o = 0; o < p_.outputs; ++o)
-          d[i * ld + o] += static_cast<T>(grad[plan_.lists[cut.order + q] * p_.outputs + o]);
+          d[i * ld + o] += grad[plan_.lists[cut.order + q] * p_.outputs + o];
     }
   }
 
   const Program& p_;
   const IndexPlan& plan_;
-  const PackedWeights<S> packed_;
+  const PackedWeights<T> packed_;
   const std::vector<const T*> weight_;
-  Frames<S> frames_;
+  Frames<T> frames_;
   const Kernels<T>& k_;
 };
 
@@ -222,12 +213,11 @@ std::vector<Tensor> evaluate_at_planned_cpu(const Program& program, const IndexP
                                             const std::vector<Tensor>& weights, bool keep) {
   const ScalarType dtype = weights[0].scalar_type();
   Tensor out = program.new_result(weights[0], plan.batch, dtype);
-  return with_dtype(dtype, "evaluate_at_planned", [&](auto s) {
-    using S = decltype(s);
-    using T = typename ComputeOf<S>::type;
-    Planned<S> planned(program, plan, weights);
+  return with_computed(dtype, [&](auto t) {
+    using T = decltype(t);
+    Planned<T> planned(program, plan, weights);
     Tensor kept = keep ? kept_tensor<T>(out, planned.kept_elements()) : out;
-    planned.forward(out.mutable_data_ptr<S>(),
+    planned.forward(results_of(out),
                     keep && kept.numel() > 0 ? kept.mutable_data_ptr<T>() : nullptr);
     return keep ? std::vector<Tensor>{out, kept} : std::vector<Tensor>{out};
   });
@@ -240,13 +230,11 @@ std::vector<Tensor> evaluate_at_planned_backward_cpu(const Program& program, con
                                                      const std::vector<int64_t>& needs) {
   const char* op = "evaluate_at_planned_backward";
   const Tensor g = in_one_piece(grad);
-  return with_dtype(weights[0].scalar_type(), op, [&](auto s) {
-    using S = decltype(s);
-    using T = typename ComputeOf<S>::type;
-    WeightGradients<S> dw(program, weights, needs);
-    Planned<S> planned(program, plan, weights);
-    planned.backward(g.const_data_ptr<S>(), kept_pointer<T>(op, kept, planned.kept_elements()),
-                     dw.steps());
+  return with_computed(weights[0].scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    WeightGradients<T> dw(program, weights, needs);
+    Planned<T> planned(program, plan, weights);
+    planned.backward(numbers_of(g), kept_pointer<T>(op, kept, planned.kept_elements()), dw.steps());
     return dw.finish();
   });
 }

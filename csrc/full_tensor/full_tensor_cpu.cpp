@@ -83,11 +83,9 @@ struct Grid {
   }
 };
 
-template <class S>
+template <class T>
 class FullTensor {
  public:
-  using T = typename ComputeOf<S>::type;
-
   FullTensor(const Program& program, const std::vector<Tensor>& weights)
       : p_(program),
         k_(kernels<T>()),
@@ -116,7 +114,7 @@ class FullTensor {
     block_ = std::min(nr_, std::max<int64_t>(1, columns / outs_));
   }
 
-  void forward(S* out) const {
+  void forward(Results out) const {
     const int64_t blocks = parts_of(nr_, block_), cols = padded<T>(block_ * outs_);
     // Rows that share a block of E: as many as leave each thread some items.
     const int64_t work = nl_ * nr_ * outs_ * rank_;
@@ -134,7 +132,7 @@ class FullTensor {
     });
   }
 
-  void backward(const S* grad, WeightGradients<S>& dw) {
+  void backward(Numbers grad, WeightGradients<T>& dw) {
     frames_.want(dw.steps());
     T *dl = frames_.gradient(grid_.left), *dn = frames_.gradient(grid_.right);
     T* own = dw.step(p_.steps - 1);
@@ -145,7 +143,8 @@ class FullTensor {
     Buffer<T> more_n(dn == nullptr || at.square ? 0 : (at.down - 1) * size_n);
     Buffer<T> dws(own == nullptr ? 0 : sums_w * size_w);
     if (own != nullptr) std::fill_n(dws.get(), sums_w * size_w, T(0));
-    const int64_t cols = block_ * outs_, wide = std::is_same_v<S, T> ? 0 : kDepth * padded<T>(cols);
+    const int64_t cols = block_ * outs_;
+    const int64_t wide = in_place<T>(grad) != nullptr ? 0 : kDepth * padded<T>(cols);
     const int64_t rounds = at.square ? at.down : 1;
     for (int64_t round = 0; round < rounds; ++round)
       for_each_item<T>(sums_w, 2 * nl_ * nr_ * outs_ * rank_ / rounds, 2 * cols * ld_ + wide,
@@ -208,7 +207,7 @@ class FullTensor {
 
   // Rows l of L and r of N. dl and dn are assigned in the first round, else added to, dw always;
   // any may be null.
-  void root_part(const S* grad, Rows l, Rows r, bool first, T* dl, T* dn, T* dw, T* scratch) const {
+  void root_part(Numbers grad, Rows l, Rows r, bool first, T* dl, T* dn, T* dw, T* scratch) const {
     const int64_t size = block_ * outs_ * ld_;
     T *e = scratch, *de = e + size, *wide = de + size;
     for (int64_t j = r.from; j < r.to; j += block_) {
@@ -216,11 +215,11 @@ class FullTensor {
       expand(j, n, e);
       for (int64_t i = l.from; i < l.to; i += kDepth) {
         const int64_t m = std::min(kDepth, l.to - i);
-        const S* from = grad + (i * nr_ + j) * outs_;
+        const Numbers from = grad + (i * nr_ + j) * outs_;
         const T* g = wide;
         int64_t ldg = padded<T>(cols);
-        if constexpr (std::is_same_v<S, T>)
-          g = from, ldg = nr_ * outs_;
+        if (const T* there = in_place<T>(from))
+          g = there, ldg = nr_ * outs_;
         else
           pack_rows(m, cols, from, nr_ * outs_, wide, ldg);
         if (dl != nullptr)
@@ -249,12 +248,12 @@ class FullTensor {
   }
 
   // Rows i .. i+n-1 of L times a block of E^T.
-  void tile(int64_t i, int64_t n, int64_t cols, const T* et, int64_t lde, T* c, S* out) const {
+  void tile(int64_t i, int64_t n, int64_t cols, const T* et, int64_t lde, T* c, Results out) const {
     const int64_t width = nr_ * outs_;
     int64_t done = 0;
-    if constexpr (std::is_same_v<S, T>) {
+    if (T* there = in_place<T>(out)) {
       done = cols / kPad<T> * kPad<T>;
-      k_.gemm(n, done, rank_, l_ + i * ld_, ld_, 1, et, lde, out, width, Store::assign);
+      k_.gemm(n, done, rank_, l_ + i * ld_, ld_, 1, et, lde, there, width, Store::assign);
     }
     if (done == cols) return;
     const int64_t rest = padded<T>(cols - done);
@@ -276,9 +275,9 @@ class FullTensor {
   const Program& p_;
   const Kernels<T>& k_;
   const Grid grid_;
-  const PackedWeights<S> packed_;
+  const PackedWeights<T> packed_;
   const std::vector<const T*> weight_;
-  Frames<S> frames_;
+  Frames<T> frames_;
   const Buffer<T> own_;
   const int64_t outs_, rank_, ld_;
   int64_t nl_ = 0, nr_ = 0, block_ = 1;  // block_: rows of N whose rows of E make a block
@@ -291,9 +290,8 @@ class FullTensor {
 Tensor full_tensor_cpu(const Program& program, const std::vector<Tensor>& weights,
                        int64_t entries) {
   Tensor out = program.new_result(weights[0], entries, weights[0].scalar_type());
-  with_dtype(weights[0].scalar_type(), "full_tensor", [&](auto s) {
-    using S = decltype(s);
-    FullTensor<S>(program, weights).forward(out.mutable_data_ptr<S>());
+  with_computed(weights[0].scalar_type(), [&](auto t) {
+    FullTensor<decltype(t)>(program, weights).forward(results_of(out));
   });
   return out;
 }
@@ -302,10 +300,10 @@ std::vector<Tensor> full_tensor_backward_cpu(const Program& program, const Tenso
                                              const std::vector<Tensor>& weights,
                                              const std::vector<int64_t>& needs) {
   const Tensor g = in_one_piece(grad);
-  return with_dtype(weights[0].scalar_type(), "full_tensor_backward", [&](auto s) {
-    using S = decltype(s);
-    WeightGradients<S> dw(program, weights, needs);
-    FullTensor<S>(program, weights).backward(g.const_data_ptr<S>(), dw);
+  return with_computed(weights[0].scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    WeightGradients<T> dw(program, weights, needs);
+    FullTensor<T>(program, weights).backward(numbers_of(g), dw);
     return dw.finish();
   });
 }

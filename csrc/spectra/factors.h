@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/numbers.h"
 #include "cpu/orthogonal.h"
-#include "cpu/support.h"
 
 namespace htf {
 
@@ -174,14 +174,16 @@ inline void scale_by_powers(int64_t m, int64_t n, double* x, int64_t ld, const i
 // out[rows x ld] = 2^row_exponents W 2^-exponents for a weight's [rows x cols], ones without one;
 // the exponents of the columns are chosen such that no entry is above 1 and no column is lost to
 // underflow.
-template <class S>
-void scaled_weight(int64_t rows, int64_t cols, const S* w, const int64_t* row_exponents,
-                   double* out, int64_t ld, int64_t* exponents) {
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < cols; ++j)
-      out[i * ld + j] = w == nullptr ? 1.0 : static_cast<double>(w[i * cols + j]);
-    for (int64_t j = cols; j < ld; ++j) out[i * ld + j] = 0;
-  }
+inline void scaled_weight(int64_t rows, int64_t cols, Numbers w, const int64_t* row_exponents,
+                          double* out, int64_t ld, int64_t* exponents) {
+  const auto read = [&](int64_t i, int64_t j, int64_t m, int64_t n, double* to, int64_t ldo) {
+    if (w)
+      pack_rows(m, n, w + (i * cols + j), cols, to, ldo);
+    else
+      for (int64_t r = 0; r < m; ++r)
+        std::fill_n(to + r * ldo, n, 1.0), std::fill_n(to + r * ldo + n, ldo - n, 0.0);
+  };
+  read(0, 0, rows, cols, out, ld);
   const auto exponent = [&](int64_t i) { return row_exponents != nullptr ? row_exponents[i] : 0; };
   std::vector<double> largest(std::max(rows, ld));
   orthogonal().row_maxima(rows, ld, out, ld, largest.data());
@@ -195,7 +197,9 @@ void scaled_weight(int64_t rows, int64_t cols, const S* w, const int64_t* row_ex
   scale_by_powers(rows, cols, out, ld, by.data(), nullptr);
   orthogonal().column_maxima(rows, ld, out, ld, largest.data());
   const auto entry = [&](int64_t i, int64_t j) {
-    return w == nullptr ? 1.0 : static_cast<double>(w[i * cols + j]);
+    double x = 0;
+    read(i, j, 1, 1, &x, 1);
+    return x;
   };
   for (int64_t j = 0; j < cols; ++j) {
     // 2^-300: no column of an ordinary model is so far below the others, and sums of larger numbers

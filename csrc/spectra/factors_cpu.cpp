@@ -22,7 +22,6 @@ struct FactorPlace : Place {
 
 int64_t at_most(int64_t rows, int64_t n) { return std::min(rows, n); }
 
-template <class S>
 class Spectra : Places<FactorPlace> {
  public:
   Spectra(const Program& program, const std::vector<Tensor>& weights,
@@ -167,7 +166,7 @@ class Spectra : Places<FactorPlace> {
     if (gram_ && place_[v].frame_gram < 0)
       place_[v].frame_gram = take(inner_size_, place_[v].out * place_[v].ld);
   }
-  const S* weight(const FactorPlace& v) const { return weight_of<S>(p_, source_, v.step); }
+  Numbers weight(const FactorPlace& v) const { return weight_of(p_, source_, v.step); }
 
   Factor frame(int64_t v) const {
     const FactorPlace& p = place_[v];
@@ -254,11 +253,11 @@ class Spectra : Places<FactorPlace> {
     scale_by_powers(v.product_rows, v.in, product, v.ld_in, nullptr, by.data());
     double* x = v.triangular ? scratch + v.product_rows * v.ld_in : out;
     // Some rows of the weight at a time, which stay in the cache as float64.
-    const S* source = weight(v);
+    const Numbers source = weight(v);
     double* block = shop.block();
     for (int64_t i = 0; i < v.in; i += Workshop::kBlock) {
       const int64_t rows = std::min(Workshop::kBlock, v.in - i);
-      if (source != nullptr)
+      if (source)
         pack_rows(rows, v.out, source + i * v.out, v.out, block, v.ld);
       else
         for (int64_t r = 0; r < rows; ++r)
@@ -356,9 +355,7 @@ class Spectra : Places<FactorPlace> {
 
 std::vector<Tensor> spectral_factors_cpu(const Program& program, const std::vector<Tensor>& weights,
                                          const std::vector<char>& wanted, bool gram, bool keep) {
-  return with_dtype(weights[0].scalar_type(), "spectral_factors", [&](auto type) {
-    return Spectra<decltype(type)>(program, weights, wanted, gram, keep).run(weights[0]);
-  });
+  return Spectra(program, weights, wanted, gram, keep).run(weights[0]);
 }
 
 }  // namespace htf

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/numbers.h"
 #include "cpu/program.h"
 
 namespace htf {
@@ -117,11 +118,10 @@ class Places {
 };
 
 // A weight's matrix, null for the root of a "sum", which is a column of ones.
-template <class S>
-const S* weight_of(const Program& p, const std::vector<Tensor>& weights, int64_t step) {
+inline Numbers weight_of(const Program& p, const std::vector<Tensor>& weights, int64_t step) {
   const Step& st = p.step[step];
-  if (st.group < 0) return nullptr;
-  return static_cast<const S*>(weights[st.group].const_data_ptr()) + st.slot * st.rows * st.cols;
+  if (st.group < 0) return {};
+  return numbers_of(weights[st.group]) + st.slot * st.rows * st.cols;
 }
 
 }  // namespace htf

@@ -24,14 +24,13 @@ struct TracePlace : Place {
 
 inline int64_t rows_of(bool is_explicit, int64_t rows, int64_t n) { return is_explicit ? rows : n; }
 
-template <class S>
 class TraceTree : protected Places<TracePlace> {
  public:
   TraceTree(const Program& program, const std::vector<Tensor>& weights,
             const std::vector<char>& asked, bool stable)
       : Places(program, asked), stable_(stable) {
     for (const Tensor& w : weights) source_.push_back(in_one_piece(w));
-    this->set_needs();
+    set_needs();
     set_frames();
     set_environments();
   }
@@ -263,8 +262,7 @@ class TraceTree : protected Places<TracePlace> {
       std::copy(rows.begin(), rows.end(), exponents);
       std::fill_n(w, v.ld, 1.0);
     } else {
-      scaled_weight(v.in, v.out, weight_of<S>(p_, source_, v.step), rows.data(), w, v.ld,
-                    exponents);
+      scaled_weight(v.in, v.out, weight_of(p_, source_, v.step), rows.data(), w, v.ld, exponents);
     }
     if (v.needed) make_frame(v, w, exponents, memory);
     if (v.step >= 0) k_.transpose(v.in, v.out, w, v.ld, x_ + v.transposed, v.ld_in);

@@ -17,39 +17,27 @@ struct SingularVectors {
 
 // Derivatives lie where in the numbers of the forward pass lies what they are derivatives by:
 // frames, environments and weights; those by Gram matrices are symmetric.
-template <class S>
-class TraceGradients : TraceTree<S> {
-  using Base = TraceTree<S>;
-  using Trace = typename Base::Trace;
-  using Base::by_depth_;
-  using Base::by_height_;
-  using Base::exponent_;
-  using Base::k_;
-  using Base::place_;
-  using Base::source_;
-  using Base::x_;
-
+class TraceGradients : TraceTree {
  public:
   TraceGradients(const Program& program, const std::vector<Tensor>& weights,
                  const std::vector<char>& asked, bool stable)
-      : Base(program, weights, asked, stable) {}
+      : TraceTree(program, weights, asked, stable) {}
 
-  using Base::exponents;
-  using Base::numbers;
-  using Base::use;
-
-  using Base::forward;
+  using TraceTree::exponents;
+  using TraceTree::forward;
+  using TraceTree::numbers;
+  using TraceTree::use;
 
   // grad: of tree.nodes.
   std::vector<Tensor> of_ranks(const double* grad) {
     return run([&](const TracePlace& v, double* scratch) {
-      by_trace(v, grad[this->p_.step[v.step].node], scratch);
+      by_trace(v, grad[p_.step[v.step].node], scratch);
     });
   }
   // vectors: of tree.nodes.
   std::vector<Tensor> of_vectors(const std::vector<SingularVectors>& vectors) {
     return run([&](const TracePlace& v, double* scratch) {
-      by_vectors(v, vectors[this->p_.step[v.step].node], scratch);
+      by_vectors(v, vectors[p_.step[v.step].node], scratch);
     });
   }
 
@@ -57,11 +45,11 @@ class TraceGradients : TraceTree<S> {
   // begin(place): derivatives by the frame and the environment of a place that is asked for.
   template <class F>
   std::vector<Tensor> run(const F& begin) {
-    const Buffer<double> memory(this->size_);
+    const Buffer<double> memory(size_);
     g_ = memory.get();
     std::vector<int64_t> all(place_.size());
     for (std::size_t i = 0; i < all.size(); ++i) all[i] = static_cast<int64_t>(i);
-    this->wave(all, this->scratch(), [&](int64_t i, double* scratch) {
+    wave(all, scratch(), [&](int64_t i, double* scratch) {
       const TracePlace& v = place_[i];
       std::fill_n(g_ + v.weight, (v.step < 0 ? 1 : v.in) * v.ld, 0.0);
       if (v.needed) std::fill_n(g_ + v.frame, v.frame_rows * v.ld, 0.0);
@@ -69,17 +57,17 @@ class TraceGradients : TraceTree<S> {
       if (v.asked) begin(v, scratch);
     });
     for (auto places = by_depth_.rbegin(); places != by_depth_.rend(); ++places)
-      this->wave(*places, this->scratch(), [&](int64_t i, double* scratch) {
+      wave(*places, scratch(), [&](int64_t i, double* scratch) {
         if (!place_[i].is_leaf()) through_above(place_[i], scratch);
       });
     for (auto places = by_height_.rbegin(); places != by_height_.rend(); ++places)
-      this->wave(*places, this->scratch(), [&](int64_t i, double* scratch) {
+      wave(*places, scratch(), [&](int64_t i, double* scratch) {
         if (place_[i].needed) through_frame(place_[i], scratch);
       });
     return by_weights();
   }
 
-  int64_t room() const { return this->widest_ * this->widest_; }
+  int64_t room() const { return widest_ * widest_; }
 
   // The rank is 1 / u, u = tr(P^2) / t^2, so that d rank = <Q, dP> with Q = 2 / (t u) - 2 P / (t
   // u)^2; or u = tr(X P) / t with the projection X, and Q = 1 / (t u) - X / (t u^2).
@@ -87,7 +75,7 @@ class TraceGradients : TraceTree<S> {
     const Trace trace(*this, v, scratch);
     if (!(trace.t > 0) || grad == 0) return;
     const int64_t p = trace.p, ldp = trace.ldp, ld = v.ld, n = v.out;
-    const double one = (this->stable_ ? 1 : 2) * grad / (trace.t * trace.u), other = -one / trace.u;
+    const double one = (stable_ ? 1 : 2) * grad / (trace.t * trace.u), other = -one / trace.u;
     double* q = trace.product;
     const std::vector<double> by(p, other);
     orthogonal().scale(p, ldp, q, ldp, by.data(), nullptr);
@@ -117,7 +105,7 @@ class TraceGradients : TraceTree<S> {
   // Of the sum of w_i (l_i^T G l_i + r_i^T H r_i).
   void by_vectors(const TracePlace& v, const SingularVectors& s, double* scratch) {
     std::vector<int64_t> columns(v.out), rows(v.out);
-    const int64_t shift = this->environment_exponent(v) - s.scale;
+    const int64_t shift = environment_exponent(v) - s.scale;
     for (int64_t j = 0; j < v.out; ++j) {
       columns[j] = exponent_[v.exponents + j] - s.exponents[j];
       rows[j] = shift - columns[j];
@@ -195,7 +183,7 @@ class TraceGradients : TraceTree<S> {
       if (c < 0 || !place_[c].wanted) continue;
       const TracePlace& child = place_[c];
       const double* g = g_ + child.environment;
-      const int64_t s = this->other(c);
+      const int64_t s = other(c);
       if (s < 0) {
         add(v.above_rows, v.ld_in, g, ga);
         continue;
@@ -206,8 +194,8 @@ class TraceGradients : TraceTree<S> {
                            sibling.frame_rows, g_ + sibling.frame);
         continue;
       }
-      into_frame(sibling, g, this->gram_of_above(v), spare);
-      const double* other = this->gram_of_frame(sibling);
+      into_frame(sibling, g, gram_of_above(v), spare);
+      const double* other = gram_of_frame(sibling);
       if (v.above_explicit) {
         k_.product(v.in, v.ld_in, g, v.ld_in, other, v.ld_in, spare, v.ld_in, Store::assign);
         through_gram(v.above_rows, v.in, v.ld_in, x_ + v.above, spare, ga);
@@ -254,7 +242,7 @@ class TraceGradients : TraceTree<S> {
       return;
     }
     const int64_t rows = rows_of(v.product_explicit, v.product_rows, v.in);
-    const double* product = this->product_of(v);
+    const double* product = product_of(v);
     if (v.step < 0) {
       std::copy_n(g, rows * v.ld, gp);
       orthogonal().scale(rows, v.ld, gp, v.ld, v.product_explicit ? nullptr : w, w);
@@ -279,8 +267,8 @@ class TraceGradients : TraceTree<S> {
       through_khatri_rao(v.ld_in, gp, x_ + l.frame, l.frame_rows, g_ + l.frame, x_ + r.frame,
                          r.frame_rows, g_ + r.frame);
     } else {
-      into_frame(l, gp, this->gram_of_frame(r), spare);
-      into_frame(r, gp, this->gram_of_frame(l), spare);
+      into_frame(l, gp, gram_of_frame(r), spare);
+      into_frame(r, gp, gram_of_frame(l), spare);
     }
   }
 
@@ -292,9 +280,8 @@ class TraceGradients : TraceTree<S> {
     std::map<std::pair<int64_t, int64_t>, std::vector<int64_t>> users;
     for (std::size_t i = 0; i < place_.size(); ++i) {
       const int64_t step = place_[i].step;
-      if (step >= 0 && this->p_.step[step].group >= 0)
-        users[{this->p_.step[step].group, this->p_.step[step].slot}].push_back(
-            static_cast<int64_t>(i));
+      if (step >= 0 && p_.step[step].group >= 0)
+        users[{p_.step[step].group, p_.step[step].slot}].push_back(static_cast<int64_t>(i));
     }
     std::vector<std::vector<int64_t>> shared;
     std::vector<int64_t> first;
@@ -304,25 +291,25 @@ class TraceGradients : TraceTree<S> {
     }
     std::vector<int64_t> items(shared.size());
     for (std::size_t i = 0; i < items.size(); ++i) items[i] = static_cast<int64_t>(i);
-    for_each_item<double>(static_cast<int64_t>(items.size()), this->size_, 1,
+    for_each_item<double>(static_cast<int64_t>(items.size()), size_, 1,
                           [&](int64_t i, double*) { by_weight(shared[i], grads); });
     return grads;
   }
 
   void by_weight(const std::vector<int64_t>& users, const std::vector<Tensor>& grads) {
     const TracePlace& first = place_[users[0]];
-    const Step& st = this->p_.step[first.step];
+    const Step& st = p_.step[first.step];
     double* sum = g_ + first.weight;
     for (const int64_t i : users) {
       const TracePlace& v = place_[i];
-      std::vector<int64_t> rows = this->row_exponents(v);
+      std::vector<int64_t> rows = row_exponents(v);
       std::vector<int64_t> columns(v.out);
       for (int64_t j = 0; j < v.out; ++j) columns[j] = -exponent_[v.exponents + j];
       scale_by_sums(v, rows, columns);
       if (i != users[0]) add(v.in, v.ld, g_ + v.weight, sum);
     }
-    S* out = static_cast<S*>(grads[st.group].data_ptr()) + st.slot * st.rows * st.cols;
-    unpack_rows(st.rows, st.cols, sum, first.ld, out, st.cols);
+    unpack_rows(st.rows, st.cols, sum, first.ld,
+                results_of(grads[st.group]) + st.slot * st.rows * st.cols, st.cols);
   }
 
   // Row and column exponents may be far out of range each, and cancel.
@@ -347,20 +334,18 @@ std::vector<char> marked(const Program& program, const std::vector<int64_t>& wan
 
 std::vector<Tensor> trace_ranks_cpu(const Program& program, const std::vector<Tensor>& weights,
                                     const std::vector<int64_t>& wanted, bool stable) {
-  return with_dtype(weights[0].scalar_type(), "trace_ranks", [&](auto type) {
-    TraceTree<decltype(type)> tree(program, weights, marked(program, wanted), stable);
-    const Tensor& like = weights[0];
-    const int64_t count = static_cast<int64_t>(wanted.size());
-    const Tensor ranks = new_tensor(like, {count}, ScalarType::Double);
-    const Tensor numbers = new_tensor(like, {tree.numbers()}, ScalarType::Double);
-    const Tensor exponents = new_tensor(like, {tree.exponents()}, ScalarType::Long);
-    tree.use(static_cast<double*>(numbers.data_ptr()), static_cast<int64_t*>(exponents.data_ptr()));
-    std::vector<double> by_node(program.steps);
-    tree.forward(by_node.data());
-    for (int64_t i = 0; i < count; ++i)
-      static_cast<double*>(ranks.data_ptr())[i] = by_node[wanted[i]];
-    return std::vector<Tensor>{ranks, numbers, exponents};
-  });
+  TraceTree tree(program, weights, marked(program, wanted), stable);
+  const Tensor& like = weights[0];
+  const int64_t count = static_cast<int64_t>(wanted.size());
+  const Tensor ranks = new_tensor(like, {count}, ScalarType::Double);
+  const Tensor numbers = new_tensor(like, {tree.numbers()}, ScalarType::Double);
+  const Tensor exponents = new_tensor(like, {tree.exponents()}, ScalarType::Long);
+  tree.use(static_cast<double*>(numbers.data_ptr()), static_cast<int64_t*>(exponents.data_ptr()));
+  std::vector<double> by_node(program.steps);
+  tree.forward(by_node.data());
+  for (int64_t i = 0; i < count; ++i)
+    static_cast<double*>(ranks.data_ptr())[i] = by_node[wanted[i]];
+  return {ranks, numbers, exponents};
 }
 
 std::vector<Tensor> trace_ranks_backward_cpu(const Program& program, const Tensor& grad,
@@ -368,17 +353,15 @@ std::vector<Tensor> trace_ranks_backward_cpu(const Program& program, const Tenso
                                              const std::vector<int64_t>& wanted,
                                              const Tensor& numbers, const Tensor& exponents,
                                              bool stable) {
-  return with_dtype(weights[0].scalar_type(), "trace_ranks_backward", [&](auto type) {
-    TraceGradients<decltype(type)> tree(program, weights, marked(program, wanted), stable);
-    check(numbers.numel() == tree.numbers() && exponents.numel() == tree.exponents(),
-          "trace_ranks_backward: numbers and exponents are of another call");
-    tree.use(static_cast<double*>(numbers.data_ptr()), static_cast<int64_t*>(exponents.data_ptr()));
-    const Tensor dense = in_one_piece(grad);
-    std::vector<double> by_node(program.steps, 0.0);
-    for (std::size_t i = 0; i < wanted.size(); ++i)
-      by_node[wanted[i]] = static_cast<const double*>(dense.const_data_ptr())[i];
-    return tree.of_ranks(by_node.data());
-  });
+  TraceGradients tree(program, weights, marked(program, wanted), stable);
+  check(numbers.numel() == tree.numbers() && exponents.numel() == tree.exponents(),
+        "trace_ranks_backward: numbers and exponents are of another call");
+  tree.use(static_cast<double*>(numbers.data_ptr()), static_cast<int64_t*>(exponents.data_ptr()));
+  const Tensor dense = in_one_piece(grad);
+  std::vector<double> by_node(program.steps, 0.0);
+  for (std::size_t i = 0; i < wanted.size(); ++i)
+    by_node[wanted[i]] = static_cast<const double*>(dense.const_data_ptr())[i];
+  return tree.of_ranks(by_node.data());
 }
 
 std::vector<Tensor> matricization_pullback_cpu(
@@ -386,27 +369,25 @@ std::vector<Tensor> matricization_pullback_cpu(
     const std::vector<Tensor>& left, const std::vector<Tensor>& right,
     const std::vector<Tensor>& weight, const std::vector<Tensor>& exponents,
     const std::vector<int64_t>& scales) {
-  return with_dtype(weights[0].scalar_type(), "matricization_pullback", [&](auto type) {
-    TraceGradients<decltype(type)> tree(program, weights, marked(program, wanted), false);
-    const Buffer<double> numbers(tree.numbers());
-    const Buffer<int64_t> powers(tree.exponents());
-    tree.use(numbers.get(), powers.get());
-    tree.forward(nullptr);
-    std::vector<Tensor> dense;
-    const auto data = [&](const Tensor& t) {
-      dense.push_back(in_one_piece(t));
-      return dense.back().const_data_ptr();
-    };
-    std::vector<SingularVectors> vectors(program.steps);
-    for (std::size_t i = 0; i < wanted.size(); ++i)
-      vectors[wanted[i]] = {static_cast<const double*>(data(left[i])),
-                            static_cast<const double*>(data(right[i])),
-                            static_cast<const double*>(data(weight[i])),
-                            static_cast<const int64_t*>(data(exponents[i])),
-                            weight[i].size(0),
-                            scales[i]};
-    return tree.of_vectors(vectors);
-  });
+  TraceGradients tree(program, weights, marked(program, wanted), false);
+  const Buffer<double> numbers(tree.numbers());
+  const Buffer<int64_t> powers(tree.exponents());
+  tree.use(numbers.get(), powers.get());
+  tree.forward(nullptr);
+  std::vector<Tensor> dense;
+  const auto data = [&](const Tensor& t) {
+    dense.push_back(in_one_piece(t));
+    return dense.back().const_data_ptr();
+  };
+  std::vector<SingularVectors> vectors(program.steps);
+  for (std::size_t i = 0; i < wanted.size(); ++i)
+    vectors[wanted[i]] = {static_cast<const double*>(data(left[i])),
+                          static_cast<const double*>(data(right[i])),
+                          static_cast<const double*>(data(weight[i])),
+                          static_cast<const int64_t*>(data(exponents[i])),
+                          weight[i].size(0),
+                          scales[i]};
+  return tree.of_vectors(vectors);
 }
 
 }  // namespace htf

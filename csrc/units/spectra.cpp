@@ -1,0 +1,6 @@
+#include "spectra/spectra.cpp"
+#include "spectra/factors_cpu.cpp"
+#include "spectra/svd.cpp"
+#include "spectra/traces.cpp"
+#include "spectra/traces_cpu.cpp"
+#include "spectra/values_cpu.cpp"
