@@ -1,20 +1,21 @@
 """The compiled modules; everything else about the package is in pyproject.toml.
 
 ``htfkernels._C`` (CPU operators) and ``htfkernels._plan`` are always built. ``htfkernels._C_cuda``
-(CUDA operators) is built where nvcc is, also against a PyTorch without CUDA. From the environment:
+(CUDA operators) is built where PyTorch is a CUDA build and nvcc is there. From the environment:
 
     CUDA_HOME             where the CUDA toolkit is
-    HTF_SKIP_CUDA_BUILD   1: without _C_cuda
+    HTF_BUILD_CUDA        1: _C_cuda whatever PyTorch is; 0: without it
     TORCH_CUDA_ARCH_LIST  GPU architectures, as for PyTorch's own extensions; by default
                           "8.0;9.0+PTX"
     MAX_JOBS              how many files are compiled at a time
     HTF_EMULATE_CUDA      1: htfkernels._C_emulated too, the CUDA operators on the CPU, for tests
 """
 
+import copy
 import os
 import shlex
 import shutil
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 
 import pybind11
@@ -42,6 +43,26 @@ def cuda_home():
     return next((home for home in (beside, "/usr/local/cuda") if complete(home)), None)
 
 
+def cuda_wanted(torch_version, torch_cuda):
+    """The folder of the CUDA toolkit or None, and why ``_C_cuda`` is built or not."""
+    asked = os.environ.get("HTF_BUILD_CUDA", "")
+    if asked not in ("", "0", "1"):
+        raise SystemExit(f"HTF_BUILD_CUDA: expected 1 or 0, got {asked!r}")
+    if asked == "0":
+        return None, "HTF_BUILD_CUDA=0"
+    if not asked and torch_cuda is None:
+        return None, (f"PyTorch {torch_version} is not a CUDA build (HTF_BUILD_CUDA=1 asks for it)")
+    home = cuda_home()
+    if home is None and asked:
+        raise SystemExit(
+            "HTF_BUILD_CUDA=1 asks for the CUDA kernels, and no CUDA toolkit was found: CUDA_HOME "
+            "must name a folder with bin/nvcc and include/cuda.h"
+        )
+    if home is None:
+        return None, "no nvcc was found (CUDA_HOME says where the CUDA toolkit is)"
+    return home, "HTF_BUILD_CUDA=1" if asked else f"PyTorch {torch_version} is a CUDA build"
+
+
 def architectures():
     """``[("80", False), ("90", True)]``: GPU architectures, and whether as PTX too."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0+PTX"
@@ -59,7 +80,7 @@ def architectures():
     if not found:
         raise SystemExit(
             f"TORCH_CUDA_ARCH_LIST: the CUDA kernels need 8.0 or later, got {listed!r}; "
-            "HTF_SKIP_CUDA_BUILD=1 builds without them"
+            "HTF_BUILD_CUDA=0 builds without them"
         )
     return found
 
@@ -94,10 +115,11 @@ plan = Extension(
     extra_link_args=["-pthread"],
     language="c++",
 )
-emulated = sorted(glob("csrc/emulated/*.cpp"))
 common = {
     "depends": sorted(
-        path for end in ("h", "inl", "cuh") for path in glob(f"csrc/**/*.{end}", recursive=True)
+        path
+        for end in ("h", "inl", "cuh", "cpp", "cu")
+        for path in glob(f"csrc/**/*.{end}", recursive=True)
     ),
     "include_dirs": [os.path.abspath("csrc")],  # ninja compiles in another folder
     "py_limited_api": True,
@@ -109,10 +131,11 @@ extension = {
 }
 
 try:
+    import torch
     from torch.utils import cpp_extension
 except ModuleNotFoundError:
     # Metadata and source archives need no PyTorch; _build_backend refuses to build a wheel without.
-    ext_modules, cmdclass = [Extension(**extension), plan], {}
+    ext_modules, cmdclass = [plan, Extension(**extension)], {}
 else:
     cxx_args = [
         "-O3",
@@ -131,11 +154,15 @@ else:
         *(part for path in cpp_extension.include_paths() for part in ("-isystem", path)),
     ]
     compile_args = cxx_args + shared_args
-    ext_modules = [cpp_extension.CppExtension(**extension, extra_compile_args=compile_args), plan]
-    home = None if is_set("HTF_SKIP_CUDA_BUILD") else cuda_home()
-    if home is not None:
+    ext_modules = [plan, cpp_extension.CppExtension(**extension, extra_compile_args=compile_args)]
+    home, why = cuda_wanted(torch.__version__, torch.version.cuda)
+    compiled = "htfkernels: compiling _C, _plan (CPU)"
+    if home is None:
+        compiled += f"; without _C_cuda: {why}"
+    else:
         archs = architectures()
         named = ";".join(number + ("+PTX" if ptx else "") for number, ptx in archs)
+        compiled += f"; _C_cuda (CUDA, {named}): {why}"
         cuda_args = [
             "-O3",
             "-std=c++20",
@@ -171,16 +198,15 @@ else:
                 ],
             )
         )
-    elif not is_set("HTF_SKIP_CUDA_BUILD"):
-        print("htfkernels: there is no nvcc, so _C_cuda is not built", file=sys.stderr)
     if is_set("HTF_EMULATE_CUDA"):
+        compiled += "; _C_emulated: HTF_EMULATE_CUDA=1"
         # A GPU ends a kernel that loads a vector from an address that is no multiple of its size.
         checks = ["-fsanitize=alignment,shift", "-fno-sanitize-recover=all"]
         ext_modules.append(
             cpp_extension.CppExtension(
                 name="htfkernels._C_emulated",
-                sources=emulated,
-                **{**common, "depends": common["depends"] + glob("csrc/**/*.cu", recursive=True)},
+                sources=sorted(glob("csrc/emulated/*.cpp")),
+                **common,
                 extra_compile_args=[
                     *compile_args,
                     "-DHTF_EMULATE",
@@ -194,9 +220,26 @@ else:
         )
 
     class Build(cpp_extension.BuildExtension):
+        planned = None  # the build of plan, where it runs beside the others
+
         def build_extensions(self):
-            drop_stale(self.build_temp, glob("csrc/**/*.cu", recursive=True), common["depends"])
-            super().build_extensions()
+            print(compiled, flush=True)
+            headers = [path for path in common["depends"] if path.endswith(("h", "inl"))]
+            drop_stale(self.build_temp, glob("csrc/**/*.cu", recursive=True), headers)
+            with ThreadPoolExecutor(1) as self.beside:
+                super().build_extensions()
+            if self.planned is not None:
+                self.planned.result()
+
+        def build_extension(self, ext):
+            if ext is not plan or os.environ.get("MAX_JOBS") == "1":
+                super().build_extension(ext)
+                return
+            # A single file, which keeps one core busy: meanwhile the others compile _C. ninja has a
+            # folder for each run.
+            own = copy.copy(self)
+            own.build_temp = os.path.join(self.build_temp, "plan")
+            self.planned = self.beside.submit(super(Build, own).build_extension, ext)
 
     cmdclass = {"build_ext": Build}
 
