@@ -67,7 +67,7 @@ def find_module() -> Path:
     folder = Path(module.__file__).parent.parent
     found = sorted(folder.glob("_C_cuda*.so"))
     if not found:
-        raise FileNotFoundError(f"there is no _C_cuda in {folder}: it is built where nvcc is")
+        raise FileNotFoundError(f"there is no _C_cuda in {folder}: HTF_BUILD_CUDA=1 builds it")
     return found[0]
 
 

@@ -31,7 +31,7 @@ def extensions(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     given: dict[str, Any] = {}
     monkeypatch.setattr(setuptools, "setup", lambda **arguments: given.update(arguments))
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("HTF_SKIP_CUDA_BUILD", "1")
+    monkeypatch.setenv("HTF_BUILD_CUDA", "0")
     monkeypatch.delenv("HTF_EMULATE_CUDA", raising=False)
     runpy.run_path("setup.py")
     return {extension.name: extension for extension in given["ext_modules"]}

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import setuptools
+import torch
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent.parent
@@ -60,8 +61,8 @@ def toolkit(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-def test_with_a_toolkit(build: Build, toolkit: str) -> None:
-    found = build(CUDA_HOME=toolkit)
+def test_cuda_where_it_is_asked_for(build: Build, toolkit: str) -> None:
+    found = build(CUDA_HOME=toolkit, HTF_BUILD_CUDA="1")
     assert sorted(found) == ["htfkernels._C", "htfkernels._C_cuda", "htfkernels._plan"]
     count, *flags = found["htfkernels._C_cuda"]
     assert int(count) == len(list((ROOT / "csrc").rglob("*.cu")))
@@ -72,14 +73,76 @@ def test_with_a_toolkit(build: Build, toolkit: str) -> None:
     ]
 
 
-def test_without_cuda(build: Build, toolkit: str) -> None:
-    found = build(CUDA_HOME=toolkit, HTF_SKIP_CUDA_BUILD="1")
-    assert sorted(found) == ["htfkernels._C", "htfkernels._plan"]
+@pytest.mark.parametrize(
+    ("asked", "pytorch", "compiled"),
+    [
+        (
+            None,
+            "13.0",
+            "_C, _plan (CPU); _C_cuda (CUDA, 80;90+PTX): PyTorch 2.13.0 is a CUDA build",
+        ),
+        ("1", "13.0", "_C, _plan (CPU); _C_cuda (CUDA, 80;90+PTX): HTF_BUILD_CUDA=1"),
+        ("1", None, "_C, _plan (CPU); _C_cuda (CUDA, 80;90+PTX): HTF_BUILD_CUDA=1"),
+        ("0", "13.0", "_C, _plan (CPU); without _C_cuda: HTF_BUILD_CUDA=0"),
+        (
+            None,
+            None,
+            "_C, _plan (CPU); without _C_cuda: PyTorch 2.13.0 is not a CUDA build "
+            "(HTF_BUILD_CUDA=1 asks for it)",
+        ),
+    ],
+)
+def test_what_is_compiled_and_why(
+    script: Callable[[], dict[str, Any]],
+    toolkit: str,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: str | None,
+    pytorch: str | None,
+    compiled: str,
+) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.13.0")
+    monkeypatch.setattr(torch.version, "cuda", pytorch)
+    monkeypatch.setenv("CUDA_HOME", toolkit)
+    if asked is not None:
+        monkeypatch.setenv("HTF_BUILD_CUDA", asked)
+    found = script()
+    assert found["compiled"] == f"htfkernels: compiling {compiled}"
+    names = {extension.name for extension in found["ext_modules"]}
+    assert ("htfkernels._C_cuda" in names) == ("without" not in compiled)
+    assert names >= {"htfkernels._C", "htfkernels._plan"}
 
 
-def test_emulated(build: Build, toolkit: str) -> None:
-    found = build(CUDA_HOME=toolkit, HTF_SKIP_CUDA_BUILD="1", HTF_EMULATE_CUDA="1")
+@pytest.mark.parametrize("pytorch", ["13.0", None])
+def test_without_a_toolkit(
+    build: Build,
+    script: Callable[[], dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    pytorch: str | None,
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", pytorch)
+    monkeypatch.setattr(os.path, "exists", lambda path: False)
+    assert "htfkernels._C_cuda" not in build()
+    assert ("no nvcc was found" in script()["compiled"]) == (pytorch is not None)
+    with pytest.raises(SystemExit, match=r"HTF_BUILD_CUDA=1 asks .* no CUDA toolkit was found"):
+        build(HTF_BUILD_CUDA="1")
+
+
+def test_emulated(build: Build) -> None:
+    found = build(HTF_BUILD_CUDA="0", HTF_EMULATE_CUDA="1")
     assert sorted(found) == ["htfkernels._C", "htfkernels._C_emulated", "htfkernels._plan"]
+
+
+def test_every_source_is_in_one_unit() -> None:
+    """A unit includes the sources that are compiled together; kernels are compiled alone."""
+    csrc = ROOT / "csrc"
+    included = [
+        line.split('"')[1]
+        for unit in (csrc / "units").glob("*.cpp")
+        for line in unit.read_text().splitlines()
+    ]
+    sources = {str(p.relative_to(csrc)) for p in csrc.rglob("*.cpp")}
+    apart = ("units/", "emulated/", "plan/", "cpu/kernels")
+    assert sorted(included) == sorted(s for s in sources if not s.startswith(apart))
 
 
 def test_every_cuda_source_is_emulated() -> None:
@@ -94,7 +157,8 @@ def test_every_cuda_source_is_emulated() -> None:
 
 
 def test_listed_architectures(build: Build, toolkit: str) -> None:
-    found = build(CUDA_HOME=toolkit, TORCH_CUDA_ARCH_LIST="7.5 8.6;9.0a+PTX")
+    archs = "7.5 8.6;9.0a+PTX"
+    found = build(CUDA_HOME=toolkit, HTF_BUILD_CUDA="1", TORCH_CUDA_ARCH_LIST=archs)
     assert found["htfkernels._C_cuda"][1:] == [
         "-gencode=arch=compute_86,code=sm_86",
         "-gencode=arch=compute_90a,code=sm_90a",
@@ -108,11 +172,12 @@ def test_listed_architectures(build: Build, toolkit: str) -> None:
         ({"TORCH_CUDA_ARCH_LIST": "Hopper"}, "expected numbers such as 8.0;9.0+PTX, got 'Hopper'"),
         ({"TORCH_CUDA_ARCH_LIST": "7.0"}, "the CUDA kernels need 8.0 or later, got '7.0'"),
         ({"CUDA_HOME": "/nowhere"}, "CUDA_HOME is /nowhere, and there is no bin/nvcc"),
+        ({"HTF_BUILD_CUDA": "maybe"}, "HTF_BUILD_CUDA: expected 1 or 0, got 'maybe'"),
     ],
 )
 def test_wrong_settings(build: Build, toolkit: str, setting: dict[str, str], message: str) -> None:
     with pytest.raises(SystemExit, match=re.escape(message)):
-        build(**{"CUDA_HOME": toolkit} | setting)
+        build(**{"CUDA_HOME": toolkit, "HTF_BUILD_CUDA": "1"} | setting)
 
 
 def test_what_is_older_than_a_header_is_compiled_again(

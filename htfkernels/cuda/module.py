@@ -82,7 +82,7 @@ def shared_bytes() -> int:
 
 
 _MISSING = {
-    False: "there was no nvcc when the package was installed",
+    False: "HTF_BUILD_CUDA=1 asks for it where PyTorch is not a CUDA build, and it needs nvcc",
     True: "HTF_EMULATE_CUDA=1 python setup.py build_ext --inplace does",
 }
 
