@@ -301,19 +301,26 @@ def caterpillar(order):
     return ModeTree.from_parents(order, [order, order, *range(order + 1, 2 * order - 1), *interior])
 
 
-@pytest.mark.parametrize(
+FOUR_THOUSAND = pytest.mark.parametrize(
     ("make", "depth"),
     [(ModeTree.balanced, 12), (ModeTree.halves, 12), (ModeTree.flat, 1), (caterpillar, 4095)],
     ids=["balanced", "halves", "flat", "caterpillar"],
 )
-def test_four_thousand_modes(target, make, depth):
-    target.require("evaluate", torch.float64)
+
+
+@FOUR_THOUSAND
+def test_four_thousand_modes(make, depth):
     tree = make(4096)
     assert tree.order == 4096 and tree.depth == depth
     assert pickle.loads(pickle.dumps(tree)) == tree == ModeTree.from_json(tree.to_json())
     assert ModeTree.from_nested(tree.to_nested()) == tree
     assert len(str(tree)) < 20_000 and repr(tree.root).endswith(f", level={depth})")
-    case = testing.Case("", hk.Layout.make(tree, 2, 3), 2)
+
+
+@FOUR_THOUSAND
+def test_values_and_gradients_of_four_thousand_modes(target, make, depth):
+    target.require("evaluate", torch.float64)
+    case = testing.Case("", hk.Layout.make(make(4096), 2, 3), 2)
     inputs = testing.make_inputs(case, torch.float64, target.device, spread=0.01)
     function, arguments = testing.operation("evaluate", case, inputs)
     run = testing.gradients(function)
