@@ -37,6 +37,7 @@ def info_text() -> str:
         ("python", f"{platform.python_version()} on {platform.platform()}"),
         ("learn extra", ", ".join(f"{name} {_version(name)}" for name in _LEARN)),
         ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} CPUs"),
+        ("waiting threads", _waiting()),
         ("CPU capability", torch.backends.cpu.get_cpu_capability()),
         ("CUDA", _cuda()),
         ("backend asked for", requested()),
@@ -47,6 +48,16 @@ def info_text() -> str:
     rows.append(("compiled for CUDA", _cuda_build()))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
+
+
+def _waiting() -> str:
+    """What OpenMP was told, and what to tell it."""
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
+    told = ", ".join(f"{name} {os.environ.get(name, 'not set')}" for name in names)
+    return (
+        f"{told}; where other processes want the cores, a script sets GOMP_SPINCOUNT=100 before it "
+        "imports torch, as htf does for its commands"
+    )
 
 
 def _version(distribution: str) -> str:
