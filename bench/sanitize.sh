@@ -18,7 +18,7 @@ cd "$into"
 
 # -fno-wrapv: Python's own flags would have overflow of signed numbers defined.
 checks="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-wrapv"
-HTF_SKIP_CUDA_BUILD=1 HTF_CXX_FLAGS="-O1 -g1 -fno-omit-frame-pointer $checks" \
+HTF_BUILD_CUDA=0 HTF_CXX_FLAGS="-O1 -g1 -fno-omit-frame-pointer $checks" \
   python setup.py -q build_ext --inplace >compiled.log 2>&1 || { cat compiled.log; exit 1; }
 
 [ $# -gt 0 ] || set -- tests/test_evaluate.py tests/test_evaluate_at.py tests/test_planned.py \

@@ -37,6 +37,7 @@ def info_text() -> str:
         ("python", f"{platform.python_version()} on {platform.platform()}"),
         ("learn extra", ", ".join(f"{name} {_version(name)}" for name in _LEARN)),
         ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} CPUs"),
+        ("waiting threads", _waiting()),
         ("CPU capability", torch.backends.cpu.get_cpu_capability()),
         ("CUDA", _cuda()),
         ("backend asked for", dispatch.requested()),
@@ -67,6 +68,16 @@ def _verified(backend: str) -> list[tuple[str, str]]:
                     state = "verified" if verdict.failure is None else "FAILED"
                 found[state].append(f"{family.name} {math}")
     return [(state, ", ".join(names)) for state, names in found.items() if names]
+
+
+def _waiting() -> str:
+    """What OpenMP was told, and what to tell it."""
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
+    told = ", ".join(f"{name} {os.environ.get(name, 'not set')}" for name in names)
+    return (
+        f"{told}; where other processes want the cores, a script sets GOMP_SPINCOUNT=100 before it "
+        "imports torch, as htf does for its commands"
+    )
 
 
 def _version(distribution: str) -> str:

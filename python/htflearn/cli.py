@@ -53,29 +53,41 @@ _LONGEST, _END = 600, 200  # of a sentence, and what is kept of its end
 
 def main() -> None:
     """The entry point of ``htf``: runs a command and ends the process."""
-    os.environ.setdefault("GOMP_SPINCOUNT", _spins(sys.argv[1:]))
     for stream in (sys.stdout, sys.stderr):  # a letter that the terminal lacks is no reason to end
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    _choose_waiting(sys.argv[1:])
     sys.exit(run(sys.argv[1:]))
 
 
+def _choose_waiting(arguments: Sequence[str]) -> None:
+    """Sets ``GOMP_SPINCOUNT`` unless the user has said how threads wait; OpenMP reads it when
+    PyTorch is loaded. ``htf info`` shows what a script of the user's would get."""
+    told = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys()
+    if not told and _called(arguments) != "info":
+        os.environ["GOMP_SPINCOUNT"] = _spins(arguments)
+
+
 def _spins(arguments: Sequence[str]) -> str:
-    """How often OpenMP's threads look for work or for each other before they sleep, for
-    ``GOMP_SPINCOUNT``; read when PyTorch loads its OpenMP.
+    """How often OpenMP's threads look for work or for each other before they sleep.
 
-    Where another process wants a core, the threads of a step share the other one, and each spins
-    away the time of the very thread it waits for. A step of the dynamics' HTF panel on two threads
-    of a machine of two cores, medians in ms::
+    Where other processes want the cores, a thread that spins takes the time of the very thread it
+    waits for. Two threads on two cores of a Xeon that about nine other processes wanted, medians
+    of two runs in ms::
 
-        spins                          100      1,000    20,000    default     one thread
-        both cores free                1.7      1.6      1.5                   2.6
-        one busy process beside it     3.1      3.5      11        11 to 64    2.8
-        more than one                  3 to 8   4 to 8   18                    3 to 9
+        spins                        0         100       1,000     20,000    default    one thread
+        step of the HTF panel     2.6, 2.8  2.8, 2.9  2.9, 3.0   8.1, 7.6  128, 88     2.9, 6.8
+        medium of htf bench        26, 32    32, 27    27, 20     23, 37   144, 133     35, 38
+        512-square torch.mm       1.8, 1.8  1.7, 1.8  1.8, 2.0   2.5, 4.0   16, 12     1.7, 1.8
+        a small forward            0.049     0.052     0.086       0.68       16        0.045
 
-    Benchmarks are for idle machines and wait longer.
+    The last row is a forward of 720,000 multiply-adds, called every 0.2 ms, in one run. Calls of it
+    that nothing disturbed took 0.050, 0.050, 0.049, 0.043, 0.044 and 0.046 ms. With both cores
+    free, the step took 1.7, 1.6 and 1.5 ms with 100, 1,000 and 20,000 spins on two cores of an
+    EPYC. A hundred spins take a few microseconds: enough for a thread that is done almost at the
+    same time. Benchmarks are for idle machines and wait longer.
     """
-    return "20000" if _called(arguments) == "bench" else "1000"
+    return "20000" if _called(arguments) == "bench" else "100"
 
 
 def _called(arguments: Sequence[str]) -> str | None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import htfkernels as hk
+from htfkernels.info import info_text
 from htflearn import cli
 from htflearn.errors import Incomplete, UserError, writable_directory
 
@@ -112,17 +113,33 @@ def test_writable_directory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("command", "given", "spins"),
-    [("dynamics", None, "1000"), ("bench", None, "20000"), ("dynamics", "7", "7")],
+    [
+        ("dynamics", {}, "100"),
+        ("bench", {}, "20000"),
+        ("dynamics", {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("dynamics", {"OMP_WAIT_POLICY": "active"}, "None"),
+        ("info", {}, "None"),
+    ],
 )
-def test_threads_wait_without_long_spinning(command: str, given: str | None, spins: str) -> None:
-    wish = "" if given is None else f"os.environ['GOMP_SPINCOUNT'] = '{given}'"
+def test_threads_wait_without_long_spinning(
+    command: str, given: dict[str, str], spins: str
+) -> None:
     code = f"""
 import os, sys
-os.environ.pop('GOMP_SPINCOUNT', None)
-{wish}
+for name in ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'):
+    os.environ.pop(name, None)
+os.environ.update({given})
 from htflearn import cli
 sys.argv = ['htf', '{command}']
-cli.run = lambda arguments: print(os.environ['GOMP_SPINCOUNT'])
+cli.run = lambda arguments: print(os.environ.get('GOMP_SPINCOUNT'))
 cli.main()
 """
     assert python(code).stdout.strip() == spins
+
+
+def test_info_says_how_threads_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOMP_SPINCOUNT", "12")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    line = next(x for x in info_text().splitlines() if x.startswith("waiting threads "))
+    assert "GOMP_SPINCOUNT 12, OMP_WAIT_POLICY not set" in line
+    assert f"sets GOMP_SPINCOUNT={cli._spins(['dynamics'])} before" in line
