@@ -1,5 +1,5 @@
-#include "spectra/factors_cpu.cpp"
 #include "spectra/spectra.cpp"
+#include "spectra/factors_cpu.cpp"
 #include "spectra/svd.cpp"
 #include "spectra/traces.cpp"
 #include "spectra/traces_cpu.cpp"
