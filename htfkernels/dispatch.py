@@ -13,6 +13,7 @@ from importlib.util import find_spec
 import torch
 
 from htfkernels import verdicts
+from htfkernels.arguments import shown
 from htfkernels.cuda import estimate, limits
 from htfkernels.cuda import module as cuda_module
 from htfkernels.layout import Layout
@@ -264,5 +265,7 @@ def _whole_tree(spec: Spec) -> tuple[bool, str]:
 
 def _checked(name: str, where: str) -> str:
     if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"{where}: expected one of {', '.join((*BACKENDS, 'auto'))}, got {name!r}")
+        raise ValueError(
+            f"{where}: expected one of {', '.join((*BACKENDS, 'auto'))}, got {shown(name)}"
+        )
     return name

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from htfkernels.arguments import shown
 from htfkernels.index_build import fingerprint, native
 from htfkernels.index_cost import STEP, passes_to_pay
 from htfkernels.index_plan import IndexPlan, Indices, build_plan, check_indices
@@ -128,7 +129,7 @@ def use_index_plans(enabled: bool) -> Iterator[None]:
         torch.Size([2048])
     """
     if not isinstance(enabled, bool):
-        raise ValueError(f"use_index_plans: expected True or False, got {enabled!r}")
+        raise ValueError(f"use_index_plans: expected True or False, got {shown(enabled)}")
     token = _enabled.set(enabled)
     try:
         yield

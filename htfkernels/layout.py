@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from htfkernels.arguments import shown
 from htfkernels.tree import ModeTree, Node
 from htfkernels.tree_checks import as_int
 
@@ -125,13 +126,13 @@ class Layout:
         if min(dims) < 1:
             raise ValueError(f"mode_dims: expected positive dimensions, got {min(dims)}")
         if root not in ("linear", "sum"):
-            raise ValueError(f'root: expected "linear" or "sum", got {root!r}')
+            raise ValueError(f'root: expected "linear" or "sum", got {shown(root)}')
         outputs = as_int("out_features", out_features)
         if outputs < 1 or (root == "sum" and outputs != 1):
             expected = "1 with root='sum'" if root == "sum" else "at least 1"
             raise ValueError(f"out_features: expected {expected}, got {outputs}")
         if share_weights not in (False, True):
-            raise ValueError(f"share_weights: expected True or False, got {share_weights!r}")
+            raise ValueError(f"share_weights: expected True or False, got {shown(share_weights)}")
         per_node = _expand_ranks(tree, ranks)
         if sum(dims) >= 2**63:
             raise ValueError("mode_dims: their sum must fit into 64 bits")

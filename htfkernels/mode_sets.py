@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from htfkernels.arguments import shown
 from htfkernels.balance import balance, scaled
 from htfkernels.finite import all_finite
 from htfkernels.functional import check_same
@@ -183,7 +184,7 @@ def spectrum_cost(layout: Layout, modes: Iterable[int]) -> Cost:
 
 def _rows(name: str, tree: ModeTree, modes: Iterable[int]) -> tuple[int, ...]:
     if not isinstance(modes, Iterable):
-        raise ValueError(f"{name}: modes must be a sequence of integers, got {modes!r}")
+        raise ValueError(f"{name}: modes must be a sequence of integers, got {shown(modes)}")
     rows = [as_int(f"{name}: a mode", m) for m in modes]
     if not rows or len(set(rows)) < len(rows) or not set(rows) <= set(range(tree.order)):
         raise ValueError(f"{name}: modes must be distinct, of 0..{tree.order - 1}, got {rows}")
@@ -198,7 +199,7 @@ def _limit(max_cost: tuple[float, float] | float | None) -> Work:
     if not numbers or len(given) not in (1, 2):
         raise ValueError(
             "matricization_spectrum: max_cost must be (flops, bytes) or a number of flops, none "
-            f"negative, got {max_cost!r}"
+            f"negative, got {shown(max_cost)}"
         )
     if len(given) == 2:
         return Work(*given)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from htfkernels import functional, inner_products, mode_sets, spectra
+from htfkernels.arguments import shown
 from htfkernels.index_cache import index_plan
 from htfkernels.index_plan import IndexPlan, Indices
 from htfkernels.layout import Layout, Ranks, RootKind
@@ -89,7 +90,7 @@ class HTF(nn.Module):
         self.init_std = _checked_std(init_std)
         if dtype is not None and dtype not in _DTYPES:
             expected = ", ".join(map(str, _DTYPES))
-            raise ValueError(f"dtype: expected one of {expected}, got {dtype!r}")
+            raise ValueError(f"dtype: expected one of {expected}, got {shown(dtype)}")
         _ = (
             self.layout.program,
             self.layout.offsets,
@@ -207,7 +208,7 @@ class HTF(nn.Module):
         (under ``no_grad``) writes the model. The root of ``root="sum"`` gives a new column of
         ones."""
         if not isinstance(node, Node) or node.tree != self.tree:
-            raise ValueError(f"node_weight: {node!r} is no node of this model's tree")
+            raise ValueError(f"node_weight: {shown(node)} is no node of this model's tree")
         if node.index not in self.layout.location:
             first = self.weights[0]
             return torch.ones(self.layout.shape(node), dtype=first.dtype, device=first.device)

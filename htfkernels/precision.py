@@ -9,6 +9,8 @@ from contextvars import ContextVar
 
 import torch
 
+from htfkernels.arguments import shown
+
 __all__ = ["PRECISIONS", "float32_precision", "use_precision"]
 
 PRECISIONS = ("ieee", "tf32", "tf32x3")
@@ -61,5 +63,5 @@ def float32_precision() -> str:
 def _checked(name: str, where: str) -> str:
     if name != "auto" and name not in PRECISIONS:
         expected = ", ".join((*PRECISIONS, "auto"))
-        raise ValueError(f"{where}: expected one of {expected}, got {name!r}")
+        raise ValueError(f"{where}: expected one of {expected}, got {shown(name)}")
     return name

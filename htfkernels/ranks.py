@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from htfkernels.arguments import came, shown
+
 __all__ = [
     "effective_rank",
     "entanglement_entropy",
@@ -58,7 +60,7 @@ def numerical_rank(s: Tensor, tol: float | None = None, rtol: float | None = Non
     for name, given in (("tol", tol), ("rtol", rtol)):
         if given is not None and not (_is_number(given) and given >= 0):
             raise ValueError(
-                f"numerical_rank: {name} must be a number of at least 0, got {given!r}"
+                f"numerical_rank: {name} must be a number of at least 0, got {shown(given)}"
             )
     if s.shape[-1] == 0:
         return torch.zeros(s.shape[:-1], dtype=torch.int64, device=s.device)
@@ -74,9 +76,10 @@ def numerical_rank(s: Tensor, tol: float | None = None, rtol: float | None = Non
 
 
 def _check_values(op: str, s: Any) -> None:
-    if not isinstance(s, Tensor) or not s.is_floating_point() or s.dim() == 0:
-        came = f"{s.dtype} {list(s.shape)}" if isinstance(s, Tensor) else type(s).__name__
-        raise ValueError(f"{op}: s must be singular values [..., K], floating point, got {came}")
+    dense = isinstance(s, Tensor) and s.layout is torch.strided and not s.is_nested
+    if not dense or not s.is_floating_point() or s.dim() == 0:
+        kind = f"{s.dtype} {came(s)}" if isinstance(s, Tensor) else came(s)
+        raise ValueError(f"{op}: s must be singular values [..., K], floating point, got {kind}")
 
 
 def _is_number(x: Any) -> bool:
@@ -157,7 +160,7 @@ def schatten_norm(s: Tensor, p: float) -> Tensor:
     """
     _check_values("schatten_norm", s)
     if not (_is_number(p) and p > 0):
-        raise ValueError(f"schatten_norm: p must be a positive number, got {p!r}")
+        raise ValueError(f"schatten_norm: p must be a positive number, got {shown(p)}")
     if s.shape[-1] == 0:
         return s.sum(-1)
     if math.isinf(p):

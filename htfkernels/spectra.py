@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from htfkernels import grams
+from htfkernels.arguments import shown
 from htfkernels.functional import Weights, check_same, fold
 from htfkernels.layout import Layout
 from htfkernels.ops.spectra import Factors, Pull, factors_of, pullback, singular_values, svd
@@ -234,11 +235,13 @@ def wanted_nodes(op: str, layout: Layout, nodes: Iterable[Node] | None) -> list[
     if nodes is None:
         return [n for n in tree.nodes if not n.is_root]
     if isinstance(nodes, str) or not isinstance(nodes, Iterable):
-        raise ValueError(f"{op}: nodes must be a sequence of the tree's nodes, got {nodes!r}")
+        raise ValueError(f"{op}: nodes must be a sequence of the tree's nodes, got {shown(nodes)}")
     wanted = list(nodes)
     for node in wanted:
         if not isinstance(node, Node):
-            raise ValueError(f"{op}: nodes must be nodes of the tree (tree.nodes), got {node!r}")
+            raise ValueError(
+                f"{op}: nodes must be nodes of the tree (tree.nodes), got {shown(node)}"
+            )
         if node.tree != tree:
             raise ValueError(f"{op}: {node} is a node of another tree")
     return wanted
@@ -254,7 +257,7 @@ def place_of(node: Node, leaf: int) -> int:
 
 def check_method(op: str, method: str) -> None:
     if not isinstance(method, str) or method not in ("auto", "qr", "gram"):
-        raise ValueError(f'{op}: method must be "auto", "qr" or "gram", got {method!r}')
+        raise ValueError(f'{op}: method must be "auto", "qr" or "gram", got {shown(method)}')
 
 
 def _prepare(

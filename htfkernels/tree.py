@@ -372,6 +372,8 @@ class ModeTree:
         Raises:
             KeyError: no node has these modes, or none at that level.
         """
+        if level is not None:
+            level = as_int("node: level", level)
         wanted = {int(m) for m in (modes if isinstance(modes, Iterable) else [modes])}
         if not wanted or not wanted <= set(range(self.order)):
             raise KeyError(

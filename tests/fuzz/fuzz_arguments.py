@@ -1,9 +1,9 @@
 """Bad arguments to public functions: each call returns, or raises one sentence.
 
 One argument of a call that is right is replaced by junk. ``ValueError``, ``TypeError``,
-``IndexError`` and ``RuntimeError`` are answers, if their message starts with the name of the
-function or argument, or names it in its first words; anything else (an ``AttributeError`` from the
-depth, a ``MemoryError``) is a finding.
+``RuntimeError``, ``IndexError``, and the ``KeyError`` of a node that is not there, are answers, if
+their message is short; anything else (an ``AttributeError`` from the depth, a ``MemoryError``) is a
+finding.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from drawing import draw_layout, draw_tensor, draw_tree, model_of
 
 import htfkernels as hk
 
-ANSWERS = (ValueError, TypeError, IndexError, RuntimeError, torch.linalg.LinAlgError)
+ANSWERS = (ValueError, TypeError, LookupError, RuntimeError, torch.linalg.LinAlgError)
 LONGEST = 600
 """Characters of a message: more is a dump."""
 
