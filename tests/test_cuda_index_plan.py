@@ -249,9 +249,7 @@ def test_out_of_range(order):
             bad = good.clone()
             bad[sample, mode] = index
             bad[sample + 1 :: 3, mode] = 77  # the first is named
-            sentence = (
-                f"IndexPlan: index {index} of mode {mode} is out of range, its dimension is 5"
-            )
+            sentence = f"index {index} of mode {mode} is out of range, its dimension is 5"
             with pytest.raises(IndexError, match=f"^{sentence}$"):
                 Builder(layout, bad.to(ON), OnDevice).build()
     alone = good[:1].clone()
