@@ -112,6 +112,7 @@ more_flags = shlex.split(os.environ.get("HTF_CXX_FLAGS", ""))
 plan = Extension(
     name="htfkernels._plan",
     sources=sorted(glob("csrc/plan/*.cpp")),
+    depends=sorted([*glob("csrc/*.h"), *glob("csrc/*.inl"), *glob("csrc/plan/*.h")]),
     include_dirs=[pybind11.get_include()],
     extra_compile_args=[
         *("-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra"),

@@ -15,7 +15,7 @@ __all__ = ["leading", "power", "sign", "split"]
 
 
 def sign(t: Tensor) -> Tensor:
-    """-1, 0 or 1, without gradient; NaN where ``t`` is, of which PyTorch's sign is 0."""
+    """-1, 0 or 1, without gradient; NaN where ``t`` is NaN (PyTorch's own sign is 0 there)."""
     t = t.detach()
     return torch.where(t.isnan(), t, t.sign())
 

@@ -31,7 +31,7 @@ def passes_to_pay(layout: Layout, batch: int) -> float:
     if as_int("pays: batch", batch) < 0:
         raise ValueError(f"pays: batch must not be negative, got {batch}")
     if batch >= 2**31 or max(layout.mode_dims) >= 2**31:
-        return math.inf  # there is no such plan
+        return math.inf  # a plan counts in 32 bits
     steps = program_steps(layout)
     operands: list[list[float]] = [[] for _ in steps]  # logarithms of their numbers of cells
     saved, looked_at = 0.0, 0  # seconds of a pass; pairs and leaves

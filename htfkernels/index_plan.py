@@ -170,7 +170,7 @@ class IndexPlan:
         """For how many rows a node is evaluated: its distinct sub-tuples where it is framed, else
         ``B``. A leaf's frame is its own weight, of ``D_n`` rows."""
         if not isinstance(node, Node) or node.tree != self.layout.tree:
-            raise ValueError(f"rows_of: {node!r} is no node of this plan's tree")
+            raise ValueError(f"rows_of: {node!r} is not a node of this plan's tree")
         if node.is_leaf:
             return self.layout.mode_dims[node.index]
         return self._framed_rows().get(node.index, self.batch)

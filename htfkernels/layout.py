@@ -339,7 +339,9 @@ def _expand_ranks(tree: ModeTree, ranks: Ranks) -> tuple[int, ...]:
         missing = [node for node in tree.interior if node not in ranks]
         unknown = [node for node in ranks if node not in set(tree.interior)]
         if missing or unknown:
-            what = f"no rank for {missing[0]}" if missing else f"{unknown[0]} is no interior node"
+            what = (
+                f"no rank for {missing[0]}" if missing else f"{unknown[0]} is not an interior node"
+            )
             raise ValueError(f"ranks: expected one for every interior node, but {what}")
         per_node = tuple(as_int("ranks", ranks[node]) for node in tree.interior)
     elif _is_several(ranks):

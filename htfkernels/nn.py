@@ -208,7 +208,7 @@ class HTF(nn.Module):
         (under ``no_grad``) writes the model. The root of ``root="sum"`` gives a new column of
         ones."""
         if not isinstance(node, Node) or node.tree != self.tree:
-            raise ValueError(f"node_weight: {shown(node)} is no node of this model's tree")
+            raise ValueError(f"node_weight: {shown(node)} is not a node of this model's tree")
         if node.index not in self.layout.location:
             first = self.weights[0]
             return torch.ones(self.layout.shape(node), dtype=first.dtype, device=first.device)

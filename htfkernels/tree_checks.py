@@ -81,7 +81,7 @@ def analyse(order: int, parents: list[int]) -> tuple[list[list[int]], list[int],
         )
     for i in range(order, count):
         if not children[i]:
-            raise ValueError(f"node {i} is empty: it has no children and is no leaf")
+            raise ValueError(f"node {i} is empty: it has no children and is not a leaf")
     heights = [0] * count
     smallest = [*range(order)] + [order] * (count - order)
     waiting = [len(c) for c in children]

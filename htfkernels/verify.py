@@ -180,7 +180,7 @@ def chosen(which: Sequence[str] = ()) -> list[tuple[Family, str]]:
     for text, words in zip(which, wanted, strict=True):
         if not any(name >= words for name in every.values()):
             listed = ", ".join(str(family) for family in FAMILIES)
-            raise ValueError(f"there are no kernels {text!r}, only {listed}")
+            raise ValueError(f"expected kernels among {listed}, got {text!r}")
     return [
         pair for pair, name in every.items() if not which or any(name >= words for words in wanted)
     ]

@@ -258,7 +258,7 @@ def test_errors():
         with pytest.raises(IndexError, match=f"^IndexPlan: {sentence}$"):
             index_plan(layout, bad)
     other = ModeTree.balanced(3)
-    with pytest.raises(ValueError, match="no node of this plan's tree"):
+    with pytest.raises(ValueError, match="is not a node of this plan's tree"):
         IndexPlan.make(layout, good).rows_of(other.root)
 
 

@@ -105,7 +105,7 @@ BAD = {
     "rank_missing": (lambda: Layout.make(T, 3, {T.root: 5}), r"ranks: .*no rank for Node\(\{0,1\}"),
     "rank_of_a_leaf": (
         lambda: Layout.make(T, 3, dict.fromkeys(T.nodes, 5)),
-        r"ranks: .*Node\(\{0\}, level=0\) is no interior node",
+        r"ranks: .*Node\(\{0\}, level=0\) is not an interior node",
     ),
     "outputs_zero": (
         lambda: Layout.make(T, 3, 5, out_features=0),

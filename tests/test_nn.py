@@ -302,7 +302,7 @@ def test_node_weight_has_gradients(model):
 
 
 def test_node_weight_of_another_tree(model):
-    with pytest.raises(ValueError, match=r"node_weight: Node.* is no node of this model's tree"):
+    with pytest.raises(ValueError, match=r"node_weight: Node.* is not a node of this model's tree"):
         model.node_weight(ModeTree.balanced(4).nodes[0])
     for wrong in (0, (0,), None):
         with pytest.raises(ValueError, match="node_weight"):

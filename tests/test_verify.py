@@ -208,7 +208,7 @@ def test_words_choose_kernels():
     assert len(verify.chosen()) == sum(len(f.maths) for f in FAMILIES)
     found = [f"{f} {m}" for f, m in verify.chosen(["index plan", "slog tf32", "cpp spectra"])]
     assert found == ["cuda index plan int64", "triton slog tf32", "cpp spectra float64"]
-    with pytest.raises(ValueError, match="there are no kernels 'cpp tf32', only cuda tree, cuda"):
+    with pytest.raises(ValueError, match="expected kernels among cuda tree, cuda"):
         verify.chosen(["cuda", "cpp tf32"])
 
 
@@ -285,5 +285,5 @@ def test_the_command_fails_where_kernels_do(commands, monkeypatch):
 def test_the_command_refuses_what_is_not_there(commands):
     for code, out, errors in commands("cpp", "fortran"):
         assert code == 2 and out == ""
-        assert "there are no kernels 'fortran', only cuda tree" in errors
+        assert "expected kernels among cuda tree" in errors
     assert main.main(["nonsense"]) == 2

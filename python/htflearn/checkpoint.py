@@ -260,7 +260,8 @@ def restored(kind: type[_State], saved: dict[str, Any], path: _Path) -> _State:
             raise UserError(f"the checkpoint in {path} is of another training: it has {name!r}")
         if not isinstance(value, (int, float) if expected is float else expected):
             raise UserError(
-                f"the checkpoint in {path} is damaged: its {name} is no {expected.__name__}"
+                f"the checkpoint in {path} is damaged: its {name} is not of type "
+                f"{expected.__name__}"
             )
         setattr(state, name, value)
     return state

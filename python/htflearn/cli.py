@@ -53,7 +53,7 @@ _LONGEST, _END = 600, 200  # of a sentence, and what is kept of its end
 
 def main() -> None:
     """The entry point of ``htf``: runs a command and ends the process."""
-    for stream in (sys.stdout, sys.stderr):  # a letter that the terminal lacks is no reason to end
+    for stream in (sys.stdout, sys.stderr):  # letters it lacks are replaced
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     _choose_waiting(sys.argv[1:])

@@ -21,6 +21,7 @@ __all__ = [
     "disk_errors",
     "parse_object",
     "read_object",
+    "remove_drafts",
     "replace_file",
     "scratch_file",
     "sync",
@@ -29,6 +30,7 @@ __all__ = [
 
 _Path = str | os.PathLike[str]
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how libraries in Rust tell errno
+_DRAFT = re.compile(r"\.htf-[0-9a-f]{16}(\..*)?")
 _NUMPY_FULL = re.compile(r"\d+ requested and \d+ written")
 
 
@@ -71,6 +73,17 @@ def scratch_file(path: Path) -> Iterator[Path]:
             yield draft
         finally:
             draft.unlink(missing_ok=True)
+
+
+def remove_drafts(folder: Path) -> None:
+    """Removes the files of :func:`scratch_file` that killed processes have left.
+
+    Args:
+        folder: where nobody else writes now.
+    """
+    for entry in folder.iterdir():
+        if _DRAFT.fullmatch(entry.name) and entry.is_file() and not entry.is_symlink():
+            entry.unlink(missing_ok=True)
 
 
 @contextmanager

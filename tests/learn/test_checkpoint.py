@@ -317,10 +317,10 @@ def test_the_state_of_a_training() -> None:
     for saved, says in (
         ({"iteration": 3}, "is of another training: it has 'iteration'"),
         ({"__class__": 3}, "is of another training"),
-        ({"count": "3"}, "its count is no int"),
-        ({"count": None}, "its count is no int"),
-        ({"seconds": torch.ones(2)}, "its seconds is no float"),
-        ({"found": [1]}, "its found is no dict"),
+        ({"count": "3"}, "its count is not of type int"),
+        ({"count": None}, "its count is not of type int"),
+        ({"seconds": torch.ones(2)}, "its seconds is not of type float"),
+        ({"found": [1]}, "its found is not of type dict"),
     ):
         with pytest.raises(UserError, match=says):
             restored(State, saved, "run")

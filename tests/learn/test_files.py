@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from htflearn.files import (
     check_output,
     parse_object,
     read_object,
+    remove_drafts,
     replace_file,
     whole_file,
 )
@@ -60,6 +62,25 @@ def test_drafts_are_new_files_of_names_that_cannot_be_foreseen(
     with pytest.raises(FileExistsError):
         replace_file(tmp_path / "b.txt", "text")
     assert victim.read_text() == "precious"
+
+
+def test_drafts_that_a_killed_process_has_left_are_removed_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    def killed(path: Path) -> None:
+        with whole_file(path) as draft:
+            draft.write_text("half")
+            os._exit(9)
+
+    child = multiprocessing.get_context("fork").Process(target=killed, args=(tmp_path / "a.txt",))
+    child.start()
+    child.join(30)
+    (left,) = tmp_path.iterdir()
+    for name in ("a.txt", ".htf-notes.txt", left.name.replace("txt", "d")):
+        (tmp_path / name).mkdir() if name.endswith("d") else (tmp_path / name).write_text("kept")
+    kept = set(tmp_path.iterdir()) - {left}
+    remove_drafts(tmp_path)
+    assert child.exitcode == 9 and len(kept) == 3 and set(tmp_path.iterdir()) == kept
 
 
 def test_what_is_there_stays_where_writing_fails(tmp_path: Path) -> None:

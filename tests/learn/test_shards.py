@@ -191,6 +191,8 @@ def test_a_shard_is_there_whole_or_not_at_all(
         with pytest.raises(UserError, match="cannot be written: No space left on device"):
             write_shard(tmp_path, 0, images, labels)
     assert writer.missing() == [0]
+    (tmp_path / ".htf-0123456789abcdef.npy").write_bytes(b"of a killed process")
+    writer = ShardWriter(tmp_path, COUNT, SHAPE, {}, COUNT)
     write_shard(tmp_path, 0, images, labels)
     writer.finish()
     assert not list(tmp_path.glob(".*"))

@@ -320,8 +320,8 @@ def test_resume_with_metrics_that_are_not_those_of_the_run(damage: str, tmp_path
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"iteration": "many"}, "its iteration is no int"),
-        ({"reason": None}, "its reason is no str"),
+        ({"iteration": "many"}, "its iteration is not of type int"),
+        ({"reason": None}, "its reason is not of type str"),
         ({"metrics_bytes": -5}, "expected whole lines"),
         ({"batches": {"epoch": 3}}, "is damaged: KeyError"),
         ({"batches": {"epoch": torch.ones(3), "position": 0}}, "is damaged: TypeError"),

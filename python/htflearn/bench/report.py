@@ -136,9 +136,9 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {reason(error)}") from error
     rows = data.get("rows")
     if not isinstance(data.get("provenance"), dict) or not isinstance(rows, list):
-        raise UserError(f"{path} is no file of htf bench: it has no provenance and rows")
+        raise UserError(f"{path} was not written by htf bench: it lacks provenance and rows")
     if not all(isinstance(row, dict) and _is_row(row) for row in rows):
-        raise UserError(f"{path} is no file of htf bench: its rows are others")
+        raise UserError(f"{path} was not written by htf bench: its rows have other fields")
     return data
 
 
@@ -261,7 +261,7 @@ def print_change(first: Path, second: Path) -> None:
 
 
 def _console() -> Console:
-    """Standard output; wide enough for the tables where it is no terminal."""
+    """Standard output; wide enough for the tables where it is not a terminal."""
     console = Console()
     return console if console.is_terminal else Console(width=max(console.width, _WIDTH))
 

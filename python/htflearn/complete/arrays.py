@@ -152,7 +152,7 @@ def read_array(path: Path, key: str | None) -> tuple[np.ndarray, str | None, dic
 
 def _plain(error: BaseException) -> str:
     # NumPy takes what it does not know for a pickle, and says so at length.
-    return "it is no NumPy file" if "pickle" in str(error) else reason(error)
+    return "it is not a NumPy file" if "pickle" in str(error) else reason(error)
 
 
 def _check_size(path: Path, names: set[str] | None = None) -> None:

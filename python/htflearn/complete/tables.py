@@ -86,7 +86,9 @@ class TableSource:
         value, columns = _columns(table, path, index_columns, value_column)
         unknown = [name for name in labels if name not in columns]
         if unknown:
-            raise UserError(f"--labels names {unknown[0]!r}, which is no index column of {path}")
+            raise UserError(
+                f"--labels names {unknown[0]!r}, which is not an index column of {path}"
+            )
         if dims is not None and len(dims) != len(columns):
             raise UserError(
                 f"--dims expects {len(columns)} sizes, one for each of the index columns "

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from htflearn.errors import UserError, reason, writable_directory
-from htflearn.files import read_object, replace_file, whole_file
+from htflearn.files import read_object, remove_drafts, replace_file, whole_file
 from htflearn.options import shown
 
 __all__ = ["ShardWriter", "ShardedImages", "write_shard"]
@@ -73,6 +73,7 @@ class ShardWriter:
         if self.path.is_dir():
             self._refuse_another()
         writable_directory(self.path)
+        remove_drafts(self.path)
         if not (self.path / _PLAN).exists():
             replace_file(self.path / _PLAN, json.dumps(self._plan, indent=1) + "\n")
 
