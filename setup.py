@@ -95,12 +95,13 @@ def nvcc_flags(archs):
     return flags
 
 
-def drop_stale(folder, sources, headers):
-    """Deletes the objects of sources that are older than a header, so that they are compiled again.
+def drop_stale(folder, sources, included):
+    """Deletes the objects of sources that are older than a file they may include, so that they are
+    compiled again.
 
-    PyTorch without CUDA does not tell ninja which headers a .cu includes.
+    PyTorch without CUDA does not tell ninja what a .cu includes.
     """
-    newest = max(map(os.path.getmtime, headers))
+    newest = max(map(os.path.getmtime, included))
     for source in sources:
         path = os.path.join(folder, os.path.splitext(source)[0])
         for built in (f"{path}.o", f"{path}_cuda.o"):  # the second beside a .cpp of the same name
@@ -121,10 +122,14 @@ plan = Extension(
     extra_link_args=["-pthread"],
     language="c++",
 )
+# A unit includes the sources that are compiled together: what they include themselves, PyTorch's
+# headers first of all, takes most of the time of a small one. Neither of two modules may have an
+# object file of the same name.
+units, cuda_units = sorted(glob("csrc/units/*.cpp")), sorted(glob("csrc/units/cuda/*.cu"))
 common = {
     "depends": sorted(
         path
-        for end in ("h", "inl", "cuh", "cpp", "cu")
+        for end in ("h", "inl", "cuh", "cu")
         for path in glob(f"csrc/**/*.{end}", recursive=True)
     ),
     "include_dirs": [os.path.abspath("csrc")],  # ninja compiles in another folder
@@ -132,7 +137,7 @@ common = {
 }
 extension = {
     "name": "htfkernels._C",
-    "sources": sorted(glob("csrc/units/*.cpp") + glob("csrc/cpu/kernels*.cpp")),
+    "sources": sorted(units + glob("csrc/cpu/kernels*.cpp")),
     **common,
 }
 
@@ -188,7 +193,7 @@ else:
         ext_modules.append(
             cpp_extension.CppExtension(
                 name="htfkernels._C_cuda",
-                sources=sorted(glob("csrc/**/*.cu", recursive=True)),
+                sources=cuda_units,
                 **common,
                 extra_compile_args={"cxx": compile_args, "nvcc": cuda_args + shared_args},
                 # The runtime goes into the module: it loads where there is no CUDA.
@@ -231,8 +236,8 @@ else:
 
         def build_extensions(self):
             print(compiled, flush=True)
-            headers = [path for path in common["depends"] if path.endswith(("h", "inl"))]
-            drop_stale(self.build_temp, glob("csrc/**/*.cu", recursive=True), headers)
+            included = set(common["depends"]) - set(cuda_units)
+            drop_stale(self.build_temp, cuda_units, included)
             with ThreadPoolExecutor(1) as self.beside:
                 super().build_extensions()
             if self.planned is not None:

@@ -5,11 +5,14 @@ isolated build environment, and compile against that one instead of the one the 
 """
 
 import importlib
+import runpy
 import shutil
 import site
 import sys
 import sysconfig
 from glob import glob
+from importlib.util import find_spec
+from pathlib import Path
 
 from setuptools import build_meta
 from setuptools.build_meta import (  # noqa: F401
@@ -23,22 +26,20 @@ MINIMUM = (2, 11)
 
 
 def _use_installed_torch():
-    try:
-        import torch
-    except ModuleNotFoundError:
+    """Makes torch importable, without importing it: that takes seconds, and pip asks for each step
+    in a process of its own."""
+    if find_spec("torch") is None:
         # pip's build isolation hides these folders. At the end of the path, they in turn hide
         # nothing of the build environment.
         paths = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
         sys.path += [path for path in [*paths, *site.getsitepackages()] if path not in sys.path]
         importlib.invalidate_caches()
-        try:
-            import torch
-        except ModuleNotFoundError as error:
-            if error.name != "torch":
-                raise
-            _refuse("none was found")
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MINIMUM:
-        _refuse(f"{torch.__version__} was found")
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        _refuse("none was found")
+    version = runpy.run_path(str(Path(spec.origin).with_name("version.py")))["__version__"]
+    if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM:
+        _refuse(f"{version} was found")
 
 
 def _refuse(found):
@@ -52,13 +53,13 @@ def _refuse(found):
 
 
 def get_requires_for_build_wheel(config_settings=None):
-    _use_installed_torch()
-    return build_meta.get_requires_for_build_wheel(config_settings)
+    _use_installed_torch()  # before pip downloads what the package requires, torch among it
+    return []
 
 
 def get_requires_for_build_editable(config_settings=None):
-    _use_installed_torch()
-    return build_meta.get_requires_for_build_editable(config_settings)
+    _use_installed_torch()  # before pip downloads what the package requires, torch among it
+    return []
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import runpy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def test_cuda_where_it_is_asked_for(build: Build, toolkit: str) -> None:
     found = build(CUDA_HOME=toolkit, HTF_BUILD_CUDA="1")
     assert sorted(found) == ["htfkernels._C", "htfkernels._C_cuda", "htfkernels._plan"]
     count, *flags = found["htfkernels._C_cuda"]
-    assert int(count) == len(list((ROOT / "csrc").rglob("*.cu")))
+    assert int(count) == len(list((ROOT / "csrc" / "units").rglob("*.cu")))
     assert flags == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_90,code=sm_90",
@@ -132,28 +132,35 @@ def test_emulated(build: Build) -> None:
     assert sorted(found) == ["htfkernels._C", "htfkernels._C_emulated", "htfkernels._plan"]
 
 
+CSRC = ROOT / "csrc"
+
+
+def included_by(files: Iterable[Path]) -> list[str]:
+    return sorted(
+        line.split('"')[1]
+        for path in files
+        for line in path.read_text().splitlines()
+        if line.startswith("#include")
+    )
+
+
+def sources(end: str, apart: tuple[str, ...]) -> list[str]:
+    names = (str(p.relative_to(CSRC)) for p in CSRC.rglob(f"*.{end}"))
+    return sorted(name for name in names if not name.startswith(apart))
+
+
 def test_every_source_is_in_one_unit() -> None:
     """A unit includes the sources that are compiled together; kernels are compiled alone."""
-    csrc = ROOT / "csrc"
-    included = [
-        line.split('"')[1]
-        for unit in (csrc / "units").glob("*.cpp")
-        for line in unit.read_text().splitlines()
-    ]
-    sources = {str(p.relative_to(csrc)) for p in csrc.rglob("*.cpp")}
     apart = ("units/", "emulated/", "plan/", "cpu/kernels")
-    assert sorted(included) == sorted(s for s in sources if not s.startswith(apart))
+    assert included_by(CSRC.glob("units/*.cpp")) == sources("cpp", apart)
+    assert included_by(CSRC.glob("units/cuda/*.cu")) == sources("cu", ("units/",))
 
 
-def test_every_cuda_source_is_emulated() -> None:
-    included = {
-        line.split('"')[1]
-        for wrapper in (ROOT / "csrc" / "emulated").glob("*.cpp")
-        for line in wrapper.read_text().splitlines()
-        if line.startswith("#include") and '.cu"' in line
-    }
-    sources = {str(p.relative_to(ROOT / "csrc")) for p in (ROOT / "csrc").rglob("*.cu")}
-    assert included == sources
+def test_every_cuda_unit_is_emulated() -> None:
+    wrappers = set(CSRC.glob("emulated/*.cpp")) - {CSRC / "emulated" / "emulate.cpp"}
+    assert included_by(wrappers) == [
+        f"units/cuda/{p.name}" for p in sorted(CSRC.glob("units/cuda/*"))
+    ]
 
 
 def test_listed_architectures(build: Build, toolkit: str) -> None:

@@ -33,8 +33,8 @@
 namespace htf::gpu {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarp;
+constexpr int kStepThreads = 256;
+constexpr int kStepWarps = kStepThreads / kWarp;
 constexpr int kTensors = 48;  // of a launch: what arguments of 4 KB hold
 constexpr int kPacks = 2;     // 16-byte packs of a thread in a round
 constexpr int kRead = 4096;   // partial sums that every block adds up
@@ -83,7 +83,7 @@ struct alignas(16) Pack {
 };
 
 template <class T>
-constexpr int kRound = kThreads * kPacks * Pack<T>::kSize;
+constexpr int kRound = kStepThreads * kPacks * Pack<T>::kSize;
 
 // The block's parameter: the last that begins at or before it. Empty ones begin where the next
 // does.
@@ -128,11 +128,12 @@ __device__ __forceinline__ void store(T* to, const Pack<T>& from, int64_t at, in
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kStepThreads)
     squares(const __grid_constant__ Table table, const __grid_constant__ Begin begin,
             double* partials) {
   using C = typename Accumulate<T>::type;
-  if (begin.begun != nullptr && blockIdx.x == 0 && threadIdx.x == kThreads - 1) begin_step(begin);
+  if (begin.begun != nullptr && blockIdx.x == 0 && threadIdx.x == kStepThreads - 1)
+    begin_step(begin);
   constexpr int W = Pack<T>::kSize;
   const Entry& e = table.entry[tensor_of(table, blockIdx.x)];
   const T* g = static_cast<const T*>(e.grad);
@@ -146,7 +147,7 @@ __global__ void __launch_bounds__(kThreads)
     Pack<T> grad[kPacks] = {}, values[kPacks] = {};
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
-      const int64_t at = round + (k * kThreads + threadIdx.x) * W;
+      const int64_t at = round + (k * kStepThreads + threadIdx.x) * W;
       load(grad[k], g, at, end, whole);
       if (decay != 0) load(values[k], p, at, end, whole);
     }
@@ -160,26 +161,26 @@ __global__ void __launch_bounds__(kThreads)
       }
     sum += part;
   }
-  sum = block_sum<kThreads>(sum, shared_memory<double>());
+  sum = block_sum<kStepThreads>(sum, shared_memory<double>());
   if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kStepThreads)
     fold(const double* partials, int64_t count, int64_t piece, double* sums) {
   const int64_t from = blockIdx.x * piece;
   const int64_t end = from + piece < count ? from + piece : count;
   double sum = 0;
-  for (int64_t i = from + threadIdx.x; i < end; i += kThreads) sum += partials[i];
-  sum = block_sum<kThreads>(sum, shared_memory<double>());
+  for (int64_t i = from + threadIdx.x; i < end; i += kStepThreads) sum += partials[i];
+  sum = block_sum<kStepThreads>(sum, shared_memory<double>());
   if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kStepThreads)
     move(const __grid_constant__ Table table, const __grid_constant__ State state) {
   using C = typename Accumulate<T>::type;
   constexpr int W = Pack<T>::kSize;
-  double* shared = shared_memory<double>();  // [kWarps], and lr / denominator
+  double* shared = shared_memory<double>();  // [kStepWarps], and lr / denominator
   const Entry& e = table.entry[tensor_of(table, blockIdx.x)];
   const T* g = static_cast<const T*>(e.grad);
   T* p = static_cast<T*>(e.values);
@@ -191,7 +192,7 @@ __global__ void __launch_bounds__(kThreads)
   const auto fetch = [&](int64_t round) {
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
-      const int64_t at = round + (k * kThreads + threadIdx.x) * W;
+      const int64_t at = round + (k * kStepThreads + threadIdx.x) * W;
       load(grad[k], g, at, end, whole);
       load<T>(values[k], p, at, end, whole);
     }
@@ -205,18 +206,18 @@ __global__ void __launch_bounds__(kThreads)
       lr *= e.lr_double ? *static_cast<const double*>(e.lr_at)
                         : static_cast<double>(*static_cast<const float*>(e.lr_at));
   }
-  for (int i = threadIdx.x; i < state.partial_count; i += kThreads) sum += state.partials[i];
-  sum = block_sum<kThreads>(sum, shared);
+  for (int i = threadIdx.x; i < state.partial_count; i += kStepThreads) sum += state.partials[i];
+  sum = block_sum<kStepThreads>(sum, shared);
   if (threadIdx.x == 0) {
     const C now = static_cast<C>(decayed + (1 - state.alpha) * sum);
-    shared[kWarps] = lr / (sqrt(now / correction) + state.eps);
+    shared[kStepWarps] = lr / (sqrt(now / correction) + state.eps);
     if (state.last && blockIdx.x == 0) {
       *static_cast<C*>(state.average) = now;
       *state.count = state.begun[2];
     }
   }
   __syncthreads();
-  const C size = static_cast<C>(-shared[kWarps]), decay = static_cast<C>(e.weight_decay);
+  const C size = static_cast<C>(-shared[kStepWarps]), decay = static_cast<C>(e.weight_decay);
   for (int64_t round = from; round < end;) {
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
@@ -225,7 +226,7 @@ __global__ void __launch_bounds__(kThreads)
         const C x = static_cast<C>(values[k].x[i]);
         values[k].x[i] = static_cast<T>(x + size * (static_cast<C>(grad[k].x[i]) + decay * x));
       }
-      store(p, values[k], round + (k * kThreads + threadIdx.x) * W, end, whole);
+      store(p, values[k], round + (k * kStepThreads + threadIdx.x) * W, end, whole);
     }
     round += kRound<T>;
     fetch(round);
@@ -241,7 +242,10 @@ int64_t piece_of(const GroupRMSprop& step, int64_t round) {
 }
 
 int64_t round_of(ScalarType dtype) {
-  return kThreads * kPacks * (dtype == ScalarType::Double ? 2 : dtype == ScalarType::Float ? 4 : 8);
+  return kStepThreads * kPacks *
+         (dtype == ScalarType::Double  ? 2
+          : dtype == ScalarType::Float ? 4
+                                       : 8);
 }
 
 // Whether no memory is of two parameters, or of a parameter and another's gradient.
@@ -403,7 +407,7 @@ void sum_squares(const Current& current, const GroupRMSprop& step, double* parti
                     [&](const Table& table, int blocks, int64_t before, bool first, bool) {
                       // A step begins even where there are no elements.
                       launch<squares<T>>("squares", current, first ? std::max(blocks, 1) : blocks,
-                                         kThreads, kWarps * sizeof(double), table,
+                                         kStepThreads, kStepWarps * sizeof(double), table,
                                          first ? begin_of(step) : Begin{}, partials + before);
                     });
   });
@@ -416,8 +420,8 @@ int64_t partials_room(int64_t count) {
 Partials folded(const Current& current, double* partials, int64_t count) {
   if (count <= kRead) return {partials, count};
   const int64_t piece = (count + kFolded - 1) / kFolded, pieces = (count + piece - 1) / piece;
-  launch<fold>("fold", current, static_cast<unsigned>(pieces), kThreads, kWarps * sizeof(double),
-               partials, count, piece, partials + count);
+  launch<fold>("fold", current, static_cast<unsigned>(pieces), kStepThreads,
+               kStepWarps * sizeof(double), partials, count, piece, partials + count);
   return {partials + count, pieces};
 }
 
@@ -433,8 +437,8 @@ void move_parameters(const Current& current, const GroupRMSprop& step, const Par
       state.last = last;
       // Average and count move even where there are no elements.
       if (last) blocks = std::max(blocks, 1);
-      launch<move<T>>("move", current, blocks, kThreads, (kWarps + 1) * sizeof(double), table,
-                      state);
+      launch<move<T>>("move", current, blocks, kStepThreads, (kStepWarps + 1) * sizeof(double),
+                      table, state);
     });
   });
 }

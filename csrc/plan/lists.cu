@@ -32,8 +32,8 @@
 namespace htf::gpu {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kEach = 4;
+constexpr int kListThreads = 256;
+constexpr int kListEach = 4;
 constexpr int kModes = 32;
 constexpr int kEntries = 4096;  // of a tile
 constexpr int kLists = 32;      // in a launch
@@ -49,13 +49,13 @@ struct Columns {
   int dims[kModes];
 };
 
-__global__ void __launch_bounds__(kThreads) columns(__grid_constant__ const Columns c) {
+__global__ void __launch_bounds__(kListThreads) columns(__grid_constant__ const Columns c) {
   int32_t* tile = shared_memory<int32_t>();
   const int wide = 1 << c.log_modes, tall = kEntries >> c.log_modes;
   const int log_tall = 12 - c.log_modes, pitch = tall + kModes / wide;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * tall;
 #pragma unroll 4
-  for (int e = threadIdx.x; e < kEntries; e += kThreads) {
+  for (int e = threadIdx.x; e < kEntries; e += kListThreads) {
     const int mode = c.samples_together ? e >> log_tall : e & (wide - 1);
     const int row = c.samples_together ? e & (tall - 1) : e >> c.log_modes;
     const int64_t sample = first + row;
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads) columns(__grid_constant__ const Colu
   }
   __syncthreads();
 #pragma unroll 4
-  for (int e = threadIdx.x; e < kEntries; e += kThreads) {
+  for (int e = threadIdx.x; e < kEntries; e += kListThreads) {
     const int mode = e >> log_tall, row = e & (tall - 1);
     const int64_t sample = first + row;
     if (mode < c.modes && sample < c.samples)
@@ -87,13 +87,13 @@ struct Lists {
   List at[kLists];
 };
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kListThreads)
     number(__grid_constant__ const Lists lists, uint32_t* keys, int32_t* positions) {
   const List& list = lists.at[blockIdx.y];
 #pragma unroll
-  for (int j = 0; j < kEach; ++j) {
-    const int64_t i =
-        static_cast<int64_t>(blockIdx.x) * (kThreads * kEach) + j * kThreads + threadIdx.x;
+  for (int j = 0; j < kListEach; ++j) {
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * (kListThreads * kListEach) +
+                      j * kListThreads + threadIdx.x;
     if (i >= list.n) continue;
     keys[list.from + i] = list.prefix | static_cast<uint32_t>(list.ids[i]);
     positions[list.from + i] = static_cast<int32_t>(i);
@@ -112,9 +112,9 @@ struct Searches {
 };
 
 // start[k]: the first position whose id is k or more.
-__global__ void __launch_bounds__(kThreads) starts(__grid_constant__ const Searches searches) {
+__global__ void __launch_bounds__(kListThreads) starts(__grid_constant__ const Searches searches) {
   const Search& s = searches.at[blockIdx.y];
-  const int64_t k = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t k = static_cast<int64_t>(blockIdx.x) * kListThreads + threadIdx.x;
   if (k > s.buckets) return;
   const int64_t key = s.prefix + k;
   int64_t at = 0;
@@ -166,7 +166,7 @@ Tensor plan_columns(const Tensor& indices, const std::vector<int64_t>& dims, con
     c.log_modes = bits_below(c.modes);
     for (int i = 0; i < c.modes; ++i) c.dims[i] = static_cast<int>(dims[m + i]);
     const int wide = 1 << c.log_modes;
-    launch<columns>("columns", current, blocks(n, kEntries / wide), kThreads,
+    launch<columns>("columns", current, blocks(n, kEntries / wide), kListThreads,
                     (kEntries + kModes) * sizeof(int32_t), c);
   }
   return out;
@@ -203,7 +203,8 @@ void search(const Current& current, const Tensor& like, std::vector<Search> sear
     std::copy_n(searches.begin() + begin, count, these.at);
     int64_t most = 0;
     for (std::size_t i = 0; i < count; ++i) most = std::max(most, these.at[i].buckets);
-    launch<starts>("starts", current, dim3(blocks(most + 1, kThreads), count), kThreads, 0, these);
+    launch<starts>("starts", current, dim3(blocks(most + 1, kListThreads), count), kListThreads, 0,
+                   these);
   }
 }
 
@@ -230,8 +231,8 @@ std::vector<Tensor> plan_group(const std::vector<Tensor>& ids,
     }
     for (unsigned c = 1; c < count; ++c) these.at[c].prefix = c << bits;
     Sortable<uint32_t>& sortable = sorted.emplace_back(current, ids[0], n);
-    launch<number>("number", current, dim3(blocks(longest, kThreads * kEach), count), kThreads, 0,
-                   these, sortable.keys(), sortable.values());
+    launch<number>("number", current, dim3(blocks(longest, kListThreads * kListEach), count),
+                   kListThreads, 0, these, sortable.keys(), sortable.values());
     sort_pairs(current, ids[0], sortable, n, bits + bits_below(count));
     Tensor values = sortable.values_tensor();
     for (unsigned c = 0; c < count; ++c) {

@@ -14,7 +14,6 @@
 namespace htf::gpu {
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int kOfLane = kWidest / kWarp;
 
 // Row tile i and column tile j of x^T x.

@@ -19,7 +19,6 @@
 namespace htf::gpu {
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int kTile = 64;       // columns of a block
 constexpr int kDepth = 128;     // rows of S at a time
 constexpr int kLd = kTile + 4;  // see padded_row

@@ -27,7 +27,8 @@ struct SpectraTask {
 constexpr int64_t kTaskFields = 16;
 static_assert(sizeof(SpectraTask) == kTaskFields * sizeof(int64_t));
 
-constexpr int kWidest = 128;  // columns of what is decomposed
+constexpr int kWidest = 128;   // columns of what is decomposed
+constexpr int kThreads = 256;  // of most blocks
 
 // What a launch of tasks works on.
 struct SpectraData {

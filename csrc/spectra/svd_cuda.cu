@@ -15,7 +15,7 @@
 namespace htf::gpu {
 namespace {
 
-constexpr const char* kOp = "spectra_svd";
+constexpr const char* kSvd = "spectra_svd";
 
 struct Matrices {
   const double* x;
@@ -84,8 +84,8 @@ std::vector<Tensor> spectra_svd(const Tensor& matrices) {
   check(on_device(matrices) && matrices.scalar_type() == ScalarType::Double &&
             matrices.dim() == 3 && matrices.is_contiguous() && matrices.size(1) >= 1 &&
             matrices.size(2) >= 1 && std::max(matrices.size(1), matrices.size(2)) <= kWidest,
-        kOp, ": matrices must be contiguous float64 [F, p, q], p and q at most ", kWidest, ", got ",
-        describe(matrices));
+        kSvd, ": matrices must be contiguous float64 [F, p, q], p and q at most ", kWidest,
+        ", got ", describe(matrices));
   const Current current(matrices);
   const int64_t count = matrices.size(0), p = matrices.size(1), q = matrices.size(2);
   const int m = static_cast<int>(std::max(p, q)), n = static_cast<int>(std::min(p, q));

@@ -42,7 +42,6 @@
 namespace htf::gpu {
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int kStrip = 8;
 constexpr int kWarps = kThreads / kWarp;
 

@@ -31,7 +31,7 @@
 namespace htf::gpu {
 namespace {
 
-constexpr const char* kOp = "completion_step_";
+constexpr const char* kCompletionStep = "completion_step_";
 
 // Pieces of one allocation, each on 256 bytes.
 class Arena {
@@ -65,26 +65,26 @@ Tensor completion_step(const std::vector<Tensor>& params, const std::vector<int6
   check(schedule.is_cpu() && schedule.scalar_type() == ScalarType::Long &&
             schedule.is_contiguous() && on_device(lists) &&
             lists.scalar_type() == ScalarType::Int && lists.is_contiguous(),
-        kOp, ": schedule and lists must be those of an index plan");
+        kCompletionStep, ": schedule and lists must be those of an index plan");
   const auto* numbers = schedule.const_data_ptr<int64_t>();
   const PlannedSizes sizes = planned_sizes(numbers, schedule.numel());
-  GroupRMSprop step =
-      group_rmsprop_step(kOp, params, average, count, lr, lr_at, weight_decay, alpha, eps);
+  GroupRMSprop step = group_rmsprop_step(kCompletionStep, params, average, count, lr, lr_at,
+                                         weight_decay, alpha, eps);
   const ScalarType dtype = step.dtype;
-  check(dtype == ScalarType::Float || dtype == ScalarType::Double, kOp,
+  check(dtype == ScalarType::Float || dtype == ScalarType::Double, kCompletionStep,
         ": params must be float32 or float64, got ", toString(dtype));
   check(sizes.dtype == dtype && sizes.groups == static_cast<int64_t>(params.size()) &&
             needs.size() == params.size() && sizes.outputs == 1,
-        kOp, ": the schedule is of other weights: ", sizes.groups, " of dtype ",
+        kCompletionStep, ": the schedule is of other weights: ", sizes.groups, " of dtype ",
         toString(sizes.dtype), " and ", sizes.outputs, " outputs, got ", params.size(),
         " of dtype ", toString(dtype));
   check(on_device(targets) && targets.scalar_type() == dtype && targets.dim() == 1 &&
             targets.is_contiguous() && targets.numel() == sizes.batch && sizes.batch > 0,
-        kOp, ": targets must be contiguous [", sizes.batch, "] of dtype ", toString(dtype),
-        " on the device, got ", describe(targets));
-  check(which >= 0 && which <= 2, kOp, ": which must be 0, 1 or 2, got ", which);
-  check(on_device(arrived) && arrived.scalar_type() == ScalarType::Int && arrived.numel() == 1, kOp,
-        ": arrived must be one Int on the device, got ", describe(arrived));
+        kCompletionStep, ": targets must be contiguous [", sizes.batch, "] of dtype ",
+        toString(dtype), " on the device, got ", describe(targets));
+  check(which >= 0 && which <= 2, kCompletionStep, ": which must be 0, 1 or 2, got ", which);
+  check(on_device(arrived) && arrived.scalar_type() == ScalarType::Int && arrived.numel() == 1,
+        kCompletionStep, ": arrived must be one Int on the device, got ", describe(arrived));
 
   const int64_t width = dtype == ScalarType::Double ? 8 : 4;
   Arena arena;
@@ -102,7 +102,7 @@ Tensor completion_step(const std::vector<Tensor>& params, const std::vector<int6
     moved.push_back(step.parameters[i]);
     decays = decays || step.parameters[i].weight_decay != 0;
   }
-  check(!moved.empty(), kOp, ": none of the weights is to be moved");
+  check(!moved.empty(), kCompletionStep, ": none of the weights is to be moved");
   std::vector<const void*> weights(params.size());
   for (std::size_t i = 0; i < params.size(); ++i) weights[i] = step.parameters[i].values;
   step.parameters = moved;

@@ -16,15 +16,15 @@
 namespace htf::gpu {
 namespace {
 
-constexpr int kThreads = 1024;
-constexpr int kWarps = kThreads / kWarp;
-constexpr int kEach = 4;  // samples of a thread at a time
-constexpr int kRound = kThreads * kEach;
+constexpr int kLossThreads = 1024;
+constexpr int kLossWarps = kLossThreads / kWarp;
+constexpr int kLossEach = 4;  // samples of a thread at a time
+constexpr int kLossRound = kLossThreads * kLossEach;
 constexpr int kBlocks = 264;
 
 int64_t piece_of(int64_t batch) {
-  constexpr int64_t most = int64_t{kRound} * kBlocks;
-  return (batch + most - 1) / most * kRound;
+  constexpr int64_t most = int64_t{kLossRound} * kBlocks;
+  return (batch + most - 1) / most * kLossRound;
 }
 
 template <class T>
@@ -33,26 +33,26 @@ __device__ __forceinline__ T sign(T d) {
 }
 
 template <class T, Loss which>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kLossThreads)
     mean_loss(const T* predictions, const T* targets, int64_t batch, int64_t piece, T* grad,
               T* loss, double* partials, int* arrived, Begin begin_with) {
-  if (begin_with.begun != nullptr && blockIdx.x == 0 && threadIdx.x == kThreads - 1)
+  if (begin_with.begun != nullptr && blockIdx.x == 0 && threadIdx.x == kLossThreads - 1)
     begin_step(begin_with);
-  double* shared = shared_memory<double>();  // [kWarps]
+  double* shared = shared_memory<double>();  // [kLossWarps]
   const int64_t begin = blockIdx.x * piece;
   const int64_t end = begin + piece < batch ? begin + piece : batch;
   const T scale = static_cast<T>((which == Loss::squared ? 2.0 : 1.0) / batch);
   double sum = 0;
-  for (int64_t round = begin; round < end; round += kRound) {
-    T d[kEach];
+  for (int64_t round = begin; round < end; round += kLossRound) {
+    T d[kLossEach];
 #pragma unroll
-    for (int k = 0; k < kEach; ++k) {
-      const int64_t i = round + k * kThreads + threadIdx.x;
+    for (int k = 0; k < kLossEach; ++k) {
+      const int64_t i = round + k * kLossThreads + threadIdx.x;
       d[k] = i < end ? predictions[i] - targets[i] : T(0);
     }
 #pragma unroll
-    for (int k = 0; k < kEach; ++k) {
-      const int64_t i = round + k * kThreads + threadIdx.x;
+    for (int k = 0; k < kLossEach; ++k) {
+      const int64_t i = round + k * kLossThreads + threadIdx.x;
       const T size = d[k] < 0 ? -d[k] : d[k];
       T slope = d[k];
       double value = size;
@@ -65,14 +65,14 @@ __global__ void __launch_bounds__(kThreads)
       sum += value;
     }
   }
-  sum = block_sum<kThreads>(sum, shared);
+  sum = block_sum<kLossThreads>(sum, shared);
   if (gridDim.x > 1) {
     if (threadIdx.x == 0) partials[blockIdx.x] = sum;
     if (!last_to_arrive(arrived, gridDim.x)) return;
     sum = 0;
-    for (int i = threadIdx.x; i < static_cast<int>(gridDim.x); i += kThreads)
+    for (int i = threadIdx.x; i < static_cast<int>(gridDim.x); i += kLossThreads)
       sum += __ldcg(partials + i);
-    sum = block_sum<kThreads>(sum, shared);
+    sum = block_sum<kLossThreads>(sum, shared);
   }
   if (threadIdx.x == 0) *loss = static_cast<T>(sum / batch);
 }
@@ -83,9 +83,9 @@ void run(const Current& current, Loss which, const T* predictions, const T* targ
   const int64_t piece = piece_of(batch);
   const auto with = [&]<Loss kind>() {
     launch<mean_loss<T, kind>>("mean_loss", current,
-                               static_cast<unsigned>((batch + piece - 1) / piece), kThreads,
-                               kWarps * sizeof(double), predictions, targets, batch, piece, grad,
-                               loss, partials, arrived, begin);
+                               static_cast<unsigned>((batch + piece - 1) / piece), kLossThreads,
+                               kLossWarps * sizeof(double), predictions, targets, batch, piece,
+                               grad, loss, partials, arrived, begin);
   };
   if (which == Loss::squared) with.template operator()<Loss::squared>();
   if (which == Loss::absolute) with.template operator()<Loss::absolute>();

@@ -1,1 +1,0 @@
-#include "evaluate_at/planned_ieee.cu"

@@ -1,1 +1,0 @@
-#include "evaluate/tree_forward.cu"

@@ -1,0 +1,1 @@
+#include "units/cuda/operations.cu"

@@ -1,0 +1,1 @@
+#include "units/cuda/planned_bf16_f64.cu"

@@ -1,0 +1,1 @@
+#include "units/cuda/planned_ieee_tf32.cu"

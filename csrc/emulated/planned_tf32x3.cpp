@@ -1,0 +1,1 @@
+#include "units/cuda/planned_tf32x3.cu"

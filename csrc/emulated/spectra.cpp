@@ -1,0 +1,1 @@
+#include "units/cuda/spectra.cu"

@@ -1,1 +1,0 @@
-#include "spectra/steps.cu"

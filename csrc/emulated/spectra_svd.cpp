@@ -1,1 +1,0 @@
-#include "spectra/svd_cuda.cu"

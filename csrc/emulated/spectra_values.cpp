@@ -1,1 +1,0 @@
-#include "spectra/values.cu"

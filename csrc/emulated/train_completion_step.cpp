@@ -1,1 +1,0 @@
-#include "train/completion_step.cu"

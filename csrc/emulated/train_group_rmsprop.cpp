@@ -1,1 +1,0 @@
-#include "group_rmsprop/group_rmsprop_cuda.cu"

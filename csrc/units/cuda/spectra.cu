@@ -1,0 +1,6 @@
+#include "spectra/gram.cu"
+#include "spectra/multiply.cu"
+#include "spectra/steps.cu"
+#include "spectra/svd_cuda.cu"
+#include "spectra/triangle.cu"
+#include "spectra/values.cu"
