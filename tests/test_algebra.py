@@ -298,10 +298,10 @@ def test_gradient_of_the_distance_of_near_models(relative):
 
 
 @pytest.mark.parametrize("make", [ModeTree.balanced, ModeTree.halves, ModeTree.flat])
-def test_a_thousand_modes(make):
-    """Weights of 1e-3 and 1e3: norms of 10^-6000 and 10^6000, where the same with weights of 1
+def test_five_hundred_modes(make):
+    """Weights of 1e-3 and 1e3: norms of 10^-3000 and 10^3000, where the same with weights of 1
     stays in range. Some columns are zero; they have gradients as well."""
-    tree = make(1024)
+    tree = make(512)
     near = []
     for rank in (2, 3):
         case = testing.Case("", hk.Layout.make(tree, 2, rank), 0)
@@ -321,7 +321,7 @@ def test_a_thousand_modes(make):
         for of_near, f in zip(gradients, found, strict=True):
             grads = [g / size for g in of_near]
             # Roundings add up as the square root of their number; the table is for 64 modes.
-            scale = [torch.full_like(g, float(g.abs().max()) * math.sqrt(1024 / 64)) for g in grads]
+            scale = [torch.full_like(g, float(g.abs().max()) * math.sqrt(512 / 64)) for g in grads]
             assert all(bool((g[-1, 1:, 0] != 0).all()) for g in grads[: len(near[0].weights) - 1])
             testing.assert_matches(by_weights(f, *far), grads, F64, "second", scale)
 
