@@ -122,14 +122,13 @@ plan = Extension(
     extra_link_args=["-pthread"],
     language="c++",
 )
-# A unit includes the sources that are compiled together: what they include themselves, PyTorch's
-# headers first of all, takes most of the time of a small one. Neither of two modules may have an
-# object file of the same name.
+# A unit includes the sources that are compiled together: of a small source, PyTorch's headers take
+# most of the time. No two modules may have object files of the same name.
 units, cuda_units = sorted(glob("csrc/units/*.cpp")), sorted(glob("csrc/units/cuda/*.cu"))
 common = {
     "depends": sorted(
         path
-        for end in ("h", "inl", "cuh", "cu")
+        for end in ("h", "inl", "cuh", "cpp", "cu")
         for path in glob(f"csrc/**/*.{end}", recursive=True)
     ),
     "include_dirs": [os.path.abspath("csrc")],  # ninja compiles in another folder
@@ -236,7 +235,7 @@ else:
 
         def build_extensions(self):
             print(compiled, flush=True)
-            included = set(common["depends"]) - set(cuda_units)
+            included = [path for path in common["depends"] if not path.endswith("cpp")]
             drop_stale(self.build_temp, cuda_units, included)
             with ThreadPoolExecutor(1) as self.beside:
                 super().build_extensions()

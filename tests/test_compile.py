@@ -30,19 +30,30 @@ def compiled(function, backend="aot_eager", **options):
     return torch.compile(function, fullgraph=True, backend=backend, **options)
 
 
-@pytest.mark.parametrize("op", testing.OPS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_values_and_gradients(cpu_target, op, case):
-    cpu_target.require(op, torch.float32)
-    function, arguments = testing.operation(op, case, testing.make_inputs(case, torch.float32))
-    fast = compiled(function)
-    expected, scale = testing.exact(function, arguments)
-    testing.assert_matches(fast(*arguments), expected, torch.float32, "forward", scale)
-    given = (torch.ones_like(expected).float(), *arguments)
-    expected, scale = testing.exact(testing.gradients(function), given)
-    testing.assert_matches(
-        testing.gradients(fast)(*given), expected, torch.float32, "backward", scale
-    )
+def test_values_and_gradients(cpu_target, case):
+    """All operations in one graph."""
+    inputs = testing.make_inputs(case, torch.float32)
+    calls = []
+    for op in testing.OPS:
+        cpu_target.require(op, torch.float32)
+        calls.append(testing.operation(op, case, inputs))
+    _, arguments = calls[testing.OPS.index("evaluate")]  # of the others, the first ones
+
+    def everything(*given):
+        return [function(*given[: len(own)]) for function, own in calls]
+
+    def total(*given):
+        return sum(out.sum() for out in everything(*given))
+
+    fast = compiled(everything)
+    for found, (function, own) in zip(fast(*arguments), calls, strict=True):
+        expected, scale = testing.exact(function, own)
+        testing.assert_matches(found, expected, torch.float32, "forward", scale)
+    given = (torch.ones(()), *arguments)
+    expected, scale = testing.exact(testing.gradients(total), given)
+    gradients = testing.gradients(compiled(total))(*given)
+    testing.assert_matches(gradients, expected, torch.float32, "backward", scale)
 
 
 @pytest.fixture
