@@ -139,6 +139,8 @@ class HTF(nn.Module):
         """Draws new initial weights."""
         with torch.no_grad():
             for group, weight in zip(self.layout.groups, self.weights, strict=True):
+                if weight.is_meta:
+                    continue  # PyTorch would take milliseconds to draw nothing
                 std = group.rows**-0.5 if self.init_std is None else self.init_std
                 weight.normal_(0.0, std, generator=generator)
 
