@@ -3,6 +3,7 @@
 #
 #     bash bench/sanitize.sh                                    the compiled operators' tests
 #     bash bench/sanitize.sh tests/test_planned.py -k bilinear  what pytest is to run
+#     bash bench/sanitize.sh python tests/fuzz/run.py           what else is to run
 #
 # The first error ends the process and prints where it is. The modules are compiled in a folder of
 # their own, HTF_SANITIZED (build/sanitized without it), where a later run compiles only what has
@@ -32,4 +33,5 @@ export LD_PRELOAD="$(runtime libasan.so) $(runtime libubsan.so) $(runtime libstd
 export ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1:${ASAN_OPTIONS:-}"
 export UBSAN_OPTIONS="print_stacktrace=1:${UBSAN_OPTIONS:-}"
 export PYTHONPATH="$into:$into/python"
-exec python -m pytest -q -p no:cacheprovider "$@"
+[ "$1" = python ] || set -- python -m pytest -q -p no:cacheprovider "$@"
+exec "$@"

@@ -37,6 +37,7 @@ __all__ = [
     "layout_to_dict",
     "load_checkpoint",
     "load_model",
+    "remove_leftovers",
     "restored",
     "save_checkpoint",
     "save_model",
@@ -45,6 +46,7 @@ __all__ = [
 
 _WEIGHTS, _STATE, _LATEST = "model.safetensors", "state.pt", "latest"
 _FILES = (_WEIGHTS, _STATE, _LATEST)  # the last only until the folder's is replaced by it
+_OTHERS = re.compile(r"\.tmp\w+")  # safetensors writes such a file first
 _STEP = re.compile(r"step-\d{9,}(-\d+)?")
 _DRAFT = re.compile(r"\.draft(-[0-9a-f]{16})?")
 _Path = str | os.PathLike[str]
@@ -241,6 +243,18 @@ def has_checkpoint(folder: _Path) -> bool:
     return os.path.lexists(Path(folder) / _LATEST)
 
 
+def remove_leftovers(folder: _Path) -> None:
+    """Removes all but the newest checkpoint, which a process that is killed may leave.
+
+    Args:
+        folder: of checkpoints, where this process goes on.
+
+    Raises:
+        UserError: there is no checkpoint.
+    """
+    _remove_older(Path(folder), _find(folder).name)
+
+
 def restored(kind: type[_State], saved: dict[str, Any], path: _Path) -> _State:
     """A training's state from what :func:`load_checkpoint` returned.
 
@@ -316,7 +330,8 @@ def _own(folder: Path, names: re.Pattern[str]) -> list[Path]:
     for entry in folder.iterdir():
         if names.fullmatch(entry.name) and not entry.is_symlink():
             try:
-                if {file.name for file in entry.iterdir()} <= set(_FILES):
+                others = {file.name for file in entry.iterdir()} - set(_FILES)
+                if all(_OTHERS.fullmatch(name) for name in others):
                     found.append(entry)
             except OSError:  # no folder, or one that we may not look into
                 continue

@@ -16,6 +16,7 @@ from htflearn import completion_step
 from htflearn.checkpoint import (
     has_checkpoint,
     load_checkpoint,
+    remove_leftovers,
     restored,
     save_checkpoint,
     taken_from,
@@ -239,6 +240,7 @@ class Trainer:
         # Taken at the end of the run, and missed now.
         if state.best_weights and _shapes(state.best_weights) != _shapes(self.model.state_dict()):
             raise UserError(f"the best weights in {self.out} are those of another model")
+        remove_leftovers(checkpoints)
         last = {"iteration": state.logged} if state.logged >= 0 else None
         return state, MetricsFile(path, state.metrics_bytes, last)
 

@@ -27,7 +27,13 @@ from htflearn import (
     tensor_factorization,
 )
 from htflearn import checkpoint as module
-from htflearn.checkpoint import layout_to_dict, restored, save_model
+from htflearn.checkpoint import (
+    find_weights,
+    layout_to_dict,
+    remove_leftovers,
+    restored,
+    save_model,
+)
 
 
 def make() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -151,6 +157,10 @@ def test_a_crash_at_any_operation_leaves_one_or_the_other(after: bool, tmp_path:
         iteration = load_checkpoint(folder, loaded)["iteration"]
         assert same(loaded, {5: old, 6: new}[iteration])
         outcomes.append(iteration)
+        copied = Path(shutil.copytree(folder, tmp_path / f"copy of {number}"))
+        remove_leftovers(copied)
+        newest = find_weights(copied).parent
+        assert {*copied.iterdir()} == {copied / "latest", newest}
         # And a later one is not troubled by what was left.
         save_checkpoint(folder, new, optimizer, {"iteration": 6})
         assert len(list(folder.iterdir())) == 2
@@ -184,6 +194,15 @@ def test_a_disk_without_room(tmp_path: Path) -> None:
     with largest_file(4096), pytest.raises(OSError, match="File too large"):
         save_model(tmp_path / "model.safetensors", model)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_draft_with_a_half_written_file_of_safetensors_is_removed(tmp_path: Path) -> None:
+    model, optimizer = make()
+    draft = tmp_path / ".draft-0123456789abcdef"
+    draft.mkdir()
+    (draft / ".tmpHrh8zk").write_text("half")
+    written = save_checkpoint(tmp_path, model, optimizer)
+    assert {*tmp_path.iterdir()} == {tmp_path / "latest", written}
 
 
 def test_what_is_not_ours_stays(tmp_path: Path) -> None:

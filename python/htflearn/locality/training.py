@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from htflearn.checkpoint import (
     has_checkpoint,
     load_checkpoint,
+    remove_leftovers,
     restored,
     save_checkpoint,
     taken_from,
@@ -172,6 +173,8 @@ class _Training:
                 self.regularizer.load_state_dict(self.state.regularizer)
                 if self.state.scaler:
                     self.scaler.load_state_dict(self.state.scaler)
+            if writes:
+                remove_leftovers(self.out / "checkpoints")
         elif writes:
             self.out.mkdir(parents=True, exist_ok=True)
         self.processes.wait()  # until all have read
