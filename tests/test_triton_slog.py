@@ -151,9 +151,9 @@ def test_half_precision_of_vectors_at_both_ends():
     testing.assert_matches(grads[:-1], exact[2][:-1], torch.bfloat16, "backward")
 
 
-@pytest.mark.parametrize("size", [1e-3, 1e3], ids=lambda s: f"{s:g}")
+@pytest.mark.parametrize("size", [1e-7, 1e7], ids=lambda s: f"{s:g}")
 def test_an_order_whose_value_leaves_float32(size):
-    case = testing.Case("", hk.Layout.make(ModeTree.balanced(320), 2, 3), 2)
+    case = testing.Case("", hk.Layout.make(ModeTree.balanced(64), 2, 3), 2)
     inputs = testing.make_inputs(case, torch.float32, ON, spread=0.01)
     arguments = [*(w * size for w in inputs.weights), inputs.vectors]
     sign, log, grads = both(case, arguments)
@@ -161,7 +161,7 @@ def test_an_order_whose_value_leaves_float32(size):
     assert exact[1].abs().min() > 1000
     assert torch.equal(sign.double(), exact[0])
     testing.assert_matches(log, exact[1], torch.float32, "forward")
-    scale = [torch.full_like(g, g.abs().max() * math.sqrt(320 / 64)) for g in exact[2]]
+    scale = [torch.full_like(g, g.abs().max()) for g in exact[2]]
     testing.assert_matches(grads, exact[2], torch.float32, "backward", scale)
 
 
