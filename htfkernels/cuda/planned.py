@@ -35,9 +35,7 @@ PENDING = -1000
 # Blocks a launch should have: two for each processor of an H100.
 WANTED_BLOCKS = 264
 MOST_WEIGHT_PARTS = 256  # that blocks leave of a column's gradient, and a later launch sums
-MOST = (
-    2**31 - 2**16 - 1
-)  # of what kernels count in 32 bits: `narrow` of planned_cuda.cu refuses more
+MOST = 2**31 - 2**16 - 1  # rows, columns, blocks: `narrow` of planned_cuda.cu refuses more
 
 _MOST_KEPT = 16  # schedules of one plan
 
