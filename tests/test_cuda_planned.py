@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 import htfkernels as hk
 from htfkernels import testing
-from htfkernels.cuda import module, planned
+from htfkernels.cuda import limits, module, planned
 from htfkernels.index_plan import BILINEAR, FRAMED_ROOT, NO_OPERAND, WALK
 from htfkernels.ops.evaluate_at import cuda as backend
 from htfkernels.ops.evaluate_at.planned_reference import evaluate_at_planned
@@ -351,3 +352,40 @@ def test_bad_arguments():
 def test_other_dtypes_are_left_to_others():
     spec = hk.dispatch.Spec("evaluate_at_planned", torch.float16, ON)
     assert "not in torch.float16" in str(hk.dispatch.why_not("cuda", spec))
+
+
+@pytest.mark.parametrize(
+    ("dims", "rank", "shared", "sentence"),
+    [
+        (10**7, 512, False, None),
+        (10**7, 200, True, None),
+        (10**7, 512, True, r"that nodes share have at most \d+ numbers, .* one of 10000000 by 512"),
+        (2**31 - 2**16, 1, False, r"at most 2147418111 rows .* of 2147418112 by 1$"),
+        (2**31 - 2**16 - 1, 1, True, None),
+    ],
+)
+@pytest.mark.parametrize("op", ["evaluate_at_planned", "completion_step"])
+def test_weights_beyond_32_bits_are_left_to_others(op, dims, rank, shared, sentence):
+    layout = hk.Layout.make(hk.ModeTree.balanced(4), dims, rank, share_weights=shared)
+    reason = limits.why_not(op, layout, F32)
+    assert reason is None if sentence is None else re.search(sentence, reason)
+
+
+def test_the_last_block_of_sums_looks_no_further_than_32_bits():
+    """As many rows as a launch takes, and a block at the end that would look past 2^31."""
+    layout, indices = paper()
+    plan = hk.IndexPlan.make(layout, indices.to(ON))
+    weights = list(testing.make_inputs(testing.Case("", layout, 1), F32, ON).weights)
+    table, lists = planned.schedule(
+        layout.program, plan.table, plan.lists, weights[0], "ieee", [1] * 3
+    )
+    out, frames = module.call("evaluate_at_planned", weights, table, lists)
+    numbers = table.tolist()
+    at, lengths = planned.HEADER, {planned.FORWARD: 21, planned.PRODUCTS: 26}
+    while numbers[at] != planned.SEGMENTS:
+        at += 3 + numbers[at + 2] * lengths[numbers[at]]
+    source, others, _, width, rows, *_ = numbers[at + 3 :]
+    numbers[at + 3 : at + 11] = [source, others, planned.MOST, width, rows, 0, 0, 2**15]
+    arguments = (out, weights, frames, torch.tensor(numbers), lists, [1] * 3, False)
+    with pytest.raises(RuntimeError, match="2147483648 rows, columns or blocks are too many"):
+        module.call("evaluate_at_planned_backward", *arguments)

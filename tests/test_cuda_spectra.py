@@ -461,6 +461,13 @@ def test_bad_arguments():
         cuda.call("spectra_svd", torch.zeros(1, 129, 2, dtype=F64, device=ON))
 
 
+def test_modes_beyond_32_bits_are_left_to_others():
+    most = 2**31 - 2**16
+    assert tasks.why_not(hk.Layout.make(ModeTree.flat(2), most, 4), F64) is None
+    reason = tasks.why_not(hk.Layout.make(ModeTree.flat(2), most + 1, 4), F64)
+    assert f"rows up to {most}, and this layout has {most + 1}" in reason
+
+
 def test_devices_with_less_shared_memory_take_narrower_matrices(monkeypatch):
     from htfkernels.cuda import spectra, spectra_tasks
 

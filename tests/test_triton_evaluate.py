@@ -141,6 +141,37 @@ def test_the_tables_cover_every_node_once():
                 done |= {n.index for n in launched.nodes}
 
 
+def test_more_than_kernels_number_in_32_bits():
+    """Samples, in either pass, and a mode's dimension; nothing is launched."""
+    layout = Layout.make(ModeTree.balanced(2), 1, 1)
+    weights = [torch.empty(g.shape, device="meta") for g in layout.groups]
+    most, more = (torch.empty(n, 2, device="meta") for n in (launch.MOST, launch.MOST + 1))
+
+    def forward(x):
+        return backend.evaluate_keeping(weights, x, layout.program, 1, precision="ieee")
+
+    with launch.recorded(lambda *launched: None):
+        forward(most)
+        with pytest.raises(ValueError, match=r"evaluate: .* 2147418112 samples, got 2147418113"):
+            forward(more)
+        with pytest.raises(ValueError, match=r"evaluate: .* 2147418112 samples, got 2147418113"):
+            backend.evaluate_backward(
+                more[:, 0], weights, more, more[:0], layout.program, [1, 1, 0], precision="ieee"
+            )
+    layout = Layout.make(ModeTree.balanced(2), launch.MOST + 1, 1)
+    with pytest.raises(ValueError, match="rows or columns of a weight, got 2147418113"):
+        Tables(layout.program, torch.device("cpu"), None)
+
+
+def test_parts_of_a_batch_end_below_32_bits():
+    """A kernel adds a part's length to its begin before it looks where the batch ends."""
+    for rows in (launch.MOST, launch.MOST - 1, 2**30 + 1):
+        for programs in (1, 3, 100, 263):
+            for step in (16, 64, 128):
+                count, each = configs.splits(torch.device("cpu"), programs, rows, step)
+                assert rows <= count * each < 2**31 - step
+
+
 def test_a_batch_is_split_without_gaps():
     device = torch.device("cpu")
     for programs in (1, 3, 100, 10_000):

@@ -235,9 +235,18 @@ def test_launches_grow_with_the_depth():
 
 
 def test_too_many_rows_of_a_grid():
-    layout = make(T.from_nested(((0, 1, 2), 3)), [2048, 2048, 1024, 2], 1)
-    with pytest.raises(ValueError, match=r"a product of frames has 2\^31 rows or more"):
-        grid_nodes(layout.program)
+    """Fewer than 2^31 may be too many: the last tile's end does not fit into 32 bits."""
+
+    def rows(*dims):
+        layout = make(T.from_nested(((0, 1), 2)), [*dims, 2], 1)
+        return grid_nodes(layout.program).nodes[0].rows
+
+    assert rows(2048, 2**20 - 32) == launch.MOST
+    for dims in ((8, 2**28 - 1), (2048, 2**20)):
+        with pytest.raises(
+            ValueError, match=r"up to \d+ rows of a product of frames, got 21474836"
+        ):
+            rows(*dims)
 
 
 def test_kinds_of_nodes():
@@ -291,3 +300,21 @@ def test_unwritten_memory_is_full_of_nan(monkeypatch):
 def test_too_many_tiles():
     with pytest.raises(ValueError, match="tiles in one launch"):
         launch.launch(None, 2**31, (), {}, launch.Config(16, 16, 16))
+
+
+def test_too_many_tiles_make_no_table():
+    """It would have an entry for each."""
+    nodes = sample_nodes(make(T.balanced(2), 3, 16).program, 2**40)
+    with pytest.raises(ValueError, match="tiles in one launch"):
+        gather_run.Evaluation(nodes, torch.float32, "ieee", torch.device(DEVICE))
+
+
+def test_sizes_beyond_32_bits():
+    """Of a mode: rows of its weight are those of a gradient. And of a rank."""
+    for dim, rank in ((2**31, 1), (1, 2**31)):
+        nodes = sample_nodes(make(T.balanced(2), dim, rank).program, 5)
+        with pytest.raises(
+            ValueError, match="rows or columns of a weight or frame, got 2147483648"
+        ):
+            made = gather_run.Evaluation(nodes, torch.float32, "ieee", torch.device(DEVICE))
+            made.backward([True, True])

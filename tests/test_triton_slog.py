@@ -273,6 +273,21 @@ def test_the_reference_runs_what_the_kernels_cannot(tree, rank, sentence, launch
     assert torch.equal(actual[1], expected[1])
 
 
+def test_more_samples_than_kernels_number_in_32_bits():
+    from htfkernels.gpu import launch
+    from htfkernels.ops.slog import triton
+
+    layout = hk.Layout.make(ModeTree.balanced(2), 1, 1)
+    weights = [torch.empty(g.shape, device="meta") for g in layout.groups]
+    x = torch.empty(launch.MOST + 1, 2, device="meta")
+    grad = torch.empty(len(x), 1, 2, device="meta")
+    with launch.recorded(lambda *launched: None):
+        with pytest.raises(ValueError, match=r"slog: .* 2147418112 samples, got 2147418113"):
+            triton.slog(weights, x, layout.program, 1, precision="ieee")
+        with pytest.raises(ValueError, match=r"slog: .* 2147418112 samples, got 2147418113"):
+            triton.slog_backward(grad, weights, x, (), layout.program, [1, 1, 0], precision="ieee")
+
+
 def test_autocast_leaves_the_logarithm_exact():
     case = next(c for c in CASES if c.name == "balanced4")
     arguments = arguments_of(case, torch.float32)

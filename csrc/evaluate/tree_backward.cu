@@ -8,29 +8,31 @@ namespace {
 using namespace tree;
 
 // A gradient from the partials of the splits and of the nodes that share the weight, in their
-// order; a row of blocks for each group. Loads of many splits are under way together.
+// order; a row of blocks for each group, as many as the largest has 256 numbers. Loads of many
+// splits are under way together. A group's numbers and a block's of threads past them are below
+// 2^31: why_not of htfkernels/cuda/tree.py.
 template <class Stored>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(tree::kThreads)
     sum_partials(const ValueOf<Stored>* partials, const int* sums, Stored* out, long long numbers,
                  int splits) {
   constexpr int kAtATime = 16;
   const int* row = sums + 4 * blockIdx.y;
   const int size = row[1], copies = row[3];
-  for (int i = blockIdx.x * kThreads + threadIdx.x; i < size; i += gridDim.x * kThreads) {
-    ValueOf<Stored> sum = 0;
-    for (int c = 0; c < copies; ++c) {
-      const ValueOf<Stored>* from = partials + row[2] + static_cast<long long>(c) * size + i;
-      for (int s = 0; s < splits; s += kAtATime) {
-        ValueOf<Stored> part[kAtATime];
+  const int i = blockIdx.x * tree::kThreads + threadIdx.x;
+  if (i >= size) return;
+  ValueOf<Stored> sum = 0;
+  for (int c = 0; c < copies; ++c) {
+    const ValueOf<Stored>* from = partials + row[2] + static_cast<long long>(c) * size + i;
+    for (int s = 0; s < splits; s += kAtATime) {
+      ValueOf<Stored> part[kAtATime];
 #pragma unroll
-        for (int j = 0; j < kAtATime; ++j)
-          part[j] = s + j < splits ? from[(s + j) * numbers] : ValueOf<Stored>(0);
+      for (int j = 0; j < kAtATime; ++j)
+        part[j] = s + j < splits ? from[(s + j) * numbers] : ValueOf<Stored>(0);
 #pragma unroll
-        for (int j = 0; j < kAtATime; ++j) sum += part[j];
-      }
+      for (int j = 0; j < kAtATime; ++j) sum += part[j];
     }
-    out[row[0] + i] = static_cast<Stored>(sum);
   }
+  out[row[0] + i] = static_cast<Stored>(sum);
 }
 
 // sizes: of tree.h, then: splits, numbers of a split's partials (0: gradients are written where
@@ -75,13 +77,13 @@ std::vector<Tensor> tree_backward(const Tensor& grad, const std::vector<Tensor>&
     p.outputs = g.outputs;
     p.weights = pointers(weights);
     launch<backward_kernel<M, Stored, Rows>>(
-        op, current, p.sizes.tasks * splits, kThreads,
+        op, current, p.sizes.tasks * splits, tree::kThreads,
         shared_bytes<M, Stored, Rows>(p.sizes, kStages<Stored, false>), p);
     if (numbers == 0 || gradients == 0) return;
-    const dim3 grid(static_cast<unsigned>((largest + kThreads - 1) / kThreads),
+    const dim3 grid(static_cast<unsigned>((largest + tree::kThreads - 1) / tree::kThreads),
                     static_cast<unsigned>(sums.numel() / 4));
     launch<sum_partials<Stored>>(
-        "sum_partials", current, grid, kThreads, 0,
+        "sum_partials", current, grid, tree::kThreads, 0,
         static_cast<const ValueOf<Stored>*>(partials.const_data_ptr()), sums.const_data_ptr<int>(),
         static_cast<Stored*>(found.mutable_data_ptr()), static_cast<long long>(numbers), splits);
   });

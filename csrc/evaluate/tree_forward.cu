@@ -32,7 +32,7 @@ std::vector<Tensor> tree_forward(const std::vector<Tensor>& weights, const Tenso
     p.counters = static_cast<int*>(counters.mutable_data_ptr());
     p.weights = pointers(weights);
     launch<forward_kernel<M, Stored, Rows>>(
-        op, current, p.sizes.tasks * p.sizes.tiles, kThreads,
+        op, current, p.sizes.tasks * p.sizes.tiles, tree::kThreads,
         shared_bytes<M, Stored, Rows>(p.sizes, kStages<Stored, true>), p);
   });
   return {result, messages};

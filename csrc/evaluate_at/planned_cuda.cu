@@ -139,6 +139,7 @@ int64_t fill(const SegmentRecord& r, int64_t, const Places* places, SegmentJob& 
   job.segments = narrow(r.segments), job.width = narrow(r.width), job.rows = narrow(r.rows);
   job.lane_bits = static_cast<int>(r.lane_bits), job.group_bits = static_cast<int>(r.group_bits);
   job.repeats = narrow(r.repeats), job.splits = narrow(r.splits);
+  narrow(blocks * together * r.repeats);  // up to where the last block looks
   job.blocks = narrow(blocks), job.chunks = narrow(chunks);
   job.parts = r.parts != 0, job.final = r.final != 0;
   job.start = places->list(r.start), job.order = places->list(r.order);

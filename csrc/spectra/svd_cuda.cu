@@ -83,9 +83,10 @@ void launch_svd(const Current& current, const Matrices& all, int64_t count, std:
 std::vector<Tensor> spectra_svd(const Tensor& matrices) {
   check(on_device(matrices) && matrices.scalar_type() == ScalarType::Double &&
             matrices.dim() == 3 && matrices.is_contiguous() && matrices.size(1) >= 1 &&
-            matrices.size(2) >= 1 && std::max(matrices.size(1), matrices.size(2)) <= kWidest,
-        kSvd, ": matrices must be contiguous float64 [F, p, q], p and q at most ", kWidest,
-        ", got ", describe(matrices));
+            matrices.size(2) >= 1 && std::max(matrices.size(1), matrices.size(2)) <= kWidest &&
+            matrices.size(0) <= INT32_MAX,
+        kSvd, ": matrices must be contiguous float64 [F, p, q], fewer than 2^31, p and q at most ",
+        kWidest, ", got ", describe(matrices));
   const Current current(matrices);
   const int64_t count = matrices.size(0), p = matrices.size(1), q = matrices.size(2);
   const int m = static_cast<int>(std::max(p, q)), n = static_cast<int>(std::min(p, q));

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from htfkernels.cuda import spectra, tree
+from htfkernels.cuda import planned, spectra, tree
 from htfkernels.layout import Layout
 
 __all__ = ["OPS", "why_not"]
@@ -21,10 +21,10 @@ def _any_layout(layout: Layout, dtype: torch.dtype) -> None:
 OPS: dict[str, tuple[frozenset[torch.dtype], Limit]] = {
     "evaluate": (tree.DTYPES, tree.why_not),
     "evaluate_at": (tree.DTYPES, tree.why_not_at),
-    "evaluate_at_planned": (tree.DTYPES, _any_layout),
+    "evaluate_at_planned": (tree.DTYPES, planned.why_not),
     "index_plan": (frozenset({torch.int64}), _any_layout),
     # A step is planned evaluation, its backward and the optimizer's step.
-    "completion_step": (frozenset({torch.float32, torch.float64}), _any_layout),
+    "completion_step": (frozenset({torch.float32, torch.float64}), planned.why_not),
     "group_rmsprop": (frozenset({torch.float32, torch.float64, torch.bfloat16}), _any_layout),
     "spectra": (spectra.DTYPES, spectra.why_not),
 }

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from htfkernels.cuda.planned_nodes import MOST_OPERANDS, Node, Nodes, Read, planned_nodes
+from htfkernels.layout import Layout
 
-__all__ = ["Schedule", "schedule"]
+__all__ = ["Schedule", "schedule", "why_not"]
 
 VERSION = 1
 HEADER = 16
@@ -34,6 +35,7 @@ PENDING = -1000
 # Blocks a launch should have: two for each processor of an H100.
 WANTED_BLOCKS = 264
 MOST_WEIGHT_PARTS = 256  # that blocks leave of a column's gradient, and a later launch sums
+MOST = 2**31 - 2**16 - 1  # rows, columns, blocks: `narrow` of planned_cuda.cu refuses more
 
 _MOST_KEPT = 16  # schedules of one plan
 
@@ -52,6 +54,24 @@ class Schedule(NamedTuple):
 
     table: Tensor
     lists: Tensor
+
+
+def why_not(layout: Layout, dtype: torch.dtype) -> str | None:
+    """None where trees are evaluated by a plan, else one sentence that says why not."""
+    del dtype
+    for group in layout.groups:
+        if max(group.rows, group.cols) > MOST:
+            return (
+                f"cuda evaluates by a plan where weights have at most {MOST} rows and columns, and "
+                f"this layout has a weight of {group.rows} by {group.cols}"
+            )
+        # The sum over the nodes that share it takes its gradient as one row of numbers.
+        if len(group.nodes) > group.count and group.rows * group.cols > MOST:
+            return (
+                f"cuda evaluates by a plan where weights that nodes share have at most {MOST} "
+                f"numbers, and this layout has one of {group.rows} by {group.cols}"
+            )
+    return None
 
 
 _schedules: WeakIdKeyDictionary = WeakIdKeyDictionary()

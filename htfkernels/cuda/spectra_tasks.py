@@ -32,6 +32,7 @@ _KEEP, _TRIANGLE, _IDENTITY = range(3)
 _CHUNK = 128  # rows that a block takes in at a time
 _MOST_PARTS = 16
 _MOST_COLUMNS = 2048  # of factors that are not decomposed
+_MOST_ROWS = 2**31 - 2**16  # of factors; kernels count them in 32 bits, a few chunks past the last
 
 
 class TooWide(Exception):
@@ -87,6 +88,7 @@ class Memory:
     def make(self, rows: int, columns: int, triangular: bool, kept: bool) -> Side:
         """Room for a factor."""
         check_width("factors with a number of columns", columns, _MOST_COLUMNS)
+        check_width("factors with a number of rows", rows, _MOST_ROWS)
         at = self.kept if kept else -2 - self.scratch
         side = Side(at, rows, columns, self.exponents, triangular)
         if kept:

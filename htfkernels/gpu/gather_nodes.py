@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from htfkernels.gpu.launch import check_size
 from htfkernels.index_build import FRAMED_ROOT, NO_OPERAND, CutRow, FramedRow, Step
 from htfkernels.layout import PROGRAM_HEADER
 
@@ -202,8 +203,8 @@ def grid_nodes(program: Tensor) -> NodeList:
 
 def _khatri_rao(made: NodeList, sources: list[int]) -> tuple[int, list[Read]]:
     counts = [made.shape(source)[0] for source in sources]
-    if math.prod(counts) >= 2**31 and len(counts) > 1:
-        raise ValueError("full_tensor: a product of frames has 2^31 rows or more")
+    if len(counts) > 1:  # rows are taken apart in 32 bits
+        check_size("full_tensor", math.prod(counts), "rows of a product of frames")
     reads = []
     for c, source in enumerate(sources):
         below = math.prod(counts[c + 1 :])

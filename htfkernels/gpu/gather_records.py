@@ -44,7 +44,7 @@ class Operand(NamedTuple):
 
     base: int = 0  # of the frame in BUF
     ids: int = -1  # of the list of rows (in a matrix of indices the column); -1: row i
-    div: int = 1  # on a grid: row (i // div) % mod, for i below 2^31
+    div: int = 1  # on a grid: row (i // div) % mod, for i below launch.MOST
     mod: int = 0  # 0: row i
     space: int = -1
     dest: int = 0

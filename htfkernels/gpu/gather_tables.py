@@ -17,7 +17,7 @@ from htfkernels.gpu import gather, gather_records
 from htfkernels.gpu.gather_configs import gemm_tile, vector_tile
 from htfkernels.gpu.gather_nodes import Node, NodeList
 from htfkernels.gpu.gather_records import Job, Operand
-from htfkernels.gpu.launch import Config, cdiv
+from htfkernels.gpu.launch import Config, cdiv, check_programs, check_size
 from htfkernels.gpu.tiles import accumulator, input_precision
 
 __all__ = ["Forward", "Launch", "Tables", "forward_schedule"]
@@ -137,7 +137,8 @@ class Tables:
         return padded
 
     def node_job(self, k: int, **fields: int) -> list[int]:
-        """The record of a node, followed by those of its operands."""
+        """The record of a node, followed by those of its operands. Kernels read its width and its
+        columns (or, of an operand's gradient, that one's rows) in 32 bits."""
         node = self.made.nodes[k]
         weight = -1 if node.weight is None else self.places.of(node.weight)
         common = {
@@ -149,6 +150,9 @@ class Tables:
             "count": len(node.operands),
         }
         job = self.record(Job(**{**common, **fields}))
+        for name in ("k", "n"):
+            size = job[Job._fields.index(name)]
+            check_size("htfkernels", size, "rows or columns of a weight or frame")
         for source, rows in node.operands:
             base = self.places.of(source)
             self.record(Operand(base, rows.ids, rows.div, rows.mod))
@@ -213,6 +217,7 @@ class Tables:
         numbers = {id(record): r for r, record in enumerate(self.records)}
         work: list[Tensor] = []
         for launch in self.pending:
+            check_programs(sum(launch.programs))  # before there is an entry for each
             first = 0
             for job, programs in zip(launch.jobs, launch.programs, strict=True):
                 job[Job._fields.index("first")] = first

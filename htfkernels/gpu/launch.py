@@ -14,10 +14,23 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-__all__ = ["INTERPRETED", "Config", "cdiv", "launch", "recorded"]
+__all__ = [
+    "INTERPRETED",
+    "MOST",
+    "Config",
+    "cdiv",
+    "check_programs",
+    "check_size",
+    "launch",
+    "recorded",
+]
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter, on CPU tensors (``TRITON_INTERPRET=1``)."""
+
+MOST = 2**31 - 2**16
+"""Samples of a batch, and rows and columns of a weight, at most: kernels number them in 32 bits, a
+few tiles past the last, and round up to parts of a batch. Offsets into memory are of 64 bits."""
 
 Recorder = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any], "Config"], None]
 _recorder: Recorder | None = None
@@ -47,8 +60,7 @@ def launch(
     """
     if programs == 0:
         return
-    if programs >= 2**31:
-        raise ValueError(f"htfkernels: {programs} tiles in one launch, more than a GPU takes")
+    check_programs(programs)
     if _recorder is not None:
         _recorder(kernel, (programs,), args, constants, config)
         return
@@ -62,6 +74,24 @@ def launch(
             num_stages=config.stages,
             enable_fp_fusion=True,
         )
+
+
+def check_programs(programs: int) -> None:
+    """
+    Raises:
+        ValueError: a grid of so many programs is more than a GPU takes.
+    """
+    if programs >= 2**31:
+        raise ValueError(f"htfkernels: {programs} tiles in one launch, more than a GPU takes")
+
+
+def check_size(op: str, size: int, what: str) -> None:
+    """
+    Raises:
+        ValueError: there are more of ``what`` than kernels can number (:data:`MOST`).
+    """
+    if size > MOST:
+        raise ValueError(f"{op}: the Triton kernels take up to {MOST} {what}, got {size}")
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from htfkernels.gpu.configs import STATIC_ARITY, fuses
+from htfkernels.gpu.launch import check_size
 
 __all__ = ["Fused", "Launch", "Node", "Ragged", "Tables", "Uniform", "tables_of"]
 
@@ -177,6 +178,9 @@ class Tables:
         column: node index -> column; none for the root and for leaves that are formed in kernels.
         of_group: the nodes of each group, by slot.
         place: node index -> its place there. Without shared weights, its slot.
+
+    Raises:
+        ValueError: a weight has more rows or columns than kernels can number.
     """
 
     def __init__(
@@ -186,6 +190,8 @@ class Tables:
         numbers = program.tolist()
         self.groups, self.x_width = numbers[2], numbers[5]
         self.nodes = list(_nodes(numbers))
+        for node in self.nodes:
+            check_size("htfkernels", max(node.rows, node.cols), "rows or columns of a weight")
         self.root = self.nodes[-1]
         self.of_group: list[list[Node]] = [[] for _ in range(self.groups)]
         for node in sorted(self.nodes, key=lambda n: (n.slot, n.index)):

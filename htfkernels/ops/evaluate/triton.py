@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from htfkernels.gpu import configs, fused, ragged, uniform
+from htfkernels.gpu.launch import check_size
 from htfkernels.gpu.memory import empty
 from htfkernels.gpu.reduce import gradients
 from htfkernels.gpu.tables import Fused, Needed, Node, Ragged, Step, Tables, Uniform, tables_of
@@ -31,6 +32,7 @@ def evaluate_keeping(
     weights: Sequence[Tensor], x: Tensor, program: Tensor, out_features: int, *, precision: str
 ) -> list[Tensor]:
     """The result, and the messages."""
+    check_size("evaluate", x.shape[0], "samples")
     weights, x = [w.contiguous() for w in weights], x.contiguous()
     tables = _tables(program, x, precision)
     result = empty((x.shape[0], out_features), x)
@@ -44,6 +46,7 @@ def evaluate_backward(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of the weights and of ``x``; an empty tensor where ``needs`` is 0. Without the
     messages of the forward pass (``kept`` is empty) they are computed again."""
+    check_size("evaluate", x.shape[0], "samples")  # of several gradients together, more than before
     weights, x, grad = [w.contiguous() for w in weights], x.contiguous(), grad.contiguous()
     tables = _tables(program, x, precision)
     rows = x.shape[0]

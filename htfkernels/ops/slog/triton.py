@@ -15,6 +15,7 @@ from torch import Tensor
 
 from htfkernels.exponents import power, sign
 from htfkernels.gpu import configs, ragged, scaled
+from htfkernels.gpu.launch import check_size
 from htfkernels.gpu.memory import empty
 from htfkernels.gpu.reduce import gradients
 from htfkernels.gpu.tables import Tables, tables_of
@@ -47,6 +48,7 @@ def slog_keeping(
     weights: Sequence[Tensor], x: Tensor, program: Tensor, out_features: int, *, precision: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The result; the messages, their exponents ``[nodes, B]``, the scaled value."""
+    check_size("slog", x.shape[0], "samples")
     x, tables = x.contiguous(), _tables(program, x)
     mantissas, exponents = _scaled(weights)
     messages, shift, value = _messages(tables, mantissas, x, precision)
@@ -66,6 +68,7 @@ def slog_backward(
     """Gradients of the weights and of ``x``, for the gradient ``[B, out_features, 2]`` of which
     signs have none; an empty tensor where ``needs`` is 0. ``kept`` is what :func:`slog_keeping`
     returned behind the result, or nothing."""
+    check_size("slog", x.shape[0], "samples")
     x, tables = x.contiguous(), _tables(program, x)
     mantissas, exponents = _scaled(weights)
     messages, shift, value = kept or _messages(tables, mantissas, x, precision)
