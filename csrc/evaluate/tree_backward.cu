@@ -2,23 +2,21 @@
 
 #include "evaluate/tree.h"
 
-namespace htf::gpu {
+namespace htf::gpu::tree {
 namespace {
-
-using namespace tree;
 
 // A gradient from the partials of the splits and of the nodes that share the weight, in their
 // order; a row of blocks for each group, as many as the largest has 256 numbers. Loads of many
 // splits are under way together. A group's numbers and a block's of threads past them are below
 // 2^31: why_not of htfkernels/cuda/tree.py.
 template <class Stored>
-__global__ void __launch_bounds__(tree::kThreads)
+__global__ void __launch_bounds__(kThreads)
     sum_partials(const ValueOf<Stored>* partials, const int* sums, Stored* out, long long numbers,
                  int splits) {
   constexpr int kAtATime = 16;
   const int* row = sums + 4 * blockIdx.y;
   const int size = row[1], copies = row[3];
-  const int i = blockIdx.x * tree::kThreads + threadIdx.x;
+  const int i = blockIdx.x * kThreads + threadIdx.x;
   if (i >= size) return;
   ValueOf<Stored> sum = 0;
   for (int c = 0; c < copies; ++c) {
@@ -77,13 +75,13 @@ std::vector<Tensor> tree_backward(const Tensor& grad, const std::vector<Tensor>&
     p.outputs = g.outputs;
     p.weights = pointers(weights);
     launch<backward_kernel<M, Stored, Rows>>(
-        op, current, p.sizes.tasks * splits, tree::kThreads,
+        op, current, p.sizes.tasks * splits, kThreads,
         shared_bytes<M, Stored, Rows>(p.sizes, kStages<Stored, false>), p);
     if (numbers == 0 || gradients == 0) return;
-    const dim3 grid(static_cast<unsigned>((largest + tree::kThreads - 1) / tree::kThreads),
+    const dim3 grid(static_cast<unsigned>((largest + kThreads - 1) / kThreads),
                     static_cast<unsigned>(sums.numel() / 4));
     launch<sum_partials<Stored>>(
-        "sum_partials", current, grid, tree::kThreads, 0,
+        "sum_partials", current, grid, kThreads, 0,
         static_cast<const ValueOf<Stored>*>(partials.const_data_ptr()), sums.const_data_ptr<int>(),
         static_cast<Stored*>(found.mutable_data_ptr()), static_cast<long long>(numbers), splits);
   });
@@ -104,7 +102,7 @@ int64_t tree_shared_bytes(const Tensor& like, bool forward, const std::vector<in
 }
 
 }  // namespace
-}  // namespace htf::gpu
+}  // namespace htf::gpu::tree
 
 HTF_CUDA_LIBRARY(m) {
   m.def(
@@ -113,6 +111,6 @@ HTF_CUDA_LIBRARY(m) {
   m.def("tree_shared_bytes(Tensor like, bool forward, int[] sizes) -> int");
 }
 HTF_CUDA_KERNELS(m) {
-  m.impl("tree_backward", TORCH_BOX(&htf::gpu::tree_backward));
-  m.impl("tree_shared_bytes", TORCH_BOX(&htf::gpu::tree_shared_bytes));
+  m.impl("tree_backward", TORCH_BOX(&htf::gpu::tree::tree_backward));
+  m.impl("tree_shared_bytes", TORCH_BOX(&htf::gpu::tree::tree_shared_bytes));
 }

@@ -2,10 +2,8 @@
 
 #include "evaluate/tree.h"
 
-namespace htf::gpu {
+namespace htf::gpu::tree {
 namespace {
-
-using namespace tree;
 
 // sizes: of tree.h, then the columns of all messages.
 std::vector<Tensor> tree_forward(const std::vector<Tensor>& weights, const Tensor& x,
@@ -32,18 +30,18 @@ std::vector<Tensor> tree_forward(const std::vector<Tensor>& weights, const Tenso
     p.counters = static_cast<int*>(counters.mutable_data_ptr());
     p.weights = pointers(weights);
     launch<forward_kernel<M, Stored, Rows>>(
-        op, current, p.sizes.tasks * p.sizes.tiles, tree::kThreads,
+        op, current, p.sizes.tasks * p.sizes.tiles, kThreads,
         shared_bytes<M, Stored, Rows>(p.sizes, kStages<Stored, true>), p);
   });
   return {result, messages};
 }
 
 }  // namespace
-}  // namespace htf::gpu
+}  // namespace htf::gpu::tree
 
 HTF_CUDA_LIBRARY(m) {
   m.def(
       "tree_forward(Tensor[] weights, Tensor x, Tensor table, Tensor counters, int[] sizes) -> "
       "Tensor[]");
 }
-HTF_CUDA_KERNELS(m) { m.impl("tree_forward", TORCH_BOX(&htf::gpu::tree_forward)); }
+HTF_CUDA_KERNELS(m) { m.impl("tree_forward", TORCH_BOX(&htf::gpu::tree::tree_forward)); }
