@@ -88,7 +88,7 @@ struct Lists {
 };
 
 __global__ void __launch_bounds__(kListThreads)
-    number(__grid_constant__ const Lists lists, uint32_t* keys, int32_t* positions) {
+    number_ids(__grid_constant__ const Lists lists, uint32_t* keys, int32_t* positions) {
   const List& list = lists.at[blockIdx.y];
 #pragma unroll
   for (int j = 0; j < kListEach; ++j) {
@@ -231,8 +231,9 @@ std::vector<Tensor> plan_group(const std::vector<Tensor>& ids,
     }
     for (unsigned c = 1; c < count; ++c) these.at[c].prefix = c << bits;
     Sortable<uint32_t>& sortable = sorted.emplace_back(current, ids[0], n);
-    launch<number>("number", current, dim3(blocks(longest, kListThreads * kListEach), count),
-                   kListThreads, 0, these, sortable.keys(), sortable.values());
+    launch<number_ids>("number_ids", current,
+                       dim3(blocks(longest, kListThreads * kListEach), count), kListThreads, 0,
+                       these, sortable.keys(), sortable.values());
     sort_pairs(current, ids[0], sortable, n, bits + bits_below(count));
     Tensor values = sortable.values_tensor();
     for (unsigned c = 0; c < count; ++c) {
