@@ -416,7 +416,7 @@ def _checked_std(value: Any) -> float | None:
     except (TypeError, ValueError, RuntimeError):
         std = None
     if std is None or not 0 <= std < math.inf:
-        came = repr(value) if std is None else std
+        came = shown(value) if std is None else std
         raise ValueError(f"init_std: expected a finite number that is not negative, got {came}")
     return std
 

@@ -15,6 +15,7 @@ from htflearn.complete.entries import LARGEST_TENSOR, Entries, Predict
 from htflearn.complete.files import TABLES, Write, existing
 from htflearn.errors import UserError, reason
 from htflearn.files import check_fits
+from htflearn.options import shown
 
 __all__ = ["LARGEST_GRID", "TableSource"]
 
@@ -309,8 +310,8 @@ def _values(table: Any, name: str, path: Path) -> tuple[np.ndarray, bool]:
         for row, cell in enumerate(column.to_pylist() if pa.types.is_string(kind) else []):
             if cell not in empty and not _NUMBER.fullmatch(cell.strip()):
                 raise UserError(
-                    f"expected numbers in the value column {name!r} of {path}, got {cell!r} in row "
-                    f"{row + 1}"
+                    f"expected numbers in the value column {name!r} of {path}, got {shown(cell)} "
+                    f"in row {row + 1}"
                 )
         raise UserError(f"expected numbers in the value column {name!r} of {path}, got {kind}")
     return _as_numpy(column), bool(pa.types.is_integer(kind))
