@@ -66,7 +66,8 @@ def numerical_rank(s: Tensor, tol: float | None = None, rtol: float | None = Non
         return torch.zeros(s.shape[:-1], dtype=torch.int64, device=s.device)
     largest = s.amax(-1, keepdim=True)
     relative = s.shape[-1] * torch.finfo(s.dtype).eps if rtol is None else rtol
-    count = (s > (largest * relative if tol is None else tol)).sum(-1)
+    threshold = largest * _in_range(relative) if tol is None else _in_range(tol)
+    count = (s > threshold).sum(-1)
     finite = largest.squeeze(-1).isfinite()
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return torch.where(finite, count, -1)
@@ -84,6 +85,14 @@ def _check_values(op: str, s: Any) -> None:
 
 def _is_number(x: Any) -> bool:
     return isinstance(x, numbers.Real) or (isinstance(x, Tensor) and x.numel() == 1)
+
+
+def _in_range(x: Any) -> Any:
+    """A number that is not negative; infinity in place of an integer that no float holds."""
+    try:
+        return x if isinstance(x, Tensor) else float(x)
+    except OverflowError:
+        return math.inf
 
 
 def effective_rank(s: Tensor) -> Tensor:
@@ -163,6 +172,7 @@ def schatten_norm(s: Tensor, p: float) -> Tensor:
         raise ValueError(f"schatten_norm: p must be a positive number, got {shown(p)}")
     if s.shape[-1] == 0:
         return s.sum(-1)
+    p = _in_range(p)
     if math.isinf(p):
         return s.amax(-1)
     # Where s is 0 the derivative of s^p is not finite for p < 1.

@@ -371,10 +371,13 @@ class ModeTree:
 
         Raises:
             KeyError: no node has these modes, or none at that level.
+            ValueError: a mode or the level is not an integer.
         """
         if level is not None:
             level = as_int("node: level", level)
-        wanted = {int(m) for m in (modes if isinstance(modes, Iterable) else [modes])}
+        wanted = {
+            as_int("node: modes", m) for m in (modes if isinstance(modes, Iterable) else [modes])
+        }
         if not wanted or not wanted <= set(range(self.order)):
             raise KeyError(
                 f"no node over the modes {sorted(wanted)}: the modes are 0..{self.order - 1}"

@@ -18,7 +18,7 @@ def as_int(what: str, value: Any) -> int:
     if found is None:
         raise ValueError(f"{what} must be an integer, got {reprlib.repr(value)}")
     if not -(2**63) <= found < 2**63:
-        raise ValueError(f"{what} must fit into 64 bits, got an integer of {found.bit_length()}")
+        raise ValueError(f"{what} must fit into 64 bits, got one of {found.bit_length()}")
     return found
 
 

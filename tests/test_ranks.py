@@ -98,6 +98,12 @@ def test_no_singular_values():
         assert measure(torch.empty(2, 0)).tolist() == [0, 0]
 
 
+def test_integers_that_no_float_holds_are_infinite():
+    values, huge = torch.tensor([3.0, 4.0]), 10**400
+    assert hk.schatten_norm(values, huge) == 4
+    assert hk.numerical_rank(values, tol=huge) == hk.numerical_rank(values, rtol=huge) == 0
+
+
 def test_bad_arguments():
     s = torch.ones(3)
     with pytest.raises(ValueError, match="p must be a positive number, got 0"):

@@ -494,3 +494,9 @@ def test_numpy_integers_are_integers():
     tree = ModeTree.balanced(4)
     assert tree.node(numpy.array([0, 1])) == tree.node([0, 1])
     assert tree.node(numpy.int64(3)) == tree.node(3)
+
+
+@pytest.mark.parametrize("mode", [1.5, float("inf"), "1", None])
+def test_a_mode_that_is_not_an_integer(mode):
+    with pytest.raises(ValueError, match="node: modes must be an integer, got"):
+        ModeTree.balanced(4).node([0, mode])

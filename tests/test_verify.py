@@ -59,7 +59,9 @@ def test_the_cpus_kernels_pass(family):
     for math in family.maths:
         verdict = verify.check(family, math, Place("cpu", "the CPU"))
         assert verdict.failure is None and verdict.cases >= 1
-        assert 0 <= verdict.error <= verdict.allowed and verdict.seconds > 0
+        # Only float64 may agree to the last bit with the formula, which is evaluated in it.
+        assert verdict.error > 0 or math == "float64"
+        assert verdict.error <= verdict.allowed and verdict.seconds > 0
 
 
 def spoil(monkeypatch, change):

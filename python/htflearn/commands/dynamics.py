@@ -42,7 +42,7 @@ def dynamics(
         ),
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Start anew in the place of an earlier run.")
+        bool, typer.Option("--force", help="Start anew and replace an earlier run.")
     ] = False,
     seed: Annotated[
         int | None, typer.Option(help="Of the target, the entries given and the initial weights.")

@@ -108,7 +108,7 @@ def read_labelled(
             classes' names, but Fashion-MNIST, known by its labels, has words); CIFAR-10 or
             CIFAR-100 in the Python or binary version, its folder, the one around it or the archive;
             or image files in ``train/<class>`` and ``test/<class>`` (or ``val``), or in
-            ``<class>``, of which a fifth is then for testing.
+            ``<class>``; a fifth of the images is then for testing.
         split: ``"train"`` or ``"test"``.
         size: height and width to bring every image to, by averaging over areas.
 
