@@ -24,6 +24,17 @@ def module(layout, dtype=torch.float64, seed=0):
     )
 
 
+class At(torch.nn.Module):
+    """Entries of a model's end tensor, as a module."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, indices):
+        return self.model.at(indices)
+
+
 def of_one_vector(function, tensors):
     """A function of several tensors as one of a vector, and that vector: finite differences in a
     random direction then take one evaluation for all of them."""

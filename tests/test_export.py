@@ -6,20 +6,12 @@ import io
 
 import pytest
 import torch
+from models import At
 
 import htfkernels as hk
 from htfkernels import testing
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated
-
-
-class At(torch.nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, indices):
-        return self.model.at(indices)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import threading
 import numpy
 import pytest
 import torch
+from models import At
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
@@ -161,15 +162,6 @@ def test_out_of_range(model):
         sentence = f"^evaluate_at: index {value} of mode 1 is out of range, its dimension is 2$"
         with pytest.raises(IndexError, match=sentence):
             model.at(indices)
-
-
-class At(torch.nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, indices):
-        return self.model.at(indices)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.jit.trace is deprecated, and says what it cannot see

@@ -83,8 +83,15 @@ def _spins(arguments: Sequence[str]) -> str:
 
     The last row is a forward of 720,000 multiply-adds, called every 0.2 ms, in one run. Calls of it
     that nothing disturbed took 0.050, 0.050, 0.049, 0.043, 0.044 and 0.046 ms. With both cores
-    free, the step took 1.7, 1.6 and 1.5 ms with 100, 1,000 and 20,000 spins on two cores of an
-    EPYC. A hundred spins take a few microseconds: enough for a thread that is done almost at the
+    free, then beside one process that is always busy, medians of two runs in ms::
+
+        spins                        0         100       1,000     20,000    default    passive
+        step of the HTF panel     2.3, 3.4  1.9, 3.0  2.2, 4.1   2.2, 9.1  2.1, 4.2  2.0, 3.4
+        medium of htf bench        12, 20    11, 24    11, 26     12, 36   9.6, 22    12, 31
+        512-square torch.mm       1.2, 1.8  0.9, 2.0  1.0, 2.6   1.3, 3.3  1.0, 1.1  1.0, 2.6
+        forward of 3.3 million   .09, .10  .08, .16  .10, .20   .07, .81  .10, .11  .13, .21
+
+    A hundred spins take a few microseconds: enough for a thread that is done almost at the
     same time. Benchmarks are for idle machines and wait longer.
     """
     return "20000" if _called(arguments) == "bench" else "100"
