@@ -112,7 +112,7 @@ def ceiling(found: Needs) -> Needs:
 def updated(
     table: Table,
     reports: Iterable[Report],
-    archs: Iterable[int],
+    looked_at: Iterable[str],
     complete: bool = True,
     only: str = "",
 ) -> Table:
@@ -120,11 +120,12 @@ def updated(
 
     Args:
         table: as it was.
-        reports, archs: what was found, and for which architectures. Rows of others stay.
+        reports: what was found.
+        looked_at: for which compilers and architectures (:func:`target`). Rows of others stay.
         complete: whether a row without a report is dropped.
         only: the choice that was made among the configurations.
     """
-    columns = {target(arch) for arch in archs}
+    columns = set(looked_at)
     kept = {
         (name, key, column): row
         for name, key, column, row in _rows(table)
@@ -155,9 +156,15 @@ def selected(name: str, key: str, only: str) -> bool:
 
 
 def limits(reports: Iterable[Report]) -> list[str]:
-    """A sentence for each kernel that does not compile, or that no GPU of its kind could run."""
+    """A sentence for each kernel that does not compile, that no GPU of its kind could run, or that
+    has the name of another, of which the table would lose one."""
     violations = []
+    named: set[tuple[str, str, str]] = set()
     for report in reports:
+        row = (report.name, report.key, report.target)
+        if row in named:
+            violations.append(f"{_about(report)}: there are two of this name; rename one")
+        named.add(row)
         most = SHARED_LIMITS.get(report.arch)
         if report.error is not None:
             violations.append(f"{_about(report)}: it does not compile: {report.error}")
@@ -280,7 +287,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(markdown(reports))
     if options.update:
         table = load(options.ceilings)
-        save(updated(table, reports, archs, complete, options.only), options.ceilings)
+        save(updated(table, reports, map(target, archs), complete, options.only), options.ceilings)
         violations = limits(reports)
     else:
         violations += check(reports, load(options.ceilings), complete, options.only)

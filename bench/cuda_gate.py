@@ -189,7 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
     violations = compile_gate.limits(reports)
     if options.update:
         known = [f"{compiler} sm_{arch}" for arch in archs]
-        compile_gate.save(_updated(table, reports, known), options.ceilings)
+        compile_gate.save(compile_gate.updated(table, reports, known), options.ceilings)
     else:
         violations = [*spills(reports, table), *compile_gate.check(reports, table)]
     print(*violations, sep="\n", file=sys.stderr, end="\n" if violations else "")
@@ -199,21 +199,6 @@ def main(arguments: list[str] | None = None) -> int:
         f"{path.stat().st_size:,} bytes in all; {len(violations)} violations"
     )
     return 1 if violations else 0
-
-
-def _updated(
-    table: compile_gate.Table, reports: list[ModuleReport], columns: list[str]
-) -> compile_gate.Table:
-    result: compile_gate.Table = {}
-    for name, keys in table.items():
-        for key, rows in keys.items():
-            for column, row in rows.items():
-                if column not in columns:
-                    result.setdefault(name, {}).setdefault(key, {})[column] = row
-    for r in reports:
-        row = compile_gate.ceiling(r.found)
-        result.setdefault(r.name, {}).setdefault(r.key, {})[r.target] = row
-    return result
 
 
 if __name__ == "__main__":

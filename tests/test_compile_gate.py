@@ -177,11 +177,18 @@ def test_hard_limits_need_no_table():
     wide = lambda: run_product(torch.bfloat16, m=128, n=256, warps=8, stages=8)  # noqa: E731
     reports = [report(wide, arch) for arch in (80, 90)]
     assert min(r.found.shared for r in reports) > 166912
-    table = gate.updated({}, reports, [80, 90])
+    table = gate.updated({}, reports, map(gate.target, (80, 90)))
     violations = gate.check(reports, table)
     assert any("a block of sm_80 has 166912" in v for v in violations)
     fitting = [replace(r, found=r.found._replace(shared=1000)) for r in reports]
     assert not gate.check(fitting, table)
+
+
+def test_two_kernels_of_one_name_are_told(measured):
+    reports, _ = measured
+    assert gate.limits(reports) == []
+    told = gate.limits([*reports, reports[0]])
+    assert told == [f"{gate._about(reports[0])}: there are two of this name; rename one"]
 
 
 def test_what_does_not_compile_is_named():
@@ -190,7 +197,7 @@ def test_what_does_not_compile_is_named():
     good, bad = reports
     assert good.error is None and bad.error is not None
     assert good.found == report(run_scale).found
-    table = gate.updated({}, reports, [90])
+    table = gate.updated({}, reports, [gate.target(90)])
     assert list(table) == [launches[0].name]
     violation = only(gate.check(reports, table))
     assert "broken" in violation and "does not compile" in violation and "\n" not in violation
@@ -233,7 +240,7 @@ def measured():
         for arch in (80, 90)
         for launch in launches
     ]
-    return reports, gate.updated({}, reports, [80, 90])
+    return reports, gate.updated({}, reports, map(gate.target, (80, 90)))
 
 
 def test_what_is_within_the_ceilings_passes(measured):
@@ -284,7 +291,7 @@ def test_another_triton_needs_ceilings_of_its_own(measured, monkeypatch):
         f"the table has no ceilings for triton 99.0 sm_{arch}: make them with --update"
         for arch in (80, 90)
     ]
-    both = gate.updated(table, reports, [80, 90])
+    both = gate.updated(table, reports, map(gate.target, (80, 90)))
     assert not gate.check(reports, both)
     monkeypatch.undo()
     assert not gate.check(reports, both)
@@ -295,12 +302,15 @@ def test_updates_drop_what_is_gone_and_keep_what_was_not_looked_at(measured):
     rows = lambda t: {row[:3] for row in gate._rows(t)}  # noqa: E731
     everything = {(r.name, r.key, r.target) for r in reports}
     assert rows(table) == everything
-    dropped = gate.updated(table, reports[1:], [80, 90])
+    both = [gate.target(80), gate.target(90)]
+    dropped = gate.updated(table, reports[1:], both)
     assert rows(dropped) == everything - {(reports[0].name, reports[0].key, reports[0].target)}
-    assert rows(gate.updated(table, [], [90])) == {r for r in everything if r[2].endswith("80")}
-    assert rows(gate.updated(table, [], [80, 90], only="scale$")) == everything
-    assert rows(gate.updated(table, [], [80, 90], complete=False)) == everything
-    assert rows(gate.updated(table, [], [80, 90], only="product")) == {
+    assert rows(gate.updated(table, [], [gate.target(90)])) == {
+        r for r in everything if r[2].endswith("80")
+    }
+    assert rows(gate.updated(table, [], both, only="scale$")) == everything
+    assert rows(gate.updated(table, [], both, complete=False)) == everything
+    assert rows(gate.updated(table, [], both, only="product")) == {
         row for row in everything if "scale" in row[0]
     }
 

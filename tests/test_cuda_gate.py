@@ -87,7 +87,7 @@ def test_spills_are_told_unless_expected(reports):
     sentences = gate.spills(found, {})
     assert len(sentences) == 2
     assert all(s.startswith("spill [] on nvcc 1.0 sm_") and "it spills" in s for s in sentences)
-    table = gate._updated({}, found, ["nvcc 1.0 sm_80", "nvcc 1.0 sm_90"])
+    table = gate.compile_gate.updated({}, found, ["nvcc 1.0 sm_80", "nvcc 1.0 sm_90"])
     assert gate.spills(found, table) == []
     assert gate.compile_gate.check(found, table) == []
 
@@ -95,7 +95,7 @@ def test_spills_are_told_unless_expected(reports):
 @needs_nvcc
 def test_growth_missing_and_superfluous_rows_are_told(reports):
     found = list(reports.values())
-    table = gate._updated({}, found, [])
+    table = gate.compile_gate.updated({}, found, [])
     row = table["scale"]["float, 64"]["nvcc 1.0 sm_90"]
     table["scale"]["float, 64"]["nvcc 1.0 sm_90"] = row._replace(registers=1)
     del table["scale"]["double, 32"]["nvcc 1.0 sm_80"]
