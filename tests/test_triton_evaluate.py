@@ -227,18 +227,24 @@ def test_half_precision(name, dtype):
 @pytest.mark.parametrize(
     "layout",
     [
-        Layout.make(ModeTree.balanced(4), 5, 300),
+        Layout.make(ModeTree.balanced(4), 5, [20, 300]),
         Layout.make(ModeTree.balanced(4), 5, [300, 20]),
         Layout.make(ModeTree.balanced(4), 130, [16, 32]),
         Layout.make(ModeTree.balanced(9, 9), 3, 20, 2),
         Layout.make(ModeTree.from_nested(((0, 1, 2, 3, 4, 5), (6, 7))), 2, [7, 5]),
     ],
-    ids=["wide", "wide below", "long vectors", "nine operands", "six and two"],
+    ids=["wide above", "wide below", "long vectors", "nine operands", "six and two"],
 )
 def test_shapes_that_take_the_other_kernels(layout):
     case = testing.Case("", layout, 33)
     _check(case, torch.float64)
     _check(case, torch.float32, "tf32")
+
+
+@runs
+def test_wide_above_and_below():
+    """In TF32 alone: in the interpreter, float64's small tiles take a minute."""
+    _check(testing.Case("", Layout.make(ModeTree.balanced(4), 5, 300), 33), torch.float32, "tf32")
 
 
 @runs
