@@ -131,7 +131,7 @@ class Layout:
         if outputs < 1 or (root == "sum" and outputs != 1):
             expected = "1 with root='sum'" if root == "sum" else "at least 1"
             raise ValueError(f"out_features: expected {expected}, got {outputs}")
-        if share_weights not in (False, True):
+        if not isinstance(share_weights, bool):
             raise ValueError(f"share_weights: expected True or False, got {shown(share_weights)}")
         per_node = _expand_ranks(tree, ranks)
         if sum(dims) >= 2**63:

@@ -119,6 +119,10 @@ BAD = {
         lambda: Layout.make(T, 3, 5, root="max"),
         'root: expected "linear" or "sum", got \'max\'',
     ),
+    "share_weights": (
+        lambda: Layout.make(T, 3, 5, share_weights=torch.eye(3).to_sparse()),
+        r"share_weights: expected True or False, got a tensor \[3, 3\] \(torch.sparse_coo\)",
+    ),
 }
 T = ModeTree.balanced(4)
 

@@ -393,7 +393,16 @@ BAD: list[tuple[str, Callable[[Path], object], str]] = [
         lambda p: put(
             cifar10_binary(p / "cifar-10-batches-bin"), "batches.meta.txt", text("a\nb\nc\nd")
         ),
-        "expected images of every class, but train of .* has none of d",
+        "expected images of every class, but train of .* has none of d$",
+    ),
+    (
+        "cifar: empty class of a long name",
+        lambda p: put(
+            cifar10_binary(p / "cifar-10-batches-bin"),
+            "batches.meta.txt",
+            text("a\nb\nc\n" + "d" * 100_000),
+        ),
+        "has none of d{80}$",
     ),
     (
         "cifar: damaged archive",

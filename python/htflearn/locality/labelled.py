@@ -92,9 +92,9 @@ class LabelledImages:
             raise UserError(f"expected two classes or more, but {self.source} has only one")
         empty = np.flatnonzero(np.bincount(labels, minlength=len(self.names)) == 0)
         if len(empty):
+            name = self.names[empty[0]]
             raise UserError(
-                f"expected images of every class, but {self.source} has none of "
-                f"{self.names[empty[0]]}"
+                f"expected images of every class, but {self.source} has none of {name[:80]}"
             )
 
 
