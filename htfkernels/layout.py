@@ -15,6 +15,7 @@ from itertools import count
 from typing import Any, Literal, TypeGuard
 from weakref import WeakValueDictionary
 
+import numpy
 import torch
 
 from htfkernels.arguments import shown
@@ -131,7 +132,7 @@ class Layout:
         if outputs < 1 or (root == "sum" and outputs != 1):
             expected = "1 with root='sum'" if root == "sum" else "at least 1"
             raise ValueError(f"out_features: expected {expected}, got {outputs}")
-        if not isinstance(share_weights, bool):
+        if not isinstance(share_weights, int | numpy.bool_) or share_weights not in (0, 1):
             raise ValueError(f"share_weights: expected True or False, got {shown(share_weights)}")
         per_node = _expand_ranks(tree, ranks)
         if sum(dims) >= 2**63:
