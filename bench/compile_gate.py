@@ -1,7 +1,7 @@
 """Compiles every Triton kernel in every configuration that is launched, and holds it to ceilings.
 
 No GPU is needed: the launchers run on CPU tensors with a recorder in place of the launch
-(``htfkernels.gpu.launch.recorded``), and what they would have launched is compiled ahead of time
+(``htfkernels.triton.launch.recorded``), and what they would have launched is compiled ahead of time
 for sm_80 and sm_90, specialised as Triton's run time would (``compile_kernels.py``), for the models
 of ``compile_cases.py``:
 
@@ -39,7 +39,7 @@ from compile_kernels import (
     target,
 )
 
-from htfkernels.gpu import configs
+from htfkernels.triton import configs
 
 CEILINGS = Path(__file__).with_name("compile_ceilings.json")
 

@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from htfkernels.gpu import launch as door
+from htfkernels.triton import launch as door
 
 ARCHITECTURES = (80, 90)
 MINOR = ".".join(triton.__version__.split(".")[:2])

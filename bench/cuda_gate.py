@@ -29,7 +29,7 @@ import compile_gate
 from compile_kernels import TENSOR_CORES, Needs, Report
 from triton import knobs
 
-from htfkernels.cuda import module
+from htfkernels.runtime import cuda_module as module
 
 CEILINGS = Path(__file__).with_name("cuda_ceilings.json")
 

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 import htfkernels as hk
-from htfkernels.cuda import module
-from htfkernels.cuda.index_loops import OnDevice
-from htfkernels.index_build import Builder, OnCpu
-from htfkernels.layout import Layout
+from htfkernels.ops.index_plan.cuda import OnDevice
+from htfkernels.runtime import cuda_module as module
+from htfkernels.schedule.index_build import Builder, OnCpu
+from htfkernels.tree.layout import Layout
 from htflearn.bench import report
 
 # Name: order, dimension, how many different tuples there are, as a part of the samples (None: as

@@ -14,7 +14,9 @@ from itertools import product
 import torch
 
 import htfkernels as hk
-from htfkernels import checks, dispatch, testing
+from htfkernels import testing
+from htfkernels.runtime import dispatch
+from htfkernels.verify import checks
 
 # Primes, one-child nodes, several outputs, mixed arities, a batch of one, of none, and one that no
 # tile size divides.

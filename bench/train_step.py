@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 import htfkernels as hk
-from htfkernels.cuda import module
+from htfkernels.runtime import cuda_module as module
 from htflearn import CompletionStep
 from htflearn.bench import device as machine
 from htflearn.bench.report import provenance, save

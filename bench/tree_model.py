@@ -26,10 +26,11 @@ from index_plan_device import provenance
 from torch import Tensor
 
 import htfkernels as hk
-from htfkernels.cuda import module, tree_run
-from htfkernels.cuda.tree import Cut
-from htfkernels.cuda.tree_geometry import Geometry, launches
-from htfkernels.layout import Layout
+from htfkernels.cuda.whole_tree import run as tree_run
+from htfkernels.cuda.whole_tree.geometry import Geometry, launches
+from htfkernels.cuda.whole_tree.tree import Cut
+from htfkernels.runtime import cuda_module as module
+from htfkernels.tree.layout import Layout
 from htflearn.bench import report
 from htflearn.bench.device import Replay
 

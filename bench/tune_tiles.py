@@ -1,4 +1,4 @@
-"""Holds the tables of tiles (``htfkernels/gpu/configs.py``) against timing, on a GPU.
+"""Holds the tables of tiles (``htfkernels/triton/configs.py``) against timing, on a GPU.
 
     python bench/tune_tiles.py                      # all kernels, float32 in TF32 and bfloat16
     python bench/tune_tiles.py --only fused --seconds 120
@@ -24,12 +24,12 @@ from unittest import mock
 import torch
 import triton
 
-from htfkernels.gpu import configs, fused, launch, uniform
-from htfkernels.gpu.launch import Config
-from htfkernels.gpu.tables import Fused, Tables
-from htfkernels.gpu.tiles import input_precision
-from htfkernels.layout import Layout
 from htfkernels.tree import ModeTree
+from htfkernels.tree.layout import Layout
+from htfkernels.triton import configs, fused, launch, uniform
+from htfkernels.triton.launch import Config
+from htfkernels.triton.tables import Fused, Tables
+from htfkernels.triton.tiles import input_precision
 
 SHAPES = ((8, 32, 4096), (16, 64, 4096), (64, 128, 4096), (64, 256, 4096))  # D, R, B
 NODES = 32
@@ -42,7 +42,7 @@ class Work(NamedTuple):
     Attributes:
         kernel: module and direction.
         shape: for the table.
-        table: name of the function of :mod:`htfkernels.gpu.configs` that chooses its tile.
+        table: name of the function of :mod:`htfkernels.triton.configs` that chooses its tile.
         run: launches it.
     """
 

@@ -8,26 +8,16 @@ import torch
 if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11):
     raise ImportError(f"htfkernels needs PyTorch 2.11 or newer, and this is {torch.__version__}")
 
-from htfkernels.algebra import (
-    add,
-    distance,
-    inner,
-    log_distance,
-    log_norm,
-    norm,
-    scale,
-    slog_inner,
-)
-from htfkernels.dispatch import backends, use_backend
+from htfkernels.algebra import add, distance, inner, log_distance, log_norm, norm, scale, slog_inner
 from htfkernels.functional import evaluate, evaluate_at, full_tensor, slog_evaluate
-from htfkernels.index_cache import use_index_plans
-from htfkernels.index_plan import IndexPlan
-from htfkernels.layout import Layout
-from htfkernels.memory import release_memory
 from htfkernels.nn import HTF
-from htfkernels.plan import Plan
-from htfkernels.precision import use_precision
-from htfkernels.ranks import (
+from htfkernels.runtime.dispatch import backends, use_backend
+from htfkernels.runtime.memory import release_memory
+from htfkernels.runtime.plan import Plan
+from htfkernels.runtime.precision import use_precision
+from htfkernels.schedule.index_cache import use_index_plans
+from htfkernels.schedule.index_plan import IndexPlan
+from htfkernels.spectra.ranks import (
     effective_rank,
     entanglement_entropy,
     nuclear_norm,
@@ -37,6 +27,7 @@ from htfkernels.ranks import (
     stable_rank,
 )
 from htfkernels.tree import ModeTree, Node
+from htfkernels.tree.layout import Layout
 
 try:
     __version__ = version("htfkernels")

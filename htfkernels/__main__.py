@@ -21,7 +21,7 @@ def main(arguments: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return _USER_ERROR
-    from htfkernels import verify  # which `info` need not wait for
+    from htfkernels.verify import run as verify  # which `info` need not wait for
 
     try:
         wanted = verify.chosen(rest)

@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from htfkernels import inner_products as products
-from htfkernels.exponents import sign
 from htfkernels.functional import check_same
-from htfkernels.layout import Layout, RootKind
 from htfkernels.nn import HTF
+from htfkernels.scaled import sign
+from htfkernels.spectra import inner_products as products
+from htfkernels.tree.layout import Layout, RootKind
 
 __all__ = ["add", "distance", "inner", "log_distance", "log_norm", "norm", "scale", "slog_inner"]
 

@@ -11,16 +11,16 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from htfkernels.arguments import came
-from htfkernels.index_cache import plan_that_pays
-from htfkernels.index_plan import IndexPlan, Indices, check_indices
-from htfkernels.layout import Layout
 from htfkernels.ops.evaluate import evaluate as _evaluate
 from htfkernels.ops.evaluate_at import evaluate_at as _evaluate_at
 from htfkernels.ops.evaluate_at import evaluate_at_planned as _evaluate_at_planned
 from htfkernels.ops.full_tensor import full_tensor as _full_tensor
 from htfkernels.ops.slog import slog as _slog
-from htfkernels.plan import Plan, plan_for
+from htfkernels.runtime.plan import Plan, plan_for
+from htfkernels.schedule.index_cache import plan_that_pays
+from htfkernels.schedule.index_plan import IndexPlan, Indices, check_indices
 from htfkernels.tree import ModeTree, Node
+from htfkernels.tree.layout import Layout
 
 __all__ = ["Weights", "evaluate", "evaluate_at", "full_tensor", "slog_evaluate"]
 

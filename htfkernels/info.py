@@ -11,10 +11,12 @@ import numpy
 import torch
 
 import htfkernels as hk
-from htfkernels import dispatch, verdicts
-from htfkernels.cuda import module as cuda_module
+from htfkernels.runtime import cuda_module, dispatch, verdicts
+from htfkernels.runtime.operations import families
+from htfkernels.runtime.precision import PRECISIONS
+from htfkernels.runtime.verdicts import driver_version
 
-__all__ = ["info_text"]
+__all__ = ["PRECISIONS", "driver_version", "info_text"]
 
 _LEARN = ("matplotlib", "rich", "safetensors", "typer")
 
@@ -60,7 +62,7 @@ def _verified(backend: str) -> list[tuple[str, str]]:
         return [("trusted", "HTF_VERIFY says that nothing is to be checked")]
     found: dict[str, list[str]] = {"verified": [], "FAILED": [], "not checked yet": []}
     for place in verdicts.places("cuda"):
-        for family in verdicts.FAMILIES:
+        for family in families():
             for math in family.maths if family.backend == backend else ():
                 verdict = verdicts.known(family, math, place)
                 state = "not checked yet"

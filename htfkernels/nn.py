@@ -10,13 +10,15 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from htfkernels import functional, inner_products, mode_sets, spectra
+from htfkernels import functional
 from htfkernels.arguments import shown
-from htfkernels.index_cache import index_plan
-from htfkernels.index_plan import IndexPlan, Indices
-from htfkernels.layout import Layout, Ranks, RootKind
-from htfkernels.trace_ranks import run_trace_ranks
+from htfkernels.schedule.index_cache import index_plan
+from htfkernels.schedule.index_plan import IndexPlan, Indices
+from htfkernels.spectra import inner_products, mode_sets
+from htfkernels.spectra import matricizations as spectra
+from htfkernels.spectra.trace_ranks import run_trace_ranks
 from htfkernels.tree import ModeTree, Node
+from htfkernels.tree.layout import Layout, Ranks, RootKind
 
 __all__ = ["HTF"]
 
@@ -242,7 +244,7 @@ class HTF(nn.Module):
         self, nodes: Iterable[Node] | None = None, method: str = "auto"
     ) -> spectra.Spectra:
         """Singular values of the matricizations at nodes, see
-        :func:`htfkernels.spectra.matricization_spectra`."""
+        :func:`htfkernels.spectra.matricizations.matricization_spectra`."""
         return spectra.run_spectra(self.layout, self._folded(), nodes, method)
 
     def hierarchical_rank(self, rtol: float | None = None, method: str = "auto") -> tuple[int, ...]:
@@ -313,7 +315,7 @@ class HTF(nn.Module):
         max_cost: tuple[float, float] | float | None = None,
     ) -> Tensor:
         """Singular values of the matricization with any set of modes as rows, see
-        :func:`htfkernels.mode_sets.matricization_spectrum`.
+        :func:`htfkernels.spectra.mode_sets.matricization_spectrum`.
 
         Example:
             >>> model = HTF(ModeTree.balanced(8), mode_dims=2, ranks=3)

@@ -25,11 +25,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from htfkernels import functional, spectra
-from htfkernels.dispatch import use_backend
-from htfkernels.index_plan import IndexPlan
-from htfkernels.layout import Layout
+from htfkernels import functional
+from htfkernels.runtime.dispatch import use_backend
+from htfkernels.schedule.index_plan import IndexPlan
+from htfkernels.spectra import matricizations as spectra
 from htfkernels.tree import ModeTree
+from htfkernels.tree.layout import Layout
 
 __all__ = [
     "MORE_OPS",

@@ -13,8 +13,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from htfkernels import dispatch, plan, testing, verdicts
-from htfkernels.cuda import module as cuda_module
+from htfkernels import testing
+from htfkernels.runtime import cuda_module, dispatch, plan, verdicts
 
 settings.register_profile(
     "reproducible", derandomize=True, deadline=None, database=None, max_examples=30

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import torch
 
-from htfkernels import dispatch, plan, verdicts, verify
-from htfkernels.dispatch import Spec
-from htfkernels.verdicts import Place, Verdict
+from htfkernels.runtime import dispatch, plan, verdicts
+from htfkernels.runtime.dispatch import Spec
+from htfkernels.runtime.verdicts import Place, Verdict
+from htfkernels.verify import run as verify
 
 SPEC = Spec("evaluate_at_planned", torch.float32, "cpu")  # which no estimate has a say in
 GPU = Place("cpu", "Some GPU", "9.0", "580.1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy
 import torch
 
-from htfkernels.index_plan import BILINEAR, FRAMED_ROOT, NO_OPERAND, WALK, program_steps
+from htfkernels.schedule.index_plan import BILINEAR, FRAMED_ROOT, NO_OPERAND, WALK
 
 
 def uniform(layout, batch):
@@ -17,7 +17,7 @@ class Check:
 
     def __init__(self, plan):
         self.plan, self.layout = plan, plan.layout
-        self.steps = program_steps(plan.layout)
+        self.steps = plan.layout.steps
         self.x = plan.indices.numpy().astype(numpy.int64)
         self.limit = len(self.x) // 2
         self.used = 0

@@ -7,7 +7,7 @@ import torch
 
 import htfkernels as hk
 from htfkernels import testing
-from htfkernels.balance import balance, scaled
+from htfkernels.spectra.balance import balance, scaled
 from htfkernels.tree import ModeTree
 
 F64 = torch.float64

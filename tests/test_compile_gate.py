@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from htfkernels import dispatch, index_plan
+from htfkernels.runtime import dispatch
+from htfkernels.schedule import index_plan
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 if dispatch.interpreted():
     pytest.skip("kernels of Triton's interpreter have no machine code", allow_module_level=True)
 
-from htfkernels.gpu.launch import Config, launch  # noqa: E402
+from htfkernels.triton.launch import Config, launch  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 import compile_gate as gate  # noqa: E402

@@ -9,7 +9,7 @@ import torch
 
 import htfkernels as hk
 from htfkernels import testing
-from htfkernels.cuda import module
+from htfkernels.runtime import cuda_module as module
 
 ON = module.device_type()
 REASON = module.why_not(ON)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from htfkernels import Layout, ModeTree, dispatch
-from htfkernels.cuda import estimate, tree_geometry
-from htfkernels.dispatch import Spec, choose
-from htfkernels.plan import make_plan
+from htfkernels import Layout, ModeTree
+from htfkernels.cuda.whole_tree import estimate
+from htfkernels.cuda.whole_tree import geometry as tree_geometry
+from htfkernels.runtime import dispatch
+from htfkernels.runtime.dispatch import Spec, choose
+from htfkernels.runtime.plan import make_plan
 
 F32, BF16 = torch.float32, torch.bfloat16
 

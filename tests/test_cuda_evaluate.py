@@ -7,11 +7,14 @@ import torch
 
 import htfkernels as hk
 from htfkernels import testing
-from htfkernels.cuda import module, tree, tree_geometry, tree_run
-from htfkernels.cuda.tree_geometry import Machine
-from htfkernels.layout import Layout
+from htfkernels.cuda.whole_tree import geometry as tree_geometry
+from htfkernels.cuda.whole_tree import run as tree_run
+from htfkernels.cuda.whole_tree import tree
+from htfkernels.cuda.whole_tree.geometry import Machine
 from htfkernels.ops.evaluate import cuda
+from htfkernels.runtime import cuda_module as module
 from htfkernels.tree import ModeTree
+from htfkernels.tree.layout import Layout
 
 ON = module.device_type()
 REASON = module.why_not(ON)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from htfkernels import dispatch
+from htfkernels.runtime import dispatch
 
 pytest.importorskip("triton")
 if dispatch.interpreted():
@@ -142,7 +142,7 @@ def test_the_module_is_within_its_ceilings(capsys):
 def test_the_module_loads_without_a_driver():
     """And says what is missing, in a process that sees no device."""
     script = (
-        "from htfkernels.cuda import module\n"
+        "from htfkernels.runtime import cuda_module as module\n"
         "assert 'nvcc' in module.build_info()['compiler']\n"
         "print(module.why_not('cuda'))\n"
     )

@@ -7,11 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from htfkernels import Layout, ModeTree, index_plan, testing, use_backend
-from htfkernels.cuda import module
-from htfkernels.cuda.index_loops import IN_RANGE, OnDevice
-from htfkernels.index_build import Builder, OnCpu, Request
-from htfkernels.index_plan import BILINEAR, FRAMED_ROOT, NO_OPERAND, WALK, IndexPlan
+from htfkernels import Layout, ModeTree, testing, use_backend
+from htfkernels.ops.index_plan import cuda as loops
+from htfkernels.ops.index_plan.cuda import IN_RANGE, OnDevice
+from htfkernels.runtime import cuda_module as module
+from htfkernels.schedule import index_plan
+from htfkernels.schedule.index_build import Builder, OnCpu, Request
+from htfkernels.schedule.index_plan import BILINEAR, FRAMED_ROOT, NO_OPERAND, WALK, IndexPlan
 
 ON = module.device_type()
 REASON = module.why_not(ON)
@@ -291,7 +293,7 @@ def test_make_builds_where_the_kernels_run(monkeypatch):
             super().__init__(*arguments)
             built.append(self)
 
-    monkeypatch.setattr(index_plan, "OnDevice", Watched)
+    monkeypatch.setattr(loops, "OnDevice", Watched)
     with use_backend("cuda"):
         plan = IndexPlan.make(layout, indices)
     assert len(built) == 1 and plan.lists.device == indices.device

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from htfkernels.cuda import module
+from htfkernels.runtime import cuda_module as module
 
 BENCH = Path(__file__).parents[1] / "bench"
 pytestmark = pytest.mark.skipif(

@@ -10,10 +10,12 @@ import torch
 
 import htfkernels as hk
 from htfkernels import testing
-from htfkernels.cuda import limits, module, planned
-from htfkernels.index_plan import BILINEAR, FRAMED_ROOT, NO_OPERAND, WALK
+from htfkernels.cuda import planned
 from htfkernels.ops.evaluate_at import cuda as backend
 from htfkernels.ops.evaluate_at.planned_reference import evaluate_at_planned
+from htfkernels.runtime import cuda_module as module
+from htfkernels.runtime import operations
+from htfkernels.schedule.index_plan import BILINEAR, FRAMED_ROOT, NO_OPERAND, WALK
 
 pytest.importorskip("htfkernels._plan")
 
@@ -350,8 +352,8 @@ def test_bad_arguments():
 
 
 def test_other_dtypes_are_left_to_others():
-    spec = hk.dispatch.Spec("evaluate_at_planned", torch.float16, ON)
-    assert "not in torch.float16" in str(hk.dispatch.why_not("cuda", spec))
+    spec = hk.runtime.dispatch.Spec("evaluate_at_planned", torch.float16, ON)
+    assert "not in torch.float16" in str(hk.runtime.dispatch.why_not("cuda", spec))
 
 
 @pytest.mark.parametrize(
@@ -367,7 +369,7 @@ def test_other_dtypes_are_left_to_others():
 @pytest.mark.parametrize("op", ["evaluate_at_planned", "completion_step"])
 def test_weights_beyond_32_bits_are_left_to_others(op, dims, rank, shared, sentence):
     layout = hk.Layout.make(hk.ModeTree.balanced(4), dims, rank, share_weights=shared)
-    reason = limits.why_not(op, layout, F32)
+    reason = operations.why_not("cuda", op, layout, F32)
     assert reason is None if sentence is None else re.search(sentence, reason)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from htfkernels.cuda import module
+from htfkernels.runtime import cuda_module as module
 
 ON = module.device_type()
 REASON = module.why_not(ON)

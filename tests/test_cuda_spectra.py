@@ -11,11 +11,12 @@ from models import dense, module
 from test_spectra_accuracy import LAYOUTS, SPECTRA, allowed, error, planted
 
 import htfkernels as hk
-from htfkernels import ModeTree, dispatch, testing
-from htfkernels.cuda import module as cuda
+from htfkernels import ModeTree, testing
 from htfkernels.cuda import spectra as tasks
 from htfkernels.ops.spectra import cuda as ops
-from htfkernels.spectra import ACCURACY, matricization_spectra
+from htfkernels.runtime import cuda_module as cuda
+from htfkernels.runtime import dispatch
+from htfkernels.spectra.matricizations import ACCURACY, matricization_spectra
 
 ON = cuda.device_type()
 REASON = cuda.why_not(ON)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import htfkernels as hk
 from htfkernels import testing
-from htfkernels.cuda import module
-from htfkernels.cuda.train import group_rmsprop_
+from htfkernels.ops.group_rmsprop.cuda import group_rmsprop_
+from htfkernels.runtime import cuda_module as module
 from htflearn import GroupRMSprop
 from htflearn.losses import LOSSES
 

@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from htfkernels import testing
-from htfkernels.cuda import limits, tree, tree_geometry, tree_tables
-from htfkernels.cuda.tree_geometry import Machine
-from htfkernels.layout import Layout
+from htfkernels.cuda.whole_tree import geometry as tree_geometry
+from htfkernels.cuda.whole_tree import tables as tree_tables
+from htfkernels.cuda.whole_tree import tree
+from htfkernels.cuda.whole_tree.geometry import Machine
 from htfkernels.ops.evaluate import reference
+from htfkernels.runtime import operations
 from htfkernels.tree import ModeTree
+from htfkernels.tree.layout import Layout
 
 CASES = [c for c in testing.cases() if c.batch]
 T = ModeTree
@@ -26,7 +29,7 @@ def parts(table):
         own = numbers[begin : begin + size]
         found = []
         for s in range(steps):
-            step = tree_tables._Step(*own[s * tree.FIELDS : (s + 1) * tree.FIELDS])
+            step = tree_tables._Record(*own[s * tree.FIELDS : (s + 1) * tree.FIELDS])
             found.append((step, own[step.list_at : step.list_at + step.children]))
         yield found
 
@@ -266,7 +269,7 @@ def test_seconds():
     ],
 )
 def test_limits(layout, dtype, sentence):
-    reason = limits.why_not("evaluate", layout, dtype)
+    reason = operations.why_not("cuda", "evaluate", layout, dtype)
     if sentence is None:
         assert reason is None
     else:
@@ -276,10 +279,12 @@ def test_limits(layout, dtype, sentence):
 
 def test_entries_of_long_modes_are_left_to_others():
     layout = Layout.make(T.balanced(4), [3, 300, 3, 3], 8)
-    reason = limits.why_not("evaluate_at", layout, F64)
+    reason = operations.why_not("cuda", "evaluate_at", layout, F64)
     assert reason is not None and reason.endswith("at most 256, and this one has 300")
-    assert limits.why_not("evaluate_at", Layout.make(T.balanced(4), 256, 8), F64) is None
+    assert (
+        operations.why_not("cuda", "evaluate_at", Layout.make(T.balanced(4), 256, 8), F64) is None
+    )
 
 
 def test_dtypes_without_a_layout():
-    assert limits.why_not("evaluate", None, torch.bfloat16) is None
+    assert operations.why_not("cuda", "evaluate", None, torch.bfloat16) is None

@@ -9,9 +9,15 @@ import pytest
 import torch
 
 import htfkernels as hk
-from htfkernels import checks, testing, verdicts, verify
-from htfkernels.cuda import module, train, tree_run
-from htfkernels.dispatch import Spec, choose
+from htfkernels import testing
+from htfkernels.cuda.whole_tree import run as tree_run
+from htfkernels.ops.completion_step import cuda as train
+from htfkernels.runtime import cuda_module as module
+from htfkernels.runtime import verdicts
+from htfkernels.runtime.dispatch import Spec, choose
+from htfkernels.runtime.operations import families
+from htfkernels.verify import checks
+from htfkernels.verify import run as verify
 from htflearn import CompletionStep, GroupRMSprop
 
 ON = module.device_type()
@@ -20,7 +26,7 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 if ON == "cuda":
     pytestmark = [pytestmark, pytest.mark.gpu]
 
-CUDA = [f for f in verdicts.FAMILIES if f.backend == "cuda"]
+CUDA = [f for f in families() if f.backend == "cuda"]
 CASES = {c.name: c for c in (*testing.cases(), *testing.small_cases())}
 F32 = torch.float32
 
@@ -157,32 +163,33 @@ def test_auto_takes_the_next_backend(kind, verifying, checked, monkeypatch):
 
 def test_a_right_family_is_taken_and_remembered(verifying, checked):
     case = CASES["small_shared"]
-    plan = hk.plan.make_plan("evaluate_at_planned", case.layout, F32, ON, "auto")
+    plan = hk.runtime.plan.make_plan("evaluate_at_planned", case.layout, F32, ON, "auto")
     assert plan.backend == "cuda" and checked == ["planned ieee"]
     verdicts.forget()
-    hk.plan.make_plan.cache_clear()
-    plan = hk.plan.make_plan("evaluate_at_planned", case.layout, F32, ON, "auto")
+    hk.runtime.plan.make_plan.cache_clear()
+    plan = hk.runtime.plan.make_plan("evaluate_at_planned", case.layout, F32, ON, "auto")
     assert plan.backend == "cuda" and checked == ["planned ieee"]
     assert choose(Spec("evaluate_at_planned", F32, ON), "cuda") == ("cuda", "asked for")
 
 
 def test_index_plans(verifying, checked, monkeypatch):
-    from htfkernels import index_plan
+    from htfkernels.ops.index_plan import cuda as loops
+    from htfkernels.schedule import index_plan
 
     indices = testing.make_inputs(CASES["halves8"], F32, ON).indices
     monkeypatch.setattr(index_plan, "WORTH_LAUNCHES", 100)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda t: True))
-    assert index_plan._loops(indices) is index_plan.OnDevice
+    assert index_plan._loops(indices) is loops.OnDevice
     assert index_plan._loops(indices[:9]) is index_plan.OnCpu and checked == ["index plan int64"]
     verdicts.forget()
     for path in verifying.iterdir():
         path.unlink()
-    real = index_plan.OnDevice.column
-    monkeypatch.setattr(index_plan.OnDevice, "column", lambda self, m: real(self, 0))
+    real = loops.OnDevice.column
+    monkeypatch.setattr(loops.OnDevice, "column", lambda self, m: real(self, 0))
     with pytest.warns(RuntimeWarning, match=r"index plan \(int64\) fail on"):
         assert index_plan._loops(indices) is index_plan.OnCpu
     with hk.use_backend("cuda"):
-        assert index_plan._loops(indices) is index_plan.OnDevice
+        assert index_plan._loops(indices) is loops.OnDevice
 
 
 class Optimized:

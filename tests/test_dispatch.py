@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import htfkernels as hk
-from htfkernels import dispatch, testing
-from htfkernels.dispatch import Spec, choose, requested, use_backend, why_not
+from htfkernels import testing
+from htfkernels.runtime import dispatch
+from htfkernels.runtime.dispatch import Spec, choose, requested, use_backend, why_not
 
 SPEC = Spec("evaluate", torch.float32, "cpu")
 

@@ -71,7 +71,7 @@ def test_more_outputs_than_the_root_has_ranks(method, share):
     for node, s in model.matricization_spectra(tree.nodes, method).items():
         expected = dense(tensor, sorted(node.modes))
         testing.assert_matches(s.detach(), expected[: len(s)], F64, "second")
-        rank = hk.ranks.renyi2_rank(expected)
+        rank = hk.renyi2_rank(expected)
         testing.assert_matches(ranks[node].detach(), rank, F64, "second")
     testing.assert_matches(model.norm().detach(), tensor.norm(), F64, "second")
 

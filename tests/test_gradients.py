@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import htfkernels as hk
-from htfkernels import dispatch, testing
+from htfkernels import testing
+from htfkernels.runtime import dispatch
 
 
 def cotangent(op, case, dtype, device, seed=0):

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from index_plan_format import Check, uniform
 
 from htfkernels import Layout, ModeTree
-from htfkernels import index_cache as module
-from htfkernels.index_cache import index_plan
+from htfkernels.schedule import index_cache as module
+from htfkernels.schedule.index_cache import index_plan
 
 native = pytest.importorskip("htfkernels._plan")
 

@@ -10,15 +10,10 @@ from hypothesis import strategies as st
 from index_plan_format import Check, uniform
 
 from htfkernels import Layout, ModeTree, testing
-from htfkernels.index_cache import index_plan
-from htfkernels.index_plan import (
-    BILINEAR,
-    FRAMED_ROOT,
-    WALK,
-    IndexPlan,
-)
 from htfkernels.ops.evaluate_at.planned_reference import evaluate_at_planned
 from htfkernels.ops.evaluate_at.reference import evaluate_at
+from htfkernels.schedule.index_cache import index_plan
+from htfkernels.schedule.index_plan import BILINEAR, FRAMED_ROOT, WALK, IndexPlan
 
 native = pytest.importorskip("htfkernels._plan")
 

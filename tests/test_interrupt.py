@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import htfkernels as hk
-from htfkernels.ops.autograd import call
+from htfkernels.runtime.compiled import call
 
 pytestmark = pytest.mark.skipif(
     hk.backends()["cpp"] is not None, reason=f"cpp: {hk.backends()['cpp']}"

@@ -68,7 +68,9 @@ def functions(layout, indices):
 @pytest.mark.parametrize("name", CASES)
 def test_kept_or_computed_again(name):
     """What the forward pass keeps, and which gradients are asked for, changes no bit."""
-    reason = hk.dispatch.why_not("cpp", hk.dispatch.Spec("evaluate", torch.float32, "cpu"))
+    reason = hk.runtime.dispatch.why_not(
+        "cpp", hk.runtime.dispatch.Spec("evaluate", torch.float32, "cpu")
+    )
     if reason is not None:
         pytest.skip(f"cpp: {reason}")
     layout, batch = CASES[name]
@@ -92,7 +94,7 @@ def test_kept_or_computed_again(name):
 @pytest.mark.parametrize("name", CASES)
 def test_values_gradients_and_bits(threads, name, dtype):
     """Against float64, and the same on any number of threads."""
-    reason = hk.dispatch.why_not("cpp", hk.dispatch.Spec("evaluate", dtype, "cpu"))
+    reason = hk.runtime.dispatch.why_not("cpp", hk.runtime.dispatch.Spec("evaluate", dtype, "cpu"))
     if reason is not None:
         pytest.skip(f"cpp: {reason}")
     layout, batch = CASES[name]

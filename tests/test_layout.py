@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import htfkernels as hk
 from htfkernels import ModeTree, testing
-from htfkernels.layout import PROGRAM_FIELDS, PROGRAM_HEADER, PROGRAM_VERSION, Layout
+from htfkernels.tree.layout import Layout
+from htfkernels.tree.program import FIELDS, HEADER, VERSION
 
 
 def test_ranks_in_three_ways():
@@ -139,16 +140,16 @@ def test_bad_layouts(call, message):
 def run_program(layout, weights, vectors):
     """What a compiled walk does with a program: one row of vectors, one buffer for each product."""
     flat = layout.program.tolist()
-    header = dict(zip(PROGRAM_HEADER, flat, strict=False))
-    body = flat[len(PROGRAM_HEADER) :]
-    assert header["version"] == PROGRAM_VERSION and header["groups"] == len(weights)
-    assert header["steps"] * len(PROGRAM_FIELDS) == len(body)
+    header = dict(zip(HEADER, flat, strict=False))
+    body = flat[len(HEADER) :]
+    assert header["version"] == VERSION and header["groups"] == len(weights)
+    assert header["steps"] * len(FIELDS) == len(body)
     assert header["order"] == layout.tree.order and header["x_width"] == len(vectors)
     buffers = [None] * header["buffers"]
     pending = [0] * header["buffers"]  # children that a buffer still waits for
     steps = [
-        dict(zip(PROGRAM_FIELDS, body[i : i + len(PROGRAM_FIELDS)], strict=True))
-        for i in range(0, len(body), len(PROGRAM_FIELDS))
+        dict(zip(FIELDS, body[i : i + len(FIELDS)], strict=True))
+        for i in range(0, len(body), len(FIELDS))
     ]
     for number, step in enumerate(steps):
         if step["mode"] >= 0:
@@ -204,7 +205,7 @@ def test_program_of_random_trees(order, seed, root, share):
 
 
 def buffers_of(tree):
-    return int(Layout.make(tree, 2, 2).program[PROGRAM_HEADER.index("buffers")])
+    return int(Layout.make(tree, 2, 2).program[HEADER.index("buffers")])
 
 
 def test_a_walk_holds_few_products():

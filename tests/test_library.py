@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import htfkernels as hk
-from htfkernels import dispatch, testing
+from htfkernels import testing
+from htfkernels.runtime import dispatch
 
 pytestmark = pytest.mark.skipif(
     hk.backends()["cpp"] is not None, reason=f"cpp: {hk.backends()['cpp']}"
@@ -19,7 +20,7 @@ NAMES = [name + end for name in testing.OPS for end in ("", "_backward")]
 
 
 def operator(name):
-    from htfkernels.ops.library import ops
+    from htfkernels.runtime.compiled import ops
 
     return getattr(ops, name).default
 
@@ -218,21 +219,21 @@ def test_bad_arguments_are_named(name, argument, spoil):
 _SPOIL_PROGRAMS = """
 import torch, htfkernels
 from htfkernels import testing
-from htfkernels.layout import PROGRAM_FIELDS, PROGRAM_HEADER
-from htfkernels.ops.library import ops
+from htfkernels.tree.program import FIELDS, HEADER
+from htfkernels.runtime.compiled import ops
 case = testing.small_cases()[0]
 inputs = testing.make_inputs(case, torch.float64)
 weights, x = list(inputs.weights), torch.cat(inputs.vectors, dim=1)
 program, outputs = case.layout.program, case.layout.out_features
 for at in range(len(program)):
-    in_step = at - len(PROGRAM_HEADER)
-    field = PROGRAM_FIELDS[in_step % len(PROGRAM_FIELDS)] if in_step >= 0 else PROGRAM_HEADER[at]
+    in_step = at - len(HEADER)
+    field = FIELDS[in_step % len(FIELDS)] if in_step >= 0 else HEADER[at]
     if field in ("node", "sum_root", "first", "children"):  # names, or counts without addresses
         continue
     for value in (-7, 10**9):
         spoiled = program.clone()
         spoiled[at] = value
-        print("spoiled", field, "of", in_step // len(PROGRAM_FIELDS), value, flush=True)
+        print("spoiled", field, "of", in_step // len(FIELDS), value, flush=True)
         try:
             ops.evaluate(weights, x, spoiled, outputs)
         except RuntimeError as error:

@@ -13,8 +13,9 @@ from models import dense, module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import htfkernels as hk
-from htfkernels import ModeTree, mode_sets, testing
-from htfkernels.mode_cores import svd_flops
+from htfkernels import ModeTree, testing
+from htfkernels.spectra import mode_sets
+from htfkernels.spectra.mode_cores import svd_flops
 
 F64 = torch.float64
 METHODS = ["qr", "gram"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from pathlib import Path
 
 import numpy
 import pytest
@@ -421,34 +422,24 @@ def test_numbers_of_numpy_and_pytorch_will_do():
 # -- the docstrings' examples ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "algebra",
-        "balance",
-        "dispatch",
-        "functional",
-        "index_cache",
-        "index_plan",
-        "layout",
-        "mode_sets",
-        "nn",
-        "spectra",
-        "testing",
-        "tree",
-    ],
-)
-def test_examples_in_docstrings_run(module):
+PACKAGE = Path(hk.__file__).parent
+EXAMPLES = [p for p in sorted(PACKAGE.rglob("*.py")) if ">>> " in p.read_text()]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_examples_in_docstrings_run(path):
     import doctest
     import importlib
 
-    loaded = importlib.import_module(f"htfkernels.{module}")
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    loaded = importlib.import_module(".".join(parts))
     known = {
         "hk": hk,
         "torch": torch,
         "HTF": hk.HTF,
         "ModeTree": ModeTree,
         "model": hk.HTF(ModeTree.balanced(4), 3, 5),
+        "layout": hk.Layout.make(ModeTree.balanced(4), 3, 5),
         "x": torch.randn(2, 4, 3),
     }
     result = doctest.testmod(loaded, extraglobs=known)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import htfkernels as hk
-from htfkernels import dispatch
-from htfkernels.plan import make_plan
+from htfkernels.runtime import dispatch
+from htfkernels.runtime.plan import make_plan
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import torch
 
 import htfkernels as hk
 from htfkernels import testing
-from htfkernels.index_plan import BILINEAR, FRAMED_ROOT, NO_OPERAND, WALK
 from htfkernels.ops.evaluate_at.reference import evaluate_at
+from htfkernels.schedule.index_plan import BILINEAR, FRAMED_ROOT, NO_OPERAND, WALK
 
 pytest.importorskip("htfkernels._plan")
 
@@ -186,7 +186,7 @@ def test_opcheck(small_case):
 
 def test_kept_or_computed_again():
     """A backward pass without what the forward pass kept gives the same bits."""
-    from htfkernels.ops.library import ops
+    from htfkernels.runtime.compiled import ops
 
     model, indices = paper()
     plan, weights = model.index_plan(indices), [p.detach() for p in model.parameters()]
@@ -207,7 +207,7 @@ def test_bad_plans_are_named(cpu_target):
     other = hk.HTF(hk.ModeTree.balanced(4), 8, 5, dtype=torch.float64)
     with pytest.raises(ValueError, match="of another tree or other dimensions"):
         other.at(plan)
-    from htfkernels.ops.library import ops
+    from htfkernels.runtime.compiled import ops
 
     weights = [p.detach() for p in model.parameters()]
     fixed = (model.layout.program, plan.table, plan.lists)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import htfkernels as hk
-from htfkernels.precision import PRECISIONS, float32_precision
+from htfkernels.runtime.precision import PRECISIONS, float32_precision
 
 
 @pytest.fixture(autouse=True)

@@ -196,7 +196,7 @@ def test_same_bits_twice(target, op, case):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_same_bits_on_any_number_of_threads(threads, op, case, dtype):
     """The C++ kernels promise it; PyTorch's matrix products, which the reference uses, do not."""
-    reason = hk.dispatch.why_not("cpp", hk.dispatch.Spec(op, dtype, "cpu"))
+    reason = hk.runtime.dispatch.why_not("cpp", hk.runtime.dispatch.Spec(op, dtype, "cpu"))
     if reason is not None:
         pytest.skip(f"cpp: {reason}")
     function, arguments = testing.operation(op, case, testing.make_inputs(case, dtype))

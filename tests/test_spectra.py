@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from models import dense, module
 
 import htfkernels as hk
-from htfkernels import ModeTree, spectra, testing
+from htfkernels import ModeTree, testing
+from htfkernels.spectra import matricizations as spectra
 
 F64 = torch.float64
 

@@ -10,7 +10,8 @@ from models import dense, matricization, module
 from torch.autograd import gradcheck
 
 import htfkernels as hk
-from htfkernels import ModeTree, spectra, testing
+from htfkernels import ModeTree, testing
+from htfkernels.spectra import matricizations as spectra
 
 F64 = torch.float64
 METHODS = ("qr", "gram")

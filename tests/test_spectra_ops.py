@@ -13,8 +13,8 @@ from models import module
 
 import htfkernels as hk
 from htfkernels import ModeTree, testing
-from htfkernels.dispatch import Spec, why_not
-from htfkernels.spectra import ACCURACY
+from htfkernels.runtime.dispatch import Spec, why_not
+from htfkernels.spectra.matricizations import ACCURACY
 
 F64 = torch.float64
 OPS = torch.ops.htfkernels

@@ -12,15 +12,16 @@ import pytest
 import torch
 
 import htfkernels as hk
-from htfkernels import dispatch, testing
-from htfkernels.layout import Layout
+from htfkernels import testing
+from htfkernels.runtime import dispatch
 from htfkernels.tree import ModeTree
+from htfkernels.tree.layout import Layout
 
 pytest.importorskip("triton")
 
-from htfkernels.gpu import configs, launch, uniform
-from htfkernels.gpu.tables import Fused, Ragged, Tables, Uniform
 from htfkernels.ops.evaluate import triton as backend
+from htfkernels.triton import configs, launch, uniform
+from htfkernels.triton.tables import Fused, Ragged, Tables, Uniform
 
 DEVICE = "cuda" if torch.cuda.is_available() and not dispatch.interpreted() else "cpu"
 runs = pytest.mark.skipif(

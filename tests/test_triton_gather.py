@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import htfkernels as hk
-from htfkernels import dispatch, testing
-from htfkernels.index_plan import BILINEAR, FRAMED_ROOT, NO_OPERAND, WALK
+from htfkernels import testing
+from htfkernels.runtime import dispatch
+from htfkernels.schedule.index_plan import BILINEAR, FRAMED_ROOT, NO_OPERAND, WALK
 
 if dispatch.interpreted():
     DEVICE = "cpu"
@@ -17,13 +18,13 @@ else:
     pytest.skip("no CUDA device, and TRITON_INTERPRET is not set", allow_module_level=True)
 pytest.importorskip("triton")
 
-from htfkernels.gpu import gather_run, launch, memory
-from htfkernels.gpu.gather_nodes import grid_nodes, planned_nodes, sample_nodes
-from htfkernels.gpu.gather_records import Job
-from htfkernels.gpu.gather_tables import DOT, PRODUCT, SUM, kind_of
-from htfkernels.gpu.segments import add_parts, segment_gradient
 from htfkernels.ops.evaluate_at import triton as at
 from htfkernels.ops.full_tensor import triton as full
+from htfkernels.schedule.frames import grid_frames, planned_frames, sample_frames
+from htfkernels.triton import gather_run, launch, memory
+from htfkernels.triton.gather_records import Job
+from htfkernels.triton.gather_tables import DOT, PRODUCT, SUM, Tables, kind_of
+from htfkernels.triton.segments import add_parts, segment_gradient
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
@@ -211,7 +212,7 @@ def field(schedule, launch_of, name):
 def test_long_sums_are_summed_in_parts():
     layout = make(T.balanced(2), 2, 16, 2)
     program, device = layout.program, torch.device(DEVICE)
-    made = gather_run.Evaluation(sample_nodes(program, 3000), torch.float32, "ieee", device)
+    made = gather_run.Evaluation(sample_frames(program, 3000), torch.float32, "ieee", device)
     schedule = made.backward([True, True])
     assert min(field(schedule, segment_gradient, "splits")) > 1
     assert field(schedule, add_parts, "rows")
@@ -226,7 +227,7 @@ def test_launches_grow_with_the_depth():
 
     def launches(order):
         layout = make(T.balanced(order), 3, 16)
-        nodes = sample_nodes(layout.program, 10)
+        nodes = sample_frames(layout.program, 10)
         made = gather_run.Evaluation(nodes, torch.float32, "ieee", torch.device(DEVICE))
         needs = [True] * len(layout.groups)
         return len(made.forward.launches), len(made.backward(needs).launches)
@@ -239,7 +240,9 @@ def test_too_many_rows_of_a_grid():
 
     def rows(*dims):
         layout = make(T.from_nested(((0, 1), 2)), [*dims, 2], 1)
-        return grid_nodes(layout.program).nodes[0].rows
+        made = grid_frames(layout.program)
+        Tables(made, torch.float32, "ieee").node_job(0)
+        return made.frames[0].rows
 
     assert rows(2048, 2**20 - 32) == launch.MOST
     for dims in ((8, 2**28 - 1), (2048, 2**20)):
@@ -251,14 +254,14 @@ def test_too_many_rows_of_a_grid():
 
 def test_kinds_of_nodes():
     """The end tensor's root is a matrix product; one column needs no tensor cores."""
-    grid = grid_nodes(make(T.balanced(4), 3, 16).program).nodes
+    grid = grid_frames(make(T.balanced(4), 3, 16).program).frames
     assert [kind_of(n) for n in grid] == [DOT, DOT, PRODUCT, DOT]
     assert grid[-1].transposed and (grid[-1].rows, grid[-1].columns) == (9, 9)
-    samples = sample_nodes(make(T.balanced(4), 3, 16).program, 7).nodes
+    samples = sample_frames(make(T.balanced(4), 3, 16).program, 7).frames
     assert [kind_of(n) for n in samples] == [DOT, DOT, SUM]
     layout = make(T.balanced(4), 3, 16)
     plan = hk.IndexPlan.make(layout, torch.zeros(8, 4, dtype=torch.int64))
-    assert kind_of(planned_nodes(layout.program, plan.table).nodes[-1]) == PRODUCT
+    assert kind_of(planned_frames(layout.program, plan.table).frames[-1]) == PRODUCT
 
 
 def test_a_second_call_makes_no_tables():
@@ -268,7 +271,7 @@ def test_a_second_call_makes_no_tables():
 
     def nodes():
         counted.append(1)
-        return sample_nodes(layout.program, 5)
+        return sample_frames(layout.program, 5)
 
     program = layout.program.clone()
     first = gather_run.evaluation(program, like, 5, "ieee", nodes)
@@ -304,7 +307,7 @@ def test_too_many_tiles():
 
 def test_too_many_tiles_make_no_table():
     """It would have an entry for each."""
-    nodes = sample_nodes(make(T.balanced(2), 3, 16).program, 2**40)
+    nodes = sample_frames(make(T.balanced(2), 3, 16).program, 2**40)
     with pytest.raises(ValueError, match="tiles in one launch"):
         gather_run.Evaluation(nodes, torch.float32, "ieee", torch.device(DEVICE))
 
@@ -312,7 +315,7 @@ def test_too_many_tiles_make_no_table():
 def test_sizes_beyond_32_bits():
     """Of a mode: rows of its weight are those of a gradient. And of a rank."""
     for dim, rank in ((2**31, 1), (1, 2**31)):
-        nodes = sample_nodes(make(T.balanced(2), dim, rank).program, 5)
+        nodes = sample_frames(make(T.balanced(2), dim, rank).program, 5)
         with pytest.raises(
             ValueError, match="rows or columns of a weight or frame, got 2147483648"
         ):

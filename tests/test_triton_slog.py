@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import htfkernels as hk
-from htfkernels import ModeTree, dispatch, testing
-from htfkernels.dispatch import Spec
+from htfkernels import ModeTree, testing
+from htfkernels.runtime import dispatch
+from htfkernels.runtime.dispatch import Spec
 
 ON = "cpu" if dispatch.interpreted() else "cuda"
 REASON = dispatch.why_not("triton", Spec("slog", torch.float32, ON))
@@ -66,7 +67,7 @@ def exactly(case, arguments):
 @pytest.fixture
 def launches(monkeypatch):
     """Names of the kernels that run, in order."""
-    from htfkernels.gpu import ragged, reduce, scaled
+    from htfkernels.triton import ragged, reduce, scaled
 
     names = []
 
@@ -275,8 +276,8 @@ def test_the_reference_runs_what_the_kernels_cannot(tree, rank, sentence, launch
 
 
 def test_more_samples_than_kernels_number_in_32_bits():
-    from htfkernels.gpu import launch
     from htfkernels.ops.slog import triton
+    from htfkernels.triton import launch
 
     layout = hk.Layout.make(ModeTree.balanced(2), 1, 1)
     weights = [torch.empty(g.shape, device="meta") for g in layout.groups]

@@ -7,8 +7,12 @@ import pytest
 import torch
 
 import htfkernels as hk
-from htfkernels import checks, dispatch, testing, verdicts, verify
-from htfkernels.dispatch import Spec, choose
+from htfkernels import testing
+from htfkernels.runtime import dispatch, verdicts
+from htfkernels.runtime.dispatch import Spec, choose
+from htfkernels.runtime.operations import families
+from htfkernels.verify import checks
+from htfkernels.verify import run as verify
 
 pytest.importorskip("triton")
 
@@ -22,7 +26,7 @@ def runs(test):
     return pytest.mark.gpu(test) if ON == "cuda" else test
 
 
-TRITON = [f for f in verdicts.FAMILIES if f.backend == "triton"]
+TRITON = [f for f in families() if f.backend == "triton"]
 CASES = {c.name: c for c in (*testing.cases(), *testing.small_cases())}
 F32 = torch.float32
 
@@ -85,7 +89,7 @@ def test_a_right_family_is_taken_and_remembered(tiny, verifying, monkeypatch):
 
 def test_the_cases_take_every_kind_of_launch():
     """In float32 by TF32, where leaves may be formed in their parents' kernels."""
-    from htfkernels.gpu.tables import Fused, Ragged, Tables, Uniform
+    from htfkernels.triton.tables import Fused, Ragged, Tables, Uniform
 
     found = set()
     for name in checks.CASES["triton evaluate"]:

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from htfkernels.gpu import configs, launch
+from htfkernels.triton import configs, launch
 
 PATH = Path(__file__).parent.parent / "bench" / "tune_tiles.py"
 

@@ -12,8 +12,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import htfkernels as hk
-from htfkernels import dispatch, index_build, index_cost, testing
-from htfkernels import index_cache as module
+from htfkernels import testing
+from htfkernels.runtime import dispatch
+from htfkernels.schedule import index_build, index_cost
+from htfkernels.schedule import index_cache as module
 
 pytest.importorskip("htfkernels._plan")
 if dispatch.why_not("cpp", dispatch.Spec("evaluate_at", torch.float64, "cpu")):

@@ -13,9 +13,12 @@ import torch
 from fake_gpu import GPU, SPEC, WRONG, Machine, failing, restart
 
 import htfkernels as hk
-from htfkernels import cuda, plan, testing, verdicts, verify
-from htfkernels.dispatch import Spec, choose
-from htfkernels.verdicts import Place, Verdict
+from htfkernels import testing
+from htfkernels.runtime import plan, verdicts
+from htfkernels.runtime.dispatch import Spec, choose
+from htfkernels.runtime.operations import OPERATIONS
+from htfkernels.runtime.verdicts import Place, Verdict
+from htfkernels.verify import run as verify
 
 F32, F64 = torch.float32, torch.float64
 
@@ -68,9 +71,9 @@ def test_the_slower_kernels_are_taken_where_the_faster_fail(machine):
     assert machine.checks == ["triton evaluate bfloat16"]
     restart()
     machine.verdicts["triton evaluate"] = WRONG
-    verdicts.record(verdicts.family_of("triton", "evaluate"), "bfloat16", GPU, WRONG)
+    verdicts.record(OPERATIONS["evaluate"].backends["triton"].family, "bfloat16", GPU, WRONG)
     assert choose(spec, "auto")[0] == "cuda"
-    verdicts.record(verdicts.family_of("cuda", "evaluate"), "bfloat16", GPU, WRONG)
+    verdicts.record(OPERATIONS["evaluate"].backends["cuda"].family, "bfloat16", GPU, WRONG)
     assert choose(spec, "auto")[0] == "cpp"
 
 
@@ -160,14 +163,14 @@ def test_places_are_one_of_each_kind(monkeypatch):
 def test_the_fingerprint_is_that_of_all_sources_and_of_the_compiled_module(monkeypatch, tmp_path):
     module = tmp_path / "module.so"
     module.write_bytes(b"first")
-    monkeypatch.setattr(cuda.module, "file", lambda: module)
+    monkeypatch.setattr(verdicts.cuda_module, "file", lambda: module)
     first, triton = verdicts._fingerprint("cuda"), verdicts._fingerprint("triton")
     module.write_bytes(b"other")
     assert verdicts._fingerprint("cuda") != first
     assert verdicts._fingerprint("triton") == triton != first
     package = tmp_path / "package"
     package.mkdir()
-    monkeypatch.setattr(verdicts, "__file__", str(package / "verdicts.py"))
+    monkeypatch.setattr(verdicts, "__file__", str(package / "runtime/verdicts.py"))
     (package / "a.py").write_text("1")
     first = verdicts._fingerprint("triton")
     (package / "a.py").write_text("2")
@@ -320,7 +323,7 @@ def _write_and_read(family, start, wrong):
 
 def test_two_processes_at_once(machine, verifying):
     choose(SPEC, "auto")
-    family = verdicts.family_of("cuda", "evaluate_at_planned")
+    family = OPERATIONS["evaluate_at_planned"].backends["cuda"].family
     context = multiprocessing.get_context("fork")
     start, wrong = context.Barrier(2), context.Value("i", 0)
     both = [context.Process(target=_write_and_read, args=(family, start, wrong)) for _ in range(2)]

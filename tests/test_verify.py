@@ -15,12 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import htfkernels as hk
 from htfkernels import __main__ as main
-from htfkernels import checks, dispatch, info, plan, testing, verdicts, verify
-from htfkernels.checks import FAMILIES
-from htfkernels.cuda import limits
-from htfkernels.dispatch import choose
-from htfkernels.index_plan import BILINEAR, FRAMED_ROOT, WALK
-from htfkernels.verdicts import Place, Verdict
+from htfkernels import info, testing
+from htfkernels.runtime import dispatch, plan
+from htfkernels.runtime.dispatch import choose
+from htfkernels.runtime.operations import OPERATIONS, families
+from htfkernels.runtime.verdicts import Place, Verdict
+from htfkernels.schedule.index_plan import BILINEAR, FRAMED_ROOT, WALK
+from htfkernels.verify import checks
+from htfkernels.verify import run as verify
 from htflearn import cli
 
 F32, F64 = torch.float32, torch.float64
@@ -31,18 +33,19 @@ def machine(verifying, monkeypatch):
     return Machine(monkeypatch)
 
 
-EVALUATE = FAMILIES[[str(f) for f in FAMILIES].index("cpp evaluate")]
+EVALUATE = OPERATIONS["evaluate"].backends["cpp"].family
 
 
-def test_every_operation_of_a_gpu_is_in_a_family():
-    gpu = {("cuda", op) for op in limits.OPS} | {("triton", op) for op in dispatch._TRITON_OPS}
-    assert gpu == {(f.backend, op) for f in verdicts.FAMILIES for op in f.ops}
-    assert {op for f in FAMILIES if f.backend == "cpp" for op in f.ops} == dispatch._CPP_OPS
-    assert {str(f) for f in FAMILIES} == set(checks.CHECKS) == set(checks.CASES)
-    for family in FAMILIES:
-        for dtype in limits.OPS[family.ops[0]][0] if family.backend == "cuda" else ():
-            assert family.math(dtype, "ieee") in family.maths
-    slog = verdicts.family_of("triton", "slog")
+def test_every_kernel_is_in_a_family():
+    for operation in OPERATIONS.values():
+        for backend, runs in operation.backends.items():
+            assert runs.family is not None and runs.family.backend == backend
+            assert operation.name in runs.family.ops
+    assert {str(f) for f in families()} == set(checks.CHECKS) == set(checks.CASES)
+    for runs in (r for o in OPERATIONS.values() for r in o.backends.values()):
+        for dtype in runs.dtypes if runs.family.backend == "cuda" else ():
+            assert runs.family.math(dtype, "ieee") in runs.family.maths
+    slog = OPERATIONS["slog"].backends["triton"].family
     assert slog.math(F32, "tf32x3") == "tf32x3" and slog.math(torch.float16, "ieee") == "float16"
 
 
@@ -54,7 +57,7 @@ def test_the_cases_take_every_form_of_an_index_plan(name):
     assert {p.form for p in plans} == {WALK, BILINEAR, FRAMED_ROOT}
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f.backend == "cpp"], ids=str)
+@pytest.mark.parametrize("family", [f for f in families() if f.backend == "cpp"], ids=str)
 def test_the_cpus_kernels_pass(family):
     for math in family.maths:
         verdict = verify.check(family, math, Place("cpu", "the CPU"))
@@ -66,7 +69,7 @@ def test_the_cpus_kernels_pass(family):
 
 def spoil(monkeypatch, change):
     """Puts an error into the results of the compiled kernels."""
-    real = checks.autograd.call
+    real = checks.compiled.call
 
     def call(name, *arguments):
         found = real(name, *arguments)
@@ -74,7 +77,7 @@ def spoil(monkeypatch, change):
         changed = change(first)
         return changed if isinstance(found, torch.Tensor) else [changed, *found[1:]]
 
-    monkeypatch.setattr(checks.autograd, "call", call)
+    monkeypatch.setattr(checks.compiled, "call", call)
 
 
 def one_entry(by):
@@ -104,13 +107,13 @@ def test_an_error_is_found(change, sentence, monkeypatch):
 
 
 def test_an_error_in_gradients_is_found(monkeypatch):
-    real = checks.autograd.call
+    real = checks.compiled.call
 
     def call(name, *arguments):
         found = real(name, *arguments)
         return [g * 1.001 for g in found] if name == "evaluate_backward" else found
 
-    monkeypatch.setattr(checks.autograd, "call", call)
+    monkeypatch.setattr(checks.compiled, "call", call)
     verdict = verify.check(EVALUATE, "ieee", Place("cpu", "the CPU"))
     assert "backward: the error is" in verdict.failure
 
@@ -118,7 +121,7 @@ def test_an_error_in_gradients_is_found(monkeypatch):
 def test_slog_is_not_checked_while_a_graph_is_traced(monkeypatch):
     """It takes the reference then, which is right whatever the kernels are."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    slog = verdicts.family_of("triton", "slog")
+    slog = OPERATIONS["slog"].backends["triton"].family
     verdict = verify.check(slog, "ieee", Place("cpu", "the CPU"))
     assert "raises RuntimeError: torch.compile traces" in verdict.failure and not verdict.lasting
 
@@ -140,7 +143,7 @@ def state():
     return (
         torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(),
         torch.get_default_device(), torch.is_autocast_enabled("cpu"), dispatch.requested(),
-        hk.precision.float32_precision(), list(warnings.filters), torch.get_num_threads(),
+        hk.runtime.precision.float32_precision(), list(warnings.filters), torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -207,10 +210,10 @@ def test_a_gpu_that_tells_of_waiting_does_not_tell_of_the_check(monkeypatch):
 
 
 def test_words_choose_kernels():
-    assert len(verify.chosen()) == sum(len(f.maths) for f in FAMILIES)
+    assert len(verify.chosen()) == sum(len(f.maths) for f in families())
     found = [f"{f} {m}" for f, m in verify.chosen(["index plan", "slog tf32", "cpp spectra"])]
     assert found == ["cuda index plan int64", "triton slog tf32", "cpp spectra float64"]
-    with pytest.raises(ValueError, match="expected kernels among cuda tree, cuda"):
+    with pytest.raises(ValueError, match="expected kernels among cuda group rmsprop, cuda"):
         verify.chosen(["cuda", "cpp tf32"])
 
 
@@ -236,7 +239,7 @@ def test_info_says_what_is_known(machine):
     list(verify.rows(verify.chosen(["cuda spectra", "cuda index plan"])))
     found = dict(info._verified("cuda"))
     assert found["verified"] == "index plan int64" and found["FAILED"] == "spectra float64"
-    assert found["not checked yet"].startswith("tree ieee, tree tf32,")
+    assert found["not checked yet"].startswith("group rmsprop ieee, ")
 
 
 def test_nothing_more_is_run_on_a_device_that_is_lost(machine):
@@ -287,5 +290,5 @@ def test_the_command_fails_where_kernels_do(commands, monkeypatch):
 def test_the_command_refuses_what_is_not_there(commands):
     for code, out, errors in commands("cpp", "fortran"):
         assert code == 2 and out == ""
-        assert "expected kernels among cuda tree" in errors
+        assert "expected kernels among cuda group" in errors
     assert main.main(["nonsense"]) == 2

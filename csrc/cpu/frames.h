@@ -17,7 +17,7 @@
 
 namespace htf {
 
-// As htfkernels/index_plan.py writes it; offsets into the lists, all -1 of a full grid.
+// As htfkernels/schedule/index_plan.py writes it; offsets into the lists, all -1 of a full grid.
 struct FrameRow {
   int64_t step, left, right, rows, left_ids, right_ids, left_start, right_start, right_order, level;
 };

@@ -1,4 +1,4 @@
-// The tree as the operations read it: htfkernels/layout.py writes it as one int64 tensor (a header,
+// The tree as the operations read it: htfkernels/tree/program.py writes it as one int64 tensor (a header,
 // then a row for every node, children before parents, in the order that needs fewest buffers).
 #pragma once
 

@@ -8,7 +8,7 @@ namespace {
 // A gradient from the partials of the splits and of the nodes that share the weight, in their
 // order; a row of blocks for each group, as many as the largest has 256 numbers. Loads of many
 // splits are under way together. A group's numbers and a block's of threads past them are below
-// 2^31: why_not of htfkernels/cuda/tree.py.
+// 2^31: why_not of htfkernels/cuda/whole_tree/tree.py.
 template <class Stored>
 __global__ void __launch_bounds__(kThreads)
     sum_partials(const ValueOf<Stored>* partials, const int* sums, Stored* out, long long numbers,

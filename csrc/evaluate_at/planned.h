@@ -3,7 +3,7 @@
 //
 //   weights  one [F, R_in, R_out] per group      float32, float64 or bfloat16
 //   program  the tree, see cpu/program.h
-//   table    int64, lists  int32                 the plan, see htfkernels/index_plan.py
+//   table    int64, lists  int32                 the plan, see htfkernels/schedule/index_plan.py
 //   result   [B, out_features], or [B] where that is 1
 //
 // The plan's table is checked at each call; the contents of its lists are not.

@@ -1,4 +1,4 @@
-// The loops over samples behind htfkernels/index_plan.py: NumPy arrays in and out, no PyTorch. The
+// The loops over samples behind htfkernels/schedule/index_plan.py: NumPy arrays in and out, no PyTorch. The
 // GIL is released, and results are the same for any number of threads.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -486,7 +486,7 @@ uint64_t fingerprint(const py::array& array, int64_t threads) {
 }  // namespace
 
 PYBIND11_MODULE(_plan, m) {
-  m.doc() = "The loops over samples behind htfkernels.index_plan.";
+  m.doc() = "The loops over samples behind htfkernels.schedule.index_plan.";
   m.def("distinct_pairs", &distinct_pairs, py::arg("a").noconvert(), py::arg("na"),
         py::arg("b").noconvert(), py::arg("nb"), py::arg("limit"), py::arg("threads") = 1,
         "The distinct pairs (a[i], b[i]), sorted: (ids [B], left [n], right [n]), or None where "

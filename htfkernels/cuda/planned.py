@@ -11,14 +11,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-from htfkernels.cuda.planned_nodes import MOST_OPERANDS, Node, Nodes, Read, planned_nodes
-from htfkernels.layout import Layout
+from htfkernels.runtime.memory import Kept
+from htfkernels.schedule.frames import Frame, FrameList, Read, planned_frames, with_orders
+from htfkernels.tree.layout import Layout
 
 __all__ = ["Schedule", "schedule", "why_not"]
 
 VERSION = 1
+MOST_OPERANDS = 4  # of a frame, as the kernels read them
 HEADER = 16
 MODES = ("ieee", "tf32", "tf32x3", "bf16", "f64")
 PRODUCT, DOT, ROWS = range(3)  # forward
@@ -36,8 +37,6 @@ PENDING = -1000
 WANTED_BLOCKS = 264
 MOST_WEIGHT_PARTS = 256  # that blocks leave of a column's gradient, and a later launch sums
 MOST = 2**31 - 2**16 - 1  # rows, columns, blocks: `narrow` of planned_cuda.cu refuses more
-
-_MOST_KEPT = 16  # schedules of one plan
 
 Address = tuple[int, int]
 NULL: Address = (NOWHERE, 0)
@@ -74,8 +73,7 @@ def why_not(layout: Layout, dtype: torch.dtype) -> str | None:
     return None
 
 
-_schedules: WeakIdKeyDictionary = WeakIdKeyDictionary()
-_regrouped: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_schedules: Kept[tuple[Tensor, FrameList]] = Kept(most=16)
 
 
 def schedule(
@@ -96,34 +94,18 @@ def schedule(
         needs: for each group of weights, whether a backward pass is to give its gradient; without
             any there is a forward pass alone.
     """
-    kept: dict[tuple[object, ...], tuple[Tensor, Nodes]] = _schedules.setdefault(table, {})
     mode = {torch.bfloat16: "bf16", torch.float64: "f64"}.get(like.dtype, precision)
-    key = (mode, tuple(bool(n) for n in needs))
-    found = kept.get(key)
-    if found is None:
-        if len(kept) >= _MOST_KEPT:
-            kept.pop(next(iter(kept)))
-        nodes = planned_nodes(program, table)
-        made = _Maker(program, table, nodes, mode, key[1]).made()
-        found = kept[key] = (made, nodes)
-    if any(key[1]) and found[1].regrouped:
-        lists = _with_orders(found[1], int(table[1]), lists)
-    return Schedule(found[0], lists)
+    wanted = tuple(bool(n) for n in needs)
 
+    def make() -> tuple[Tensor, FrameList]:
+        frames = planned_frames(program, table, MOST_OPERANDS)
+        return _Maker(frames, batch, mode, wanted).made(), frames
 
-def _with_orders(nodes: Nodes, batch: int, lists: Tensor) -> Tensor:
-    """A plan's lists, longer by the orders that its cuts lack; made once, on the device."""
-    longer = _regrouped.get(lists)
-    if longer is None:
-        pieces = [lists]
-        for ids, rows, _, _ in nodes.regrouped:
-            listed, order = lists[ids : ids + batch].sort(stable=True)
-            every = torch.arange(rows + 1, dtype=lists.dtype, device=lists.device)
-            pieces += [torch.searchsorted(listed, every, out_int32=True), order.to(lists.dtype)]
-        longer = torch.cat(pieces)
-        if not (lists.is_cuda and torch.cuda.is_current_stream_capturing()):
-            _regrouped[lists] = longer  # else it is the graph's, and not there yet
-    return longer
+    batch = int(table[1])
+    made, frames = _schedules.of(table, (mode, wanted), make, like)
+    if any(wanted):
+        lists = with_orders(frames, batch, lists)
+    return Schedule(made, lists)
 
 
 def _over(n: int, each: int) -> int:
@@ -152,7 +134,7 @@ def _power_over(n: int) -> int:
 class _Segments(NamedTuple):
     """Sums over the rows of a node, for one operand."""
 
-    node: Node
+    node: Frame
     operand: int
     source: int
     grad: Address
@@ -161,27 +143,25 @@ class _Segments(NamedTuple):
 
 
 class _Maker:
-    def __init__(
-        self, program: Tensor, table: Tensor, nodes: Nodes, mode: str, needs: tuple[bool, ...]
-    ) -> None:
-        self.nodes, self.mode = nodes, mode
-        self.groups, self.outputs = int(program[2]), int(program[4])
-        self.batch = int(table[1])
+    def __init__(self, made: FrameList, batch: int, mode: str, needs: tuple[bool, ...]) -> None:
+        self.list, self.mode = made, mode
+        self.groups, self.outputs = made.program.groups, made.program.out_features
+        self.batch = batch
         self.needs = needs or (False,) * self.groups
         self.size = {"bf16": 2, "f64": 8}.get(mode, 4)
         self.part_size = 8 if mode == "f64" else 4
         self.vector = 16 // self.size
-        self.last = len(nodes.nodes) - 1
+        self.last = len(made.frames) - 1
         self.frames = 0  # elements
         self.frame_at: list[int] = []
-        for node in nodes.nodes[: self.last]:
+        for frame in made.frames[: self.last]:
             self.frame_at.append(self.frames)
-            self.frames += _over(node.rows * node.cols, 16) * 16
+            self.frames += _over(frame.rows * frame.cols, 16) * 16
         self.workspace = 0  # bytes
         self.gradient_at: dict[int, int] = {}  # of a node's frame
         self.launches: list[tuple[int, int, list[tuple[int, ...]]]] = []
         self.uses: dict[tuple[int, int], int] = {}
-        for step in nodes.steps:
+        for step in made.steps:
             key = (step.group, step.slot)
             self.uses[key] = self.uses.get(key, 0) + 1
         # Of gradients that are sums of parts: how many, and which launch writes the last. Where
@@ -192,7 +172,7 @@ class _Maker:
 
     def made(self) -> Tensor:
         levels: dict[int, list[int]] = {}
-        for k, node in enumerate(self.nodes.nodes):
+        for k, node in enumerate(self.list.frames):
             levels.setdefault(node.level, []).append(k)
         for level in sorted(levels):
             self.forward(levels[level])
@@ -225,10 +205,10 @@ class _Maker:
         return at
 
     def weight(self, step: int, space: int = WEIGHTS) -> Address:
-        """Of a program step's weight, or its gradient; null for the root of a sum."""
-        s = self.nodes.steps[step]
-        if s.group < 0:
+        """Of a program step's weight, or its gradient; null without one."""
+        if step < 0:
             return NULL
+        s = self.list.steps[step]
         return space + s.group, s.slot * s.rows * s.cols * self.size
 
     def frame(self, source: int) -> Address:
@@ -243,7 +223,7 @@ class _Maker:
         return (GRAD, 0) if k == self.last else (WORKSPACE, self.gradient_at[k])
 
     def read(self, read: Read) -> tuple[int, ...]:
-        return (*self.frame(read.source), read.ids)
+        return (*self.frame(read.source), read.rows.ids)
 
     def operands(self, reads: Sequence[Read], count: int = MOST_OPERANDS) -> list[int]:
         flat: list[int] = []
@@ -253,19 +233,19 @@ class _Maker:
 
     # -- forward ----------------------------------------------------------------------------------
 
-    def kind(self, node: Node) -> int:
-        if node.step < 0:
+    def kind(self, node: Frame) -> int:
+        if not node.columns:
             return ROWS
         return DOT if node.cols == 1 else PRODUCT
 
     def forward(self, level: Sequence[int]) -> None:
         jobs, shapes = [], []
         for k in level:
-            node = self.nodes.nodes[k]
+            node = self.list.frames[k]
             kind = self.kind(node)
             if kind == PRODUCT:
                 shapes.append((node.rows, node.cols))
-            weight = self.weight(node.step) if node.step >= 0 else NULL
+            weight = self.weight(node.step)
             sizes = (kind, len(node.operands), node.rows, node.width, node.cols)
             jobs.append((*sizes, *weight, *self.frame(k), *self.operands(node.operands)))
         self.launches.append((FORWARD, _config(shapes), jobs))
@@ -275,16 +255,16 @@ class _Maker:
     def what_is_needed(self) -> list[bool]:
         """For each node, whether the gradient of its frame is needed for anything."""
         needed: list[bool] = []
-        for node in self.nodes.nodes:
+        for node in self.list.frames:
             own = self.step_needed(node.step)
             needed.append(own or any(self.below(read, needed) for read in node.operands))
         return needed
 
     def step_needed(self, step: int) -> bool:
-        return step >= 0 and self.nodes.steps[step].group >= 0 and self.group_needed(step)
+        return step >= 0 and self.group_needed(step)
 
     def group_needed(self, step: int) -> bool:
-        return self.needs[self.nodes.steps[step].group]
+        return self.needs[self.list.steps[step].group]
 
     def below(self, read: Read, needed: list[bool]) -> bool:
         return needed[read.source] if read.source >= 0 else self.group_needed(-(read.source + 1))
@@ -292,7 +272,7 @@ class _Maker:
     def to(self, read: Read, copies: int, launch: int) -> tuple[Address, bool, bool]:
         """Where an operand's gradient goes that so many copies are the sum of; whether as parts;
         whether it is done with that."""
-        rows, cols = self.nodes.shape(read.source)
+        rows, cols = self.list.shape(read.source)
         if read.source < 0:
             return self.to_weight(-(read.source + 1), copies, launch)
         at = self.gradient_at[read.source] = self.reserve(rows * cols * self.size)
@@ -301,13 +281,13 @@ class _Maker:
         return (WORKSPACE, self.reserve(rows * cols * copies * self.part_size)), True, False
 
     def to_weight(self, step: int, copies: int, launch: int) -> tuple[Address, bool, bool]:
-        s = self.nodes.steps[step]
+        s = self.list.steps[step]
         if self.uses[s.group, s.slot] == 1 and copies == 1:
             return self.weight(step, GRADIENTS), False, True
         return self.part(step, copies, launch), True, False
 
     def part(self, step: int, copies: int, launch: int) -> Address:
-        s = self.nodes.steps[step]
+        s = self.list.steps[step]
         key = (s.group, s.slot)
         before = self.copies.get(key, 0)
         self.copies[key] = before + copies
@@ -319,14 +299,14 @@ class _Maker:
         products: list[tuple[int, ...]] = []
         segments: list[_Segments] = []
         level = [k for k in level if self.needed[k]]
-        through = [k for k in level if self.kind(self.nodes.nodes[k]) == PRODUCT]
-        config = _config([(self.nodes.nodes[k].rows, self.nodes.nodes[k].width) for k in through])
-        weights = [(self.nodes.nodes[k].width, self.nodes.nodes[k].cols) for k in through]
+        through = [k for k in level if self.kind(self.list.frames[k]) == PRODUCT]
+        config = _config([(self.list.frames[k].rows, self.list.frames[k].width) for k in through])
+        weights = [(self.list.frames[k].width, self.list.frames[k].cols) for k in through]
         weight_tiles = _tiles(weights, max(config, SQUARE))
         here = len(self.launches)  # the products' launch, if there are any
         at = self.products_at
         for k in level:
-            node = self.nodes.nodes[k]
+            node = self.list.frames[k]
             kind = self.kind(node)
             wanted = [c for c, r in enumerate(node.operands) if self.below(r, self.needed)]
             if kind == DOT:
@@ -341,7 +321,7 @@ class _Maker:
             if kind == PRODUCT:
                 if self.step_needed(node.step):
                     products.append(self.weight_product(k, weight_tiles, here))
-                direct = len(node.operands) == 1 and node.operands[0].ids < 0
+                direct = len(node.operands) == 1 and node.operands[0].rows.one_by_one
                 if wanted and direct:
                     out = self.to(node.operands[0], 1, here)
                     products.append(self.rows_product(k, *out))
@@ -357,7 +337,7 @@ class _Maker:
         self.sum_segments(segments)
 
     def product_size(self, k: int) -> int:
-        node = self.nodes.nodes[k]
+        node = self.list.frames[k]
         if self.kind(node) != PRODUCT or not self.needed[k]:
             return 0
         return _over(node.rows * node.width * self.size, 128) * 128
@@ -366,13 +346,13 @@ class _Maker:
         return sum(map(self.product_size, level))
 
     def rows_product(self, k: int, out: Address, parts: bool, final: bool) -> tuple[int, ...]:
-        node = self.nodes.nodes[k]
+        node = self.list.frames[k]
         sizes = (TO_ROWS, 0, node.rows, node.width, node.cols, 1, int(parts), int(final))
         where = (*self.weight(node.step), *self.gradient(k), *out)
         return (*sizes, *where, *self.operands(()))
 
     def weight_product(self, k: int, tiles: int, launch: int) -> tuple[int, ...]:
-        node = self.nodes.nodes[k]
+        node = self.list.frames[k]
         splits = min(_over(node.rows, 64), WANTED_BLOCKS // tiles)
         splits = max(1, splits, _over(node.rows, IDS_TOGETHER))
         each = max(1, _over(_over(node.rows, splits), 32) * 32)
@@ -389,7 +369,7 @@ class _Maker:
         here = len(self.launches)
         for one in segments:
             read, node = one.node.operands[one.operand], one.node
-            rows = self.nodes.shape(read.source)[0]
+            rows = self.list.shape(read.source)[0]
             shape = self.segment_shape(rows, node.width, node.rows, len(segments), one.weight)
             splits, blocks = shape[3], shape[4]
             out, parts, final = NULL, False, False
@@ -403,8 +383,9 @@ class _Maker:
             others = [r for o, r in enumerate(node.operands) if o != one.operand]
             jobs.append((
                 one.source, len(others), rows, node.width, node.rows, *shape[:4], int(parts),
-                int(final), read.start, read.order, *one.grad, *weight, *self.frame(read.source),
-                *weight_parts, *out, *self.operands(others, MOST_OPERANDS - 1),
+                int(final), read.rows.start, read.rows.order, *one.grad, *weight,
+                *self.frame(read.source), *weight_parts, *out,
+                *self.operands(others, MOST_OPERANDS - 1),
             ))  # fmt: skip
         for launch in (jobs, more):
             if launch:
@@ -448,7 +429,7 @@ class _Maker:
         """Sums the parts of gradients, in the last launch if that comes after them all."""
         at: dict[tuple[int, int], int] = {}
         jobs = []
-        for step in self.nodes.steps:
+        for step in self.list.steps:
             key = (step.group, step.slot)
             if key in at or key not in self.copies:
                 continue

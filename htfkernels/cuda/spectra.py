@@ -20,7 +20,7 @@ from htfkernels.cuda.spectra_tasks import (
     row_of,
     widest,
 )
-from htfkernels.layout import Layout
+from htfkernels.tree.layout import Layout
 
 __all__ = ["DTYPES", "WIDEST", "Program", "Shape", "program", "why_not"]
 

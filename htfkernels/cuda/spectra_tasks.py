@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from htfkernels.cuda.module import shared_bytes
+from htfkernels.runtime.cuda_module import shared_bytes
 
 __all__ = [
     "FIELDS",

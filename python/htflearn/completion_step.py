@@ -12,9 +12,14 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import optimizer as torch_optimizer
 
 import htfkernels as hk
-from htfkernels.cuda.train import completion_step_
-from htfkernels.dispatch import Spec, refusal, requested, why_not
-from htfkernels.precision import float32_precision
+from htfkernels.training import (
+    Spec,
+    completion_step_,
+    float32_precision,
+    refusal,
+    requested,
+    why_not_taken,
+)
 from htflearn.losses import LOSSES, Loss, loss_function
 from htflearn.optim import GroupRMSprop
 from htflearn.tasks import CompletionTask
@@ -271,9 +276,9 @@ def _other_backend(model: Any) -> str | None:
         return f"the backend {requested()!r} was asked for, and fused steps are the backend 'cuda'"
     if torch.is_autocast_enabled(kind):
         return "autocast is on"
+    reason = why_not_taken("cuda", _spec(model))
     if requested() == "cuda":
-        return why_not("cuda", _spec(model))
-    reason = refusal("cuda", _spec(model))
+        return reason
     return "the weights are on the CPU" if reason is not None and kind == "cpu" else reason
 
 

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 import htfkernels as hk
-from htfkernels.dispatch import requested
-from htfkernels.plan import make_plan
+from htfkernels.training import plan_for
 from htflearn.errors import Extras, UserError, reason, usable_device, writable_directory
 from htflearn.files import read_object, replace_file
 from htflearn.learned import SHARE, Evidence, risen, shares
@@ -374,9 +373,7 @@ def _run_panel(
     ranks: dict[str, Any] = {}
     with extras.making(f"the ranks of the {title} panel"):
         ranks = _ranks(setting, model, task)
-    plan = make_plan(
-        "full_tensor", model.layout, DTYPES[setting.dtype], setting.device, requested()
-    )
+    plan = plan_for("full_tensor", model.layout, DTYPES[setting.dtype], setting.device)
     final = result.history[-1]
     evidence = _evidence(setting, task, model, optimizer, start, result)
     return {

@@ -11,14 +11,17 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from htfkernels.cuda.module import device_type
-from htfkernels.cuda.train import group_rmsprop_
-from htfkernels.dispatch import Spec, refusal, requested, why_not
-from htfkernels.ops.autograd import call
+from htfkernels.training import (
+    Spec,
+    device_type,
+    group_rmsprop_,
+    group_rmsprop_on_cpu_,
+    why_not_taken,
+)
 
 __all__ = ["GroupRMSprop"]
 
-# Optimizer keeps and saves state under keys that are no parameters as it is.
+# PyTorch's Optimizer keeps and saves what is under keys other than parameters unchanged.
 _SHARED = "shared"
 
 _FLOATS = (torch.float32, torch.float64)
@@ -221,8 +224,7 @@ class GroupRMSprop(Optimizer):
         dtype = torch.promote_types(params[0].dtype, torch.float32)
         average = torch.zeros((), dtype=dtype) if average is None else average.to("cpu", dtype)
         each = [g for g, (params, _) in zip(self.param_groups, groups, strict=True) for _ in params]
-        new = call(
-            "group_rmsprop_",
+        new = group_rmsprop_on_cpu_(
             params,
             [g for _, grads in groups for g in grads],
             average,
@@ -284,21 +286,18 @@ def _decayed(params: list[Tensor], grads: list[Tensor], weight_decay: float) -> 
 def _compiled(groups: list[_Group]) -> bool:
     """Whether the compiled operator can take the step: ordinary contiguous tensors of one dtype
     that it computes in, on the CPU, and neither another backend asked for nor a trace under way."""
-    spec = _ordinary(groups, torch.device("cpu")) if requested() in ("auto", "cpp") else None
-    return spec is not None and why_not("cpp", spec) is None
+    spec = _ordinary(groups, torch.device("cpu"))
+    return spec is not None and why_not_taken("cpp", spec) is None
 
 
 def _kernels_take(groups: list[_Group], settings: list[dict[str, Any]]) -> bool:
     """Whether CUDA kernels take the step: the same, on one GPU."""
-    asked = requested()
     sizes = [group["lr"] for group in settings if isinstance(group["lr"], Tensor)]
-    if asked not in ("auto", "cuda") or any(s.dtype not in _FLOATS for s in sizes):
+    if any(s.dtype not in _FLOATS for s in sizes):
         return False
     device = next(t.device for group in groups for some in group for t in some)
     spec = _ordinary(groups, device)
-    if spec is None:
-        return False
-    return (refusal if asked == "auto" else why_not)("cuda", spec) is None
+    return spec is not None and why_not_taken("cuda", spec) is None
 
 
 def _ordinary(groups: list[_Group], device: torch.device) -> Spec | None:

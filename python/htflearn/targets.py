@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 import htfkernels as hk
-from htfkernels.layout import RootKind
 
 __all__ = ["make_target"]
 
@@ -47,7 +46,7 @@ def make_target(
         10.0
     """
     order = len(dims)
-    root: RootKind = "sum"
+    root: Literal["linear", "sum"] = "sum"
     if kind == "matrix" and order != 2:
         raise ValueError(f'make_target: a "matrix" has 2 modes, got dims {tuple(dims)}')
     if kind != "ht" and tree is not None:

@@ -20,7 +20,8 @@ from drawing import (
 from torch import Tensor
 
 import htfkernels as hk
-from htfkernels import functional, spectra, testing
+from htfkernels import functional, testing
+from htfkernels.spectra import matricizations as spectra
 
 EPS = torch.finfo(torch.float64).eps
 

@@ -133,7 +133,7 @@ def test_precision_is_ours_and_that_of_pytorch() -> None:
             expected = "high" if theirs == "tf32" else "highest"
             assert torch.get_float32_matmul_precision() == expected
             assert torch.backends.cuda.matmul.allow_tf32 == (theirs == "tf32")
-            assert hk.precision.float32_precision() == name
+            assert hk.runtime.precision.float32_precision() == name
         assert torch.backends.cuda.matmul.fp32_precision == before
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import htfkernels as hk
-from htfkernels.layout import Layout
+from htfkernels.tree.layout import Layout
 from htflearn.complete import quantize
 from htflearn.complete.quantize import Split, factors_of, parse_factors
 from htflearn.complete.trees import automatic_ranks, automatic_tree, make_ranks, make_tree

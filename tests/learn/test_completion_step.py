@@ -21,8 +21,8 @@ from torch import Tensor
 
 import htfkernels as hk
 from htfkernels import testing
-from htfkernels.cuda import module
-from htfkernels.index_plan import BILINEAR, FRAMED_ROOT, WALK
+from htfkernels.runtime import cuda_module as module
+from htfkernels.schedule.index_plan import BILINEAR, FRAMED_ROOT, WALK
 from htflearn import (
     CompletionStep,
     CompletionTask,

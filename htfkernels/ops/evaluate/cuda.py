@@ -1,7 +1,8 @@
 """``evaluate`` and its backward in CUDA C++, the whole tree in one launch each.
 
 The functions have the names, arguments and results of the compiled operators. What is kept for the
-backward pass are the messages at the cut of the tree and above it (:mod:`htfkernels.cuda.tree`).
+backward pass are the messages at the cut of the tree and above it
+(:mod:`htfkernels.cuda.whole_tree.tree`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from htfkernels.cuda import tree_run
+from htfkernels.cuda.whole_tree import run as tree_run
 
 __all__ = ["evaluate", "evaluate_backward", "evaluate_keeping"]
 

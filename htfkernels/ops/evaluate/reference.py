@@ -8,7 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from htfkernels.layout import Group, Layout
+from htfkernels.tree.layout import Group, Layout
 
 LeafMessages = Callable[[Group, Tensor], Tensor]
 

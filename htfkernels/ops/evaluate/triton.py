@@ -1,8 +1,8 @@
 """``evaluate`` and its backward in Triton kernels, level by level.
 
 The functions have the names, arguments and results of the compiled operators. A forward pass goes
-through the launches of :class:`htfkernels.gpu.tables.Tables`, a backward pass through the same in
-reverse. What is kept for the backward pass is the buffer of all messages.
+through the launches of :class:`htfkernels.triton.tables.Tables`, a backward pass through the same
+launches in reverse. The buffer of all messages is kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from htfkernels.gpu import configs, fused, ragged, uniform
-from htfkernels.gpu.launch import check_size
-from htfkernels.gpu.memory import empty
-from htfkernels.gpu.reduce import gradients
-from htfkernels.gpu.tables import Fused, Needed, Node, Ragged, Step, Tables, Uniform, tables_of
-from htfkernels.gpu.tiles import input_precision
+from htfkernels.tree.program import Step
+from htfkernels.triton import configs, fused, ragged, uniform
+from htfkernels.triton.launch import check_size
+from htfkernels.triton.memory import empty
+from htfkernels.triton.reduce import gradients
+from htfkernels.triton.tables import Fused, Needed, Ragged, Tables, Uniform, Visit, tables_of
+from htfkernels.triton.tiles import input_precision
 
 __all__ = ["evaluate", "evaluate_backward", "evaluate_keeping"]
 
@@ -54,13 +55,13 @@ def evaluate_backward(
         kept = _messages(tables, weights, x, empty((rows, tables.root.cols), x), precision)
     needed = tables.needed(needs)
     backward = _Backward(tables, weights, x, kept, grad, needed, precision)
-    for step in needed.steps:
-        backward.step(step)
+    for visit in needed.visits:
+        backward.visit(visit)
     return backward.finish()
 
 
 def _tables(program: Tensor, x: Tensor, precision: str) -> Tables:
-    return tables_of(program, x.device, (x.dtype, input_precision(x.dtype, precision)))
+    return tables_of(program, x, (x.dtype, input_precision(x.dtype, precision)))
 
 
 def _messages(
@@ -87,7 +88,7 @@ def _messages(
     return buffer
 
 
-def _operands(node: Node, x: Tensor, buffer: Tensor) -> tuple[Tensor, int, int]:
+def _operands(node: Step, x: Tensor, buffer: Tensor) -> tuple[Tensor, int, int]:
     """Where the operands of a node are: the tensor, the step between rows, the unit of columns."""
     return (x, x.shape[1], 1) if node.is_leaf else (buffer, node.rows, x.shape[0])
 
@@ -108,25 +109,25 @@ class _Backward:
         self.pack = ragged.pack_of(tables, self.widest)
         self.packed = self.pack.weights(weights)
         self.partial: dict[int, list[Tensor]] = {}
-        self.later: list[Node] = []
+        self.later: list[Step] = []
 
-    def step(self, step: Step) -> None:
+    def visit(self, visit: Visit) -> None:
         """The gradients that a launch of the forward pass asks for."""
-        launched = step.launched
+        launched = visit.launched
         if isinstance(launched, Ragged):
-            self._ragged(launched, step)
+            self._ragged(launched, visit)
         elif isinstance(launched, Fused):
             if self.needs[-1]:
                 self._unfused(launched)
             else:
                 self._fused(launched)
         elif launched.fits_backward(self.widest):
-            self._uniform(launched, self.buffer, self.grad_buffer, step.deeper)
+            self._uniform(launched, self.buffer, self.grad_buffer, visit.deeper)
         else:
-            self._ragged(launched.as_ragged, step)
+            self._ragged(launched.as_ragged, visit)
 
     def finish(self) -> list[Tensor]:
-        """All gradients, once every launch had its step."""
+        """All gradients, once every launch had its visit."""
         if self.later:
             parts = ragged.weight_gradients(
                 self.tables, self.later, self.x, self.buffer, self.grad, self.grad_buffer,
@@ -147,14 +148,14 @@ class _Backward:
     def _places(self, group: int) -> int:
         return len(self.tables.of_group[group]) if self.needs[group] else 0
 
-    def _grad(self, node: Node, column: int) -> Tensor:
+    def _grad(self, node: Step, column: int) -> Tensor:
         if node.parent < 0:
             return self.grad
         return self.grad_buffer[column * self.x.shape[0] :]
 
-    def _ragged(self, launched: Ragged, step: Step) -> None:
-        self.later += step.weights
-        if step.deeper:
+    def _ragged(self, launched: Ragged, visit: Visit) -> None:
+        self.later += visit.weights
+        if visit.deeper:
             ragged.backward(
                 self.tables, launched, self.needed, self.buffer, self.pack, self.packed, self.grad,
                 self.grad_buffer, self.grad_x, self.x.shape, self.precision,

@@ -2,113 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from htfkernels.index_plan import IndexPlan
-from htfkernels.ops import autograd
 from htfkernels.ops.evaluate_at import planned_reference, reference
-from htfkernels.plan import Plan
+from htfkernels.runtime import autograd
+from htfkernels.runtime.graphs import register_in_graphs
+from htfkernels.runtime.operations import (
+    CPP_MATHS,
+    CUDA_MATHS,
+    FLOATS,
+    NO_FLOAT16,
+    TRITON_MATHS,
+    Family,
+    Operation,
+    Runs,
+    register,
+)
+from htfkernels.runtime.plan import Plan
+from htfkernels.schedule.index_plan import IndexPlan
 
-__all__ = ["evaluate_at", "evaluate_at_planned"]
+__all__ = ["EVALUATE_AT", "EVALUATE_AT_PLANNED", "evaluate_at", "evaluate_at_planned"]
 
-
-class _EvaluateAt(autograd.Kernel):
-    def forward(self, *tensors: Tensor) -> Tensor:
-        *weights, indices = tensors
-        layout = self.layout
-        return self.run("evaluate_at", weights, indices, layout.program, layout.out_features)
-
-    def forward_keeping(self, *tensors: Tensor) -> Sequence[Tensor]:
-        *weights, indices = tensors
-        layout = self.layout
-        return self.run(
-            "evaluate_at_keeping", weights, indices, layout.program, layout.out_features
-        )
-
-    def backward(
-        self,
-        grad: Tensor,
-        tensors: Sequence[Tensor],
-        needs: Sequence[bool],
-        *kept: Tensor,
-    ) -> list[Tensor]:
-        *weights, indices = tensors
-        messages = kept[0] if kept else grad.new_empty(0)
-        program = self.layout.program
-        grads = self.run(
-            "evaluate_at_backward", grad, weights, indices, messages, program, needs[:-1]
-        )
-        return [*grads, grad.new_empty(0)]
-
-    def reference(self, *tensors: Tensor) -> Tensor:
-        result = reference.evaluate_at(self.layout, tensors[:-1], tensors[-1])
-        return autograd.squeeze(self.layout, result)
-
-
-class _EvaluateAtPlanned(autograd.Kernel):
-    def __init__(self, indices: IndexPlan, run: Callable[..., Any]) -> None:
-        super().__init__(indices.layout, run)
-        self.indices = indices
-
-    def _fixed(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.layout.program, self.indices.table, self.indices.lists
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        sizes = (len(self.indices), self.layout.out_features)
-        return self.run("evaluate_at_planned", tensors, *self._fixed(), *sizes)
-
-    def forward_keeping(self, *tensors: Tensor) -> Sequence[Tensor]:
-        sizes = (len(self.indices), self.layout.out_features)
-        return self.run("evaluate_at_planned_keeping", tensors, *self._fixed(), *sizes)
-
-    def backward(
-        self,
-        grad: Tensor,
-        tensors: Sequence[Tensor],
-        needs: Sequence[bool],
-        *kept: Tensor,
-    ) -> list[Tensor]:
-        messages = kept[0] if kept else grad.new_empty(0)
-        fixed = self._fixed()
-        return self.run("evaluate_at_planned_backward", grad, tensors, messages, *fixed, needs)
-
-    def reference(self, *tensors: Tensor) -> Tensor:
-        result = planned_reference.evaluate_at_planned(self.layout, tensors, self.indices)
-        return autograd.squeeze(self.layout, result)
+_TRITON = Runs(
+    FLOATS,
+    module="htfkernels.ops.evaluate_at.triton",
+    family=Family("triton", "gather", TRITON_MATHS),
+)
+EVALUATE_AT = register(
+    Operation(
+        "evaluate_at",
+        backends={
+            "cpp": Runs(NO_FLOAT16, family=Family("cpp", "entries", CPP_MATHS)),
+            "cuda": Runs(
+                NO_FLOAT16,
+                module="htfkernels.ops.evaluate_at.cuda",
+                limit="htfkernels.cuda.whole_tree.tree:why_not_at",
+                family=Family("cuda", "tree", CUDA_MATHS),
+            ),
+            "triton": _TRITON,
+        },
+        data="indices",
+        traced=("cpp", "cuda", "triton"),
+        faster="htfkernels.cuda.whole_tree.estimate:chosen",
+    )
+)
+EVALUATE_AT_PLANNED = register(
+    Operation(
+        "evaluate_at_planned",
+        backends={
+            "cpp": Runs(NO_FLOAT16, family=Family("cpp", "entries", CPP_MATHS)),
+            "cuda": Runs(
+                NO_FLOAT16,
+                module="htfkernels.ops.evaluate_at.cuda",
+                limit="htfkernels.cuda.planned:why_not",
+                family=Family("cuda", "planned", CUDA_MATHS),
+            ),
+            "triton": _TRITON,
+        },
+        traced=("cpp", "cuda", "triton"),
+    )
+)
+register_in_graphs(EVALUATE_AT)
+register_in_graphs(EVALUATE_AT_PLANNED)
 
 
 def evaluate_at(plan: Plan, weights: Sequence[Tensor], indices: Tensor) -> Tensor:
     """``indices [B, N] -> [B, out_features]``, or ``[B]``, on the plan's backend."""
     layout = plan.layout
-    if plan.backend == "reference":
+
+    def formula(*tensors: Tensor) -> Tensor:
+        *weights, indices = tensors
         return autograd.squeeze(layout, reference.evaluate_at(layout, weights, indices))
-    if torch.compiler.is_compiling():
-        return autograd.traced("evaluate_at", plan.backend)(
-            list(weights), indices, layout.program, layout.out_features
-        )
-    kernel = _EvaluateAt(layout, autograd.runner("evaluate_at", plan.backend))
-    return autograd.apply(kernel, *weights, indices)
+
+    fixed = (layout.program, layout.out_features)
+    return autograd.run(EVALUATE_AT, plan, weights, [indices], fixed, formula)
 
 
 def evaluate_at_planned(plan: Plan, weights: Sequence[Tensor], indices: IndexPlan) -> Tensor:
-    """``-> [B, out_features]``, or ``[B]``, each node once per distinct sub-tuple where the plan
-    says so."""
+    """``-> [B, out_features]``, or ``[B]``, each node once per distinct sub-tuple where the index
+    plan says so."""
     layout = plan.layout
-    if plan.backend == "reference":
-        out = planned_reference.evaluate_at_planned(layout, weights, indices)
-        return autograd.squeeze(layout, out)
-    if torch.compiler.is_compiling():
-        return autograd.traced("evaluate_at_planned", plan.backend)(
-            list(weights),
-            layout.program,
-            indices.table,
-            indices.lists,
-            indices.batch,
-            layout.out_features,
-        )
-    kernel = _EvaluateAtPlanned(indices, autograd.runner("evaluate_at", plan.backend))
-    return autograd.apply(kernel, *weights)
+
+    def formula(*weights: Tensor) -> Tensor:
+        found = planned_reference.evaluate_at_planned(layout, weights, indices)
+        return autograd.squeeze(layout, found)
+
+    fixed = (
+        layout.program, indices.table, indices.lists, indices.batch, layout.out_features,
+    )  # fmt: skip
+    return autograd.run(EVALUATE_AT_PLANNED, plan, weights, (), fixed, formula)

@@ -1,6 +1,8 @@
 """``evaluate_at`` in CUDA C++: functions with the names, arguments and results of the operators in
-:mod:`htfkernels.ops.library`, and the float32 precision. At indices, a whole tree in one launch; by
-an index plan, level by level."""
+:mod:`htfkernels.runtime.operations`, and the float32 precision.
+
+At indices, the whole tree is one launch. By an index plan, each level is one.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from htfkernels.cuda import module, tree_run
 from htfkernels.cuda.planned import schedule
+from htfkernels.cuda.whole_tree import run as tree_run
+from htfkernels.runtime import cuda_module
 
 __all__ = [
     "evaluate_at",
@@ -92,7 +95,7 @@ def evaluate_at_planned_keeping(
 ) -> list[Tensor]:
     """The result, and frames for the backward pass."""
     made = schedule(program, table, lists, weights[0], precision)
-    found: list[Tensor] = module.call("evaluate_at_planned", _pieces(weights), *made)
+    found: list[Tensor] = cuda_module.call("evaluate_at_planned", _pieces(weights), *made)
     return found
 
 
@@ -113,9 +116,9 @@ def evaluate_at_planned_backward(
     pieces = _pieces(weights)
     made = schedule(program, table, lists, weights[0], precision, needs)
     if kept.numel() == 0:
-        kept = module.call("evaluate_at_planned", pieces, *made)[1]
+        kept = cuda_module.call("evaluate_at_planned", pieces, *made)[1]
     wanted = [int(n) for n in needs]
-    found: list[Tensor] = module.call(
+    found: list[Tensor] = cuda_module.call(
         "evaluate_at_planned_backward", grad.contiguous(), pieces, kept, *made, wanted, False
     )
     return found

@@ -8,8 +8,8 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from htfkernels.index_plan import NO_OPERAND, IndexPlan, program_steps
-from htfkernels.layout import Layout
+from htfkernels.schedule.index_plan import NO_OPERAND, IndexPlan
+from htfkernels.tree.layout import Layout
 
 
 def evaluate_at_planned(layout: Layout, weights: Sequence[Tensor], plan: IndexPlan) -> Tensor:
@@ -19,7 +19,7 @@ def evaluate_at_planned(layout: Layout, weights: Sequence[Tensor], plan: IndexPl
     the node sends, once per distinct sub-tuple. Walked: the same per sample, with each cut's frame
     gathered by its ids.
     """
-    steps = program_steps(layout)
+    steps = layout.steps
     frames: list[Tensor] = []
 
     def weight(step: int) -> Tensor:

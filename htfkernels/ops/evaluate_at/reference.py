@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from htfkernels.layout import Group, Layout
 from htfkernels.ops.evaluate.reference import walk
+from htfkernels.tree.layout import Group, Layout
 
 
 def evaluate_at(layout: Layout, weights: Sequence[Tensor], indices: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 """``evaluate_at`` on Triton: functions with the names, arguments and results of the operators in
-:mod:`htfkernels.ops.library`, and the float32 precision."""
+:mod:`htfkernels.runtime.operations`, and the float32 precision."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from htfkernels.gpu import gather_run
-from htfkernels.gpu.gather_nodes import planned_nodes, sample_nodes
-from htfkernels.gpu.gather_run import Evaluation, Lists
-from htfkernels.gpu.memory import empty
+from htfkernels.schedule.frames import planned_frames, sample_frames, with_orders
+from htfkernels.triton import gather_run
+from htfkernels.triton.gather_run import Evaluation, Lists
+from htfkernels.triton.memory import empty
 
 __all__ = [
     "evaluate_at",
@@ -64,7 +64,7 @@ def evaluate_at_backward(
     made = _per_sample(weights, indices, program, precision)
     lists = Lists(indices, *indices.stride())
     if made.backward(needs).gathers:
-        longest = 1 + max(step.rows for step in made.nodes.steps if step.mode >= 0)
+        longest = 1 + max(step.rows for step in made.frames.steps if step.mode >= 0)
         starts, orders = gather_run.orders(indices, longest)
         lists = lists._replace(starts=starts, orders=orders)
     if kept.numel() == 0:
@@ -118,7 +118,7 @@ def evaluate_at_planned_backward(
     """Gradients of the weights, ``[0]`` where not needed."""
     made = _planned(weights, program, table, precision)
     if made.backward(needs).gathers:
-        lists = gather_run.regrouped(made.nodes, len(grad), lists)
+        lists = with_orders(made.frames, len(grad), lists)
     given = Lists(lists, starts=lists, orders=lists)
     if kept.numel() == 0:
         kept = gather_run.forward(made, weights, empty(grad.shape, weights[0]), given)
@@ -130,7 +130,7 @@ def _per_sample(
 ) -> Evaluation:
     batch = len(indices)
     return gather_run.evaluation(
-        program, weights[0], batch, precision, lambda: sample_nodes(program, batch)
+        program, weights[0], batch, precision, lambda: sample_frames(program, batch)
     )
 
 
@@ -138,7 +138,7 @@ def _planned(
     weights: Sequence[Tensor], program: Tensor, table: Tensor, precision: str
 ) -> Evaluation:
     return gather_run.evaluation(
-        table, weights[0], 0, precision, lambda: planned_nodes(program, table)
+        table, weights[0], 0, precision, lambda: planned_frames(program, table)
     )
 
 

@@ -7,7 +7,7 @@ from functools import reduce
 
 from torch import Tensor
 
-from htfkernels.layout import Layout
+from htfkernels.tree.layout import Layout
 
 
 def full_tensor(layout: Layout, weights: Sequence[Tensor]) -> Tensor:

@@ -1,5 +1,5 @@
 """``full_tensor`` on Triton: functions with the names, arguments and results of the operators in
-:mod:`htfkernels.ops.library`, and the float32 precision."""
+:mod:`htfkernels.runtime.operations`, and the float32 precision."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from htfkernels.gpu import gather_run
-from htfkernels.gpu.gather_nodes import grid_nodes
-from htfkernels.gpu.gather_run import Evaluation
-from htfkernels.gpu.memory import empty
+from htfkernels.schedule.frames import grid_frames
+from htfkernels.triton import gather_run
+from htfkernels.triton.gather_run import Evaluation
+from htfkernels.triton.memory import empty
 
 __all__ = ["full_tensor", "full_tensor_backward"]
 
@@ -39,7 +39,7 @@ def full_tensor_backward(
     made = _evaluation(weights, program, precision)
     buffer = gather_run.forward(made, _stored(made, weights), empty(grad.shape, grad), None)
     grads = gather_run.backward(made, grad, buffer, None, needs)
-    root = made.nodes.steps[-1]
+    root = made.frames.steps[-1]
     if root.group >= 0 and needs[root.group]:
         transposed = grads[root.group].view(1, root.cols, root.rows)
         grads[root.group] = transposed.transpose(1, 2).contiguous()
@@ -47,10 +47,12 @@ def full_tensor_backward(
 
 
 def _evaluation(weights: Sequence[Tensor], program: Tensor, precision: str) -> Evaluation:
-    return gather_run.evaluation(program, weights[0], _GRID, precision, lambda: grid_nodes(program))
+    return gather_run.evaluation(
+        program, weights[0], _GRID, precision, lambda: grid_frames(program)
+    )
 
 
 def _stored(made: Evaluation, weights: Sequence[Tensor]) -> list[Tensor]:
     """The weights, the root's transposed: there it is an operand like others."""
-    root = made.nodes.steps[-1]
+    root = made.frames.steps[-1]
     return [w.transpose(1, 2) if g == root.group else w for g, w in enumerate(weights)]

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from htfkernels.exponents import leading, power, sign, split
-from htfkernels.layout import Layout
+from htfkernels.scaled import leading, power, sign, split
+from htfkernels.tree.layout import Layout
 
 
 def slog(layout: Layout, weights: Sequence[Tensor], x: Tensor) -> tuple[Tensor, Tensor]:

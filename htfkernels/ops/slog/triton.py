@@ -1,7 +1,7 @@
 """``slog`` and its backward in Triton kernels, a launch for each level.
 
 Weights are divided by a power of two for each node beforehand, so that their largest magnitude is
-in [1/2, 1); messages carry theirs (:mod:`htfkernels.gpu.scaled`). What is kept for the backward
+in [1/2, 1); messages carry theirs (:mod:`htfkernels.triton.scaled`). What is kept for the backward
 pass: messages, their exponents, and the root's scaled value.
 """
 
@@ -13,19 +13,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from htfkernels.exponents import power, sign
-from htfkernels.gpu import configs, ragged, scaled
-from htfkernels.gpu.launch import check_size
-from htfkernels.gpu.memory import empty
-from htfkernels.gpu.reduce import gradients
-from htfkernels.gpu.tables import Tables, tables_of
-from htfkernels.layout import Layout
+from htfkernels.scaled import power, sign
+from htfkernels.tree.layout import Layout
+from htfkernels.triton import configs, ragged, scaled
+from htfkernels.triton.launch import check_size
+from htfkernels.triton.memory import empty
+from htfkernels.triton.reduce import gradients
+from htfkernels.triton.tables import Tables, tables_of
 
 __all__ = ["slog", "slog_backward", "slog_keeping", "why_not"]
 
 
-def why_not(layout: Layout) -> str | None:
+def why_not(layout: Layout, dtype: torch.dtype) -> str | None:
     """None where the kernels can run a tree, else one sentence that says why they cannot."""
+    del dtype
     most = max(map(len, layout.tree._children))
     if most > configs.STATIC_ARITY:
         return (
@@ -79,13 +80,13 @@ def slog_backward(
     grad_x = empty(x.shape if needs[-1] else (0,), x)
     pack = ragged.pack_of(tables)
     packed = pack.weights(mantissas)
-    for step in needed.steps:
-        if step.deeper:
+    for visit in needed.visits:
+        if visit.deeper:
             ragged.backward(
-                tables, step.launched, needed, messages, pack, packed, root, grad_messages, grad_x,
+                tables, visit.launched, needed, messages, pack, packed, root, grad_messages, grad_x,
                 x.shape, precision, shift,
             )  # fmt: skip
-    wanted = [n for step in needed.steps for n in step.weights]
+    wanted = [n for visit in needed.visits for n in visit.weights]
     partial = {}
     if wanted:
         partial = ragged.weight_gradients(
@@ -101,7 +102,7 @@ def slog_backward(
 
 
 def _tables(program: Tensor, x: Tensor) -> Tables:
-    return tables_of(program, x.device, fuse=None, levels=True)
+    return tables_of(program, x, fuse=None, levels=True)
 
 
 def _messages(

@@ -11,20 +11,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from htfkernels.cuda.module import call
 from htfkernels.cuda.spectra import Program, program
 from htfkernels.cuda.spectra_tasks import widest
-from htfkernels.finite import all_finite
-from htfkernels.layout import Layout
+from htfkernels.ops.spectra.factors import Factors
+from htfkernels.ops.spectra.reference import of_finite
+from htfkernels.runtime.cuda_module import call
+from htfkernels.runtime.finite import all_finite
+from htfkernels.tree.layout import Layout
 
 __all__ = ["factors", "singular_values", "svd"]
 
 
 def singular_values(
-    layout: Layout, weights: Sequence[Tensor], nodes: Sequence[int], gram: bool
-) -> tuple[Tensor, Tensor, list[int], list[Tensor]]:
-    """Values, exponents, how many there are of each node, and what :func:`factors` can be given
-    (see :func:`htfkernels.ops.spectra.singular_values`)."""
+    layout: Layout, weights: Sequence[Tensor], nodes: Sequence[int], gram: bool, keep: bool = True
+) -> tuple[Tensor, Tensor, list[int], Sequence[Tensor]]:
+    """See :func:`htfkernels.ops.spectra.singular_values`."""
     steps, kept = _run(layout, weights, nodes, gram)
     values, exponents = call(
         "spectra_values", *kept, steps.value_table, steps.value_launches, steps.value_sizes
@@ -38,13 +39,12 @@ def factors(
     nodes: Sequence[int],
     gram: bool,
     kept: Sequence[Tensor] = (),
-) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Of each node the frame ``[rows, R]``, the environment ``[rows, R]``, the frame's exponents
-    ``[R]``, int64, and the scale ``[]``, int64 (see :class:`htfkernels.ops.spectra.Factors`)."""
+) -> list[Factors]:
+    """See :func:`htfkernels.ops.spectra.factors_of`."""
     steps = _program(layout, weights, nodes, gram)
     memory, exponents = kept or _run(layout, weights, nodes, gram)[1]
     nothing = _nothing(weights)
-    found: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+    found: dict[int, Factors] = {}
     for shape in steps.shapes:
         columns = torch.arange(shape.columns, device=memory.device)
         k, e = exponents[shape.exponents[:, :, None] + columns]
@@ -59,7 +59,7 @@ def factors(
             environment.unflatten(1, (-1, shape.columns)) * powers[:, None, :],
         )
         each = zip(*(t.unbind(0) for t in (*sides, k, scale)), strict=True)
-        found.update(zip(shape.nodes, each, strict=True))
+        found.update(zip(shape.nodes, (Factors(*one) for one in each), strict=True))
     return [found[i] for i in range(len(nodes))]
 
 
@@ -67,8 +67,7 @@ def svd(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """``[F, p, q] -> u [F, p, k], s [F, k], v [F, q, k]``, or None for wider matrices."""
     if max(matrices.shape[1:]) > widest():
         return None
-    u, s, v = call("spectra_svd", matrices.contiguous())
-    return u, s, v
+    return of_finite(matrices, lambda m: call("spectra_svd", m.contiguous()))
 
 
 def _program(

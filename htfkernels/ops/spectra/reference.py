@@ -12,12 +12,74 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from htfkernels.layout import Layout
+from htfkernels.ops.spectra.factors import Factors
+from htfkernels.runtime.finite import all_finite
+from htfkernels.tree.layout import Layout
 
 Scaled = tuple[Tensor, Tensor]  # columns near 1, and the powers of two that they are to be taken by
 
 
+def singular_values(
+    layout: Layout, weights: Sequence[Tensor], nodes: Sequence[int], gram: bool, keep: bool
+) -> tuple[Tensor, Tensor, list[int], Sequence[Tensor]]:
+    """See :func:`htfkernels.ops.spectra.singular_values`."""
+    pairs = [values(*both) for both in _of_nodes(layout, weights, nodes, gram)]
+    each = [s for s, _ in pairs]
+    flat = torch.cat(each) if each else weights[0].new_empty(0, dtype=torch.float64)
+    exponents = torch.tensor([k for _, k in pairs], dtype=torch.int64, device=flat.device)
+    return flat, exponents, [len(s) for s in each], []
+
+
 def factors(
+    layout: Layout,
+    weights: Sequence[Tensor],
+    nodes: Sequence[int],
+    gram: bool,
+    kept: Sequence[Tensor],
+) -> list[Factors]:
+    """See :func:`htfkernels.ops.spectra.factors_of`."""
+    result = []
+    for (frame, k), (environment, e) in _of_nodes(layout, weights, nodes, gram):
+        scale = int((k + e).amax())
+        powers = torch.ldexp(torch.ones_like(environment[0]), (k + e - scale).double())
+        result.append(Factors(frame, environment * powers, k, scale))
+    return result
+
+
+def svd(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`htfkernels.ops.spectra.svd`."""
+
+    def run(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
+        return u, s, vh.mT
+
+    return of_finite(matrices, run)
+
+
+def of_finite(
+    matrices: Tensor, run: Callable[[Tensor], Sequence[Tensor]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A decomposition that may not end, or may lose a NaN, where a matrix is not finite."""
+    finite = matrices.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    u, s, v = run(torch.where(finite, matrices, 0))
+    u, v = (torch.where(finite, x, torch.nan) for x in (u, v))
+    return u, torch.where(finite[:, 0], s, torch.nan), v
+
+
+def _of_nodes(
+    layout: Layout, weights: Sequence[Tensor], nodes: Sequence[int], gram: bool
+) -> list[tuple[Scaled, Scaled]]:
+    finite = bool(all_finite(weights))
+    known = weights if finite else [torch.zeros_like(w) for w in weights]
+    frames, environments = frames_and_environments(layout, known, gram)
+    found = [(frames[n], environments[n]) for n in nodes]
+    if finite:
+        return found
+    # Every matricization has all entries of the tensor.
+    return [((f + torch.nan, j), (e + torch.nan, k)) for (f, j), (e, k) in found]
+
+
+def frames_and_environments(
     layout: Layout, weights: Sequence[Tensor], gram: bool
 ) -> tuple[list[Scaled], list[Scaled]]:
     """Of every node the frame ``[rows, R_out]`` and the environment ``[rows, R_out]``, float64,

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 import htfkernels as hk
-from htfkernels.precision import PRECISIONS
-from htfkernels.verdicts import driver_version
+from htfkernels.info import PRECISIONS, driver_version
 
 __all__ = [
     "DEVICES",
@@ -235,7 +234,7 @@ def precision(name: str) -> Iterator[None]:
     PyTorch has no ``"tf32x3"``: its own products are float32's then.
 
     Args:
-        name: one of :data:`htfkernels.precision.PRECISIONS`.
+        name: one of :data:`htfkernels.runtime.precision.PRECISIONS`.
 
     Example:
         >>> with precision("tf32"):

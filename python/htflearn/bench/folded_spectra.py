@@ -1,8 +1,9 @@
 """Spectra with what PyTorch has: a level's nodes in one batch, no loop over nodes.
 
-The formulas are those of :func:`htfkernels.spectra.matricization_spectra`; frames and environments
-never have more rows than columns. ``R(KhatriRao(F_1, F_2) W)`` is taken as ``R(KhatriRao(F_1, F_2))
-W``, which saves a product of as many rows as the Khatri-Rao product has, and a decomposition.
+The formulas are those of :func:`htfkernels.spectra.matricizations.matricization_spectra`. Frames
+and environments never have more rows than columns. ``R(KhatriRao(F_1, F_2) W)`` is taken as
+``R(KhatriRao(F_1, F_2)) W``, which saves a product of as many rows as the Khatri-Rao product has,
+and a decomposition.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def complete(file: Path, options: Options) -> Outputs:
     problem = prepare(entries, options.held_out, options.seed + 1)
     budget = min(2 * len(problem.train), max(_BUDGET, 8 * sum(split.shape)))
     ranks = make_ranks(options.ranks, tree, split.shape, budget)
-    layout = hk.layout.Layout.make(tree, split.shape, ranks, root="sum")
+    layout = hk.Layout.make(tree, split.shape, ranks, root="sum")
     if layout.num_parameters > LARGEST_MODEL:
         raise UserError(
             f"--ranks makes a model of {layout.num_parameters:,} weights, more than "

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import htfkernels as hk
-from htfkernels.layout import Layout
 from htflearn.complete.files import existing
 from htflearn.complete.quantize import Split
 from htflearn.errors import UserError, reason
@@ -170,7 +169,7 @@ def automatic_ranks(tree: hk.ModeTree, dims: Sequence[int], budget: int) -> Rank
     low, high = 1, _LARGEST_RANK
     while low < high:  # the largest R within the budget
         middle = (low + high + 1) // 2
-        count = Layout.make(tree, tuple(dims), ranks(middle), root="sum").num_parameters
+        count = hk.Layout.make(tree, tuple(dims), ranks(middle), root="sum").num_parameters
         low, high = (middle, high) if count <= budget else (low, middle - 1)
     return ranks(low)
 

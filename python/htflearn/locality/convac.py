@@ -218,8 +218,8 @@ class ConvAC(nn.Module):
             region: as in :meth:`partition`.
             output: which class.
             images: ``[M, C, H, W]``, more than ``channels``; not differentiated through.
-            method, max_cost: as in :func:`htfkernels.mode_sets.matricization_spectrum`. Interleaved
-                regions of many windows are expensive: the message says how much.
+            method, max_cost: as in :func:`htfkernels.spectra.mode_sets.matricization_spectrum`.
+                Interleaved regions of many windows are expensive: the message says how much.
 
         Returns:
             ``[S]`` float64, descending; differentiable once with respect to the HTF's weights.
@@ -306,7 +306,7 @@ class ConvAC(nn.Module):
             raise ValueError(f"ConvAC: output must be in 0..{outputs - 1}, got {output}")
         tree = self.htf.tree
         one = {**weights, tree.root: weights[tree.root][:, output : output + 1]}
-        return hk.mode_sets.matricization_spectrum(tree, one, modes, method, max_cost)
+        return hk.spectra.matricization_spectrum(tree, one, modes, method, max_cost)
 
     def extra_repr(self) -> str:
         return f"image={self.image}, window={self.window}, grid={self.grid}"

@@ -58,7 +58,7 @@ class NodeSpectrum:
         log2_scale: 0 where the values need no scale to be in range.
         rtol: the numerical rank counts singular values above this fraction of the largest.
         numerical_rank, effective_rank, stable_rank, renyi2_rank, entanglement_entropy: see
-            :mod:`htfkernels.ranks`.
+            :mod:`htfkernels.spectra.ranks`.
     """
 
     node: hk.Node
@@ -258,11 +258,11 @@ def measure(
         tolerance = accurate if rtol is None else rtol
         measures = zip(
             members,
-            hk.ranks.numerical_rank(stacked, rtol=tolerance).tolist(),
-            hk.ranks.effective_rank(stacked).tolist(),
-            hk.ranks.stable_rank(stacked).tolist(),
-            hk.ranks.renyi2_rank(stacked).tolist(),
-            hk.ranks.entanglement_entropy(stacked).tolist(),
+            hk.numerical_rank(stacked, rtol=tolerance).tolist(),
+            hk.effective_rank(stacked).tolist(),
+            hk.stable_rank(stacked).tolist(),
+            hk.renyi2_rank(stacked).tolist(),
+            hk.entanglement_entropy(stacked).tolist(),
             strict=True,
         )
         for node, numerical, effective, stable, renyi2, entropy in measures:

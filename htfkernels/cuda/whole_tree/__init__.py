@@ -1,0 +1,1 @@
+"""A whole tree in one launch of a CUDA C++ kernel."""

@@ -1,0 +1,1 @@
+"""Which backend runs an operation, and how it is differentiated."""
