@@ -1,5 +1,6 @@
-// The tree as the operations read it: htfkernels/tree/program.py writes it as one int64 tensor (a header,
-// then a row for every node, children before parents, in the order that needs fewest buffers).
+// The tree as the operations read it: htfkernels/tree/program.py writes it as one int64 tensor, a
+// header and then a row for each node, children before parents, in the order that needs the fewest
+// buffers.
 #pragma once
 
 #include <vector>

@@ -1,5 +1,5 @@
-// The loops over samples behind htfkernels/schedule/index_plan.py: NumPy arrays in and out, no PyTorch. The
-// GIL is released, and results are the same for any number of threads.
+// The loops over samples behind htfkernels/schedule/index_plan.py: NumPy arrays in and out, no
+// PyTorch. The GIL is released, and results are the same for any number of threads.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
