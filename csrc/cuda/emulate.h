@@ -2,12 +2,14 @@
 //
 // A fiber runs until it waits for others (__syncthreads, __syncwarp, shuffles, mma) or ends. What a
 // GPU leaves open is chosen to bring mistakes to light, by set_order():
-//   forward   blocks, warps and lanes ascending; asynchronous copies happen when they are waited
-//   for backward  descending; asynchronous copies happen at once
+//
+//   forward   blocks, warps and lanes ascending; asynchronous copies happen when they are waited for
+//   backward  descending; asynchronous copies happen at once
+//
 // A kernel that lacks a barrier, waits for too few copies or overwrites what is still being read
-// differs between the two, or reads the NaN that shared memory is filled with beforehand. The
-// dynamic shared memory is a block of malloc of its own, so that an address sanitizer sees accesses
-// past its end. Warps are complete: a collective that a lane of a warp does not take part in, and a
+// differs between the two orders, or reads the NaN that fills shared memory beforehand. Dynamic
+// shared memory is a malloc of its own for each block, so that an address sanitizer sees accesses
+// past its end. Warps must be complete: a collective that leaves out a lane of a warp, and a
 // barrier that is never reached, are errors.
 #pragma once
 

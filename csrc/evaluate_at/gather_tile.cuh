@@ -1,23 +1,22 @@
 // A tile of a matrix product whose left factor is formed on load: rows gathered from up to four
 // frames, multiplied, and multiplied with a matrix.
 //
-//   sliced   32 x 16, the inner dimension 64 numbers at a time (of 4 bytes), a slice of 8 a warp:
-//            for few rows. 64 rows times 512 x 512 are 64 tiles, each of whose eight warps has a
-//            product of its own to sum; the eight are added through shared memory in fixed order.
+//   sliced   32 x 16, the inner dimension 64 numbers at a time (of 4 bytes), a slice of 8 for each
+//            warp: for few rows. 64 rows times 512 x 512 are 64 tiles, and each of a tile's eight
+//            warps has a product of its own to sum. Shared memory adds the eight in fixed order.
 //   square   64 x 64, the inner dimension 32 numbers at a time, 2 x 4 warps of 32 x 16
 //   large    128 x 128, the inner dimension 16 numbers at a time, 2 x 4 warps of 64 x 32: for so
-//   many
-//            rows that the GPU is full of them. A number read from shared memory is used twice as
+//            many rows that they fill the GPU. A number read from shared memory is used twice as
 //            often as in the other two.
 //
-// Rows of p are gathered into registers a step ahead (rows repeat, so that most come from the first
-// level of cache), multiplied there and stored once; what is not gathered, the weight among it,
-// goes through asynchronous copies of 16 bytes, two or three steps ahead. Shared memory: a ring of
-// stages, a tile of the left factor and one of the right in each; one __syncthreads a stage. A tile
-// is stored as its rows are in memory, [rows][columns + padding], and read either way: the padding
-// (16 bytes behind rows along the inner dimension; else 32 bytes, so that strides are 4 or 8 banks
-// modulo 32) makes both conflict-free. In bytes of float32: sliced 59,392, square 55,296, large
-// 56,832.
+// Rows of p are gathered into registers one step ahead (rows repeat, so that most come from the
+// first level of cache), multiplied there and stored once. What is not gathered, the weight among
+// it, goes through asynchronous copies of 16 bytes, two or three steps ahead. Shared memory holds a
+// ring of stages, with a tile of the left factor and one of the right in each, and one
+// __syncthreads for each stage. A tile is stored as its rows are in memory, [rows][columns +
+// padding], and read either way. The padding makes both conflict-free: 16 bytes behind rows along
+// the inner dimension; else 32 bytes, so that strides are 4 or 8 banks modulo 32. Bytes in float32:
+// sliced 59,392, square 55,296, large 56,832.
 #pragma once
 
 #include "evaluate_at/gather_warp.cuh"

@@ -4,33 +4,34 @@
 // A frame or an environment is kept as it is where it has no more rows than columns, else as its
 // Gram matrix (notation of spectra.h):
 //
-//   up:                  F_v = KhatriRao(F_c) W_v    or  G_v = W_v^T (Hadamard product of the G_c)
-//   W_v down, child c of v:  E_c = KhatriRao(E_v W_v^T, F_s)  or  H_c = (W_v H_v W_v^T) * G_s,
-//   siblings s rank = t^2 / u,      t = tr(G H), u = tr(G H G H), with F F^T H etc. in the place of
-//   G H
+//   up:                  F_v = KhatriRao(F_c) W_v
+//                    or  G_v = W_v^T (Hadamard product of the G_c) W_v
+//   down, child c of v:  E_c = KhatriRao(E_v W_v^T, F_s)     siblings s
+//                    or  H_c = (W_v H_v W_v^T) * G_s
+//   rank = t^2 / u,      t = tr(G H), u = tr(G H G H), with F F^T H etc. in place of G H
 //
-//   weights   one [F, R_in, R_out] per group                       float32, float64 or bfloat16
+//   weights   one [F, R_in, R_out] for each group; float32, float64 or bfloat16
 //   program   the tree, see cpu/program.h
 //   wanted    nodes (indices of tree.nodes)
 //   stable    0 or 1
-//   result    float64 [wanted], 0 where t is; what the backward pass needs: float64 and int64
+//   result    float64 [wanted], 0 where t is 0; what the backward pass needs: float64 and int64
 //
 //   backward  grad float64 [wanted], the same arguments and what was kept -> gradients of all
 //             weights, in their dtype
 //
-// matricization_pullback: the derivative of a function of singular values. With u_i = U_v l_i, v_i
-// = E_v r_i the singular vectors of a node's matricization, d sigma_i = u_i^T dM v_i = sigma_i
-// (l_i^T dG l_i + r_i^T dH r_i) / 2.
+// matricization_pullback: the derivative of a function of singular values. With the singular
+// vectors u_i = U_v l_i, v_i = E_v r_i of a node's matricization,
 //
-//   left, right  of each wanted node float64 [R_out, K]: the l_i, r_i, in the scale of the factors
-//   of
-//                spectra.h: of the frame without 2^exponents, of M without 2^scale
+//   d sigma_i = u_i^T dM v_i = sigma_i (l_i^T dG l_i + r_i^T dH r_i) / 2
+//
+//   left, right  float64 [R_out, K] for each wanted node: the l_i and r_i, in the scale of the
+//                factors of spectra.h: of the frame without 2^exponents, of M without 2^scale
 //   weight       float64 [K]: sigma_i / 2 times the derivative by sigma_i
 //   exponents    int64 [R_out]
 //   result       gradients of all weights, in their dtype
 //
-// All is computed in float64. Scale as in spectra.h: the divisors are constants, under which the
-// ranks do not change.
+// Everything is computed in float64. Scale as in spectra.h: the divisors are constants, and the
+// ranks do not change with them.
 #pragma once
 
 #include "cpu/program.h"
