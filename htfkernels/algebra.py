@@ -189,7 +189,7 @@ def scale(a: HTF, factor: float) -> HTF:
         a new model with parameters of its own: gradients do not flow back to ``a``.
 
     Raises:
-        ValueError: ``a`` is no model, or the factor is not finite.
+        ValueError: ``a`` is not a model, or the factor is not finite.
 
     Example:
         >>> a = HTF(ModeTree.balanced(4), mode_dims=8, ranks=3)

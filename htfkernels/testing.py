@@ -1,4 +1,4 @@
-"""Shared cases, inputs and tolerances: what a backend has to pass, for this project's tests and for
+"""Shared cases, inputs and tolerances: what a backend has to pass, in this project's tests and in
 others'.
 
 A backend's author writes::
@@ -7,7 +7,7 @@ A backend's author writes::
         inputs = testing.make_inputs(case, torch.float32)
         function, arguments = testing.operation("evaluate", case, inputs)
         exact, scale = testing.exact(function, arguments)
-        with hk.use_backend("mine"):
+        with hk.use_backend("triton"):
             testing.assert_matches(function(*arguments), exact, torch.float32, "forward", scale)
 
 and the same with ``testing.gradients(function)`` for ``"backward"`` and
@@ -392,8 +392,8 @@ def exact(function: Function, arguments: Iterable[Tensor]) -> tuple[Any, Any]:
 
     The scale is the function of the arguments' absolute values. All the operations here, their
     gradients and their second derivatives are polynomials with non-negative coefficients, so the
-    scale is the sum of the magnitudes of all terms; whatever the order of summation, rounding
-    errors are bounded by the unit roundoff times it times the number of roundings on the way.
+    scale is the sum of the magnitudes of all terms. In any order of summation, rounding errors are
+    at most the unit roundoff times the scale times the number of roundings on the way.
     """
     double = [a.detach().double() for a in arguments]
     with use_backend("reference"), torch.autocast("cpu", enabled=False):

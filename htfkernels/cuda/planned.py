@@ -118,8 +118,7 @@ def _tiles(shapes: Sequence[tuple[int, int]], config: int) -> int:
 
 
 def _config(shapes: Sequence[tuple[int, int]]) -> int:
-    """The largest tiles of which there is one for every processor, and which are not mostly
-    margin."""
+    """The largest tiles that give every processor at least one and are not mostly margin."""
     square, large = _tiles(shapes, SQUARE), _tiles(shapes, LARGE)
     if square < WANTED_BLOCKS // 2:
         return SLICED
@@ -270,8 +269,8 @@ class _Maker:
         return needed[read.source] if read.source >= 0 else self.group_needed(-(read.source + 1))
 
     def to(self, read: Read, copies: int, launch: int) -> tuple[Address, bool, bool]:
-        """Where an operand's gradient goes that so many copies are the sum of; whether as parts;
-        whether it is done with that."""
+        """Where an operand's gradient goes, if it is the sum of ``copies`` terms; whether the terms
+        are stored as parts; whether nothing is left to do then."""
         rows, cols = self.list.shape(read.source)
         if read.source < 0:
             return self.to_weight(-(read.source + 1), copies, launch)
@@ -395,7 +394,7 @@ class _Maker:
         self, segments: int, width: int, rows: int, beside: int, weight: bool
     ) -> tuple[int, int, int, int, int]:
         """``(lane bits, group bits, segments one after the other, splits, blocks)`` of sums over
-        ``rows`` rows in so many segments, in a launch of ``beside`` such jobs."""
+        ``rows`` rows in ``segments`` segments, in a launch of ``beside`` such jobs."""
         wanted, mean = _over(WANTED_BLOCKS, beside), rows // max(1, segments)
         lanes = min(32, _power_over(_over(width, self.vector)))
         chunks, most = _over(width, self.vector * lanes), THREADS // lanes

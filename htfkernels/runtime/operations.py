@@ -98,12 +98,20 @@ class Runs:
 class Operation:
     """What there is to run.
 
-    A differentiable operation ``name`` has the arguments ``(weights, *data, *fixed)``: the folded
-    weights; at most one tensor of data; what the layout and an index plan say, of which the number
-    of rows (where there are no data) and ``out_features`` are the last. It has two or three
-    operators: ``name``; ``name_keeping``, which also returns what the backward pass need not
-    compute again; and ``name_backward`` with ``(grad, weights, *data, kept, *fixed tensors,
-    needs)``, whose ``kept`` is there if ``keeps``.
+    A differentiable operation ``name`` has the arguments ``(weights, *data, *fixed)``:
+
+    - the folded weights;
+    - at most one tensor of data;
+    - what the layout and an index plan say. The last of these is ``out_features``; where there are
+      no data, the number of rows stands before it.
+
+    It has two or three operators::
+
+        name(weights, *data, *fixed) -> result
+        name_keeping(weights, *data, *fixed) -> [result, what the backward need not compute again]
+        name_backward(grad, weights, *data, kept, *tensors among fixed, needs) -> gradients
+
+    Without ``keeps`` there is no ``name_keeping``, and no ``kept``.
 
     Attributes:
         name: of the operation.
@@ -111,9 +119,10 @@ class Operation:
         data: whether there is a tensor of data, and ``"differentiable"`` if it has a gradient.
         keeps: how many tensors ``name_keeping`` returns behind the result; 0: there is none.
             Several are one argument of the backward operator, a tuple.
-        traced: which backends' kernels graphs of ``torch.compile`` call; there are none of an
-            operation without: its graphs are made of PyTorch's operations.
-        reference_stands_in: for a backend that was asked for and cannot run the operation.
+        traced: the backends whose kernels graphs of ``torch.compile`` call. If there are none, a
+            graph is made of PyTorch's operations.
+        reference_stands_in: whether the reference runs where a backend was asked for by name and
+            cannot run the operation.
         faster: ``"module:function"``, which says for ``(layout, rows, dtype, precision)`` whether
             CUDA C++ is faster than Triton, and by what numbers.
     """

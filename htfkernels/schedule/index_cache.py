@@ -167,7 +167,7 @@ def plan_that_pays(
     ):
         return None
     batch = values.shape[0]
-    # Of so many, or a few more: ragged batches do not ask anew for every size.
+    # Asked for the power of two below: ragged batches do not ask anew for every size.
     passes = passes_to_pay(layout, 1 << batch.bit_length() - 1 if batch else 0)
     if passes >= STEP or not _wanted():
         return None

@@ -377,11 +377,11 @@ def _together(powers: Sequence[int | Tensor], device: torch.device) -> Tensor:
 
 
 def _decomposed(frame: Tensor, environment: Tensor, accuracy: float, backend: str) -> _Vectors:
-    """All zero where ``s`` is below the accuracy.
+    """Values and vectors, all zero where a value is below the accuracy.
 
-    ``F a / sigma = u`` for ``a = E^T v``, whatever the rank of ``F``; but of a small ``sigma`` that
-    is off by ``1e-16 sigma_1 / sigma``, along the vectors of the large ones. What is missing of
-    ``u`` is put together from those.
+    With ``a = E^T v``, ``F a / sigma = u`` at any rank of ``F``. For a small ``sigma`` this is off
+    by ``1e-16 sigma_1 / sigma``, along the vectors of the large ones; the part of ``u`` that is
+    missing is put together from those.
     """
     u, s, v = svd(frame @ environment.mT, backend)
     found = ~(s <= accuracy * s[..., :1])  # NaN stays

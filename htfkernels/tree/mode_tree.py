@@ -413,8 +413,8 @@ class ModeTree:
         """The inverse of :meth:`to_json`.
 
         Raises:
-            ValueError: the text is no JSON object with ``order`` and ``parents``, or they are no
-                tree.
+            ValueError: the text is not a JSON object with ``order`` and ``parents``, or these do
+                not describe a tree.
         """
         try:
             data = json.loads(text)

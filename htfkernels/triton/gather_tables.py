@@ -27,8 +27,8 @@ NOWHERE, WEIGHTS, FRAMES, PARTS = (
     int(getattr(gather_records, name).value) for name in ("NOWHERE", "WEIGHTS", "FRAMES", "PARTS")
 )
 _FIELDS = int(gather_records.FIELDS.value)
-# Operands that a kernel is compiled for; more are looped over, and so are more than two whose rows
-# are no whole vectors: each of their elements has an address in registers.
+# A kernel is compiled for up to so many operands, and loops over more. The second number is for
+# rows that do not end with a whole vector: each of their elements has an address in registers.
 _UNROLLED, _UNROLLED_ODD = 4, 2
 _ALIGNMENT = 16  # elements
 

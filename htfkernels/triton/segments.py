@@ -48,9 +48,9 @@ def segment_gradient(
 
     The rows of ``j`` are number ``STARTS[j]`` to ``STARTS[j + 1] - 1`` in the order of ORDERS; with
     GRID they are ``(q mod + j) div + t``. ``dp`` is read from GRADS; SUM: ``dp[i, :] = g[i] W``.
-    Tiles are ``[BM, BK]``: with MANY of BM rows j, to each of which one row is added at a time,
-    else of BM rows of one j. The grid is over (rows j, part of their rows, column tile); parts
-    follow each other, ``splits`` of ``[n, K]``.
+    Tiles are ``[BM, BK]``. With MANY, a tile has BM rows j, and adds one row i to each of them at a
+    time; else it has BM rows i of one j. The grid is over (rows j, part of their rows, column
+    tile); parts follow each other, ``splits`` of ``[n, K]``.
     """
     job, tile, rows, K, segments, out, operands, count = node_of(TABLE, WORK, ALIGN_K, False)
     child, splits = tl.load(job + CHILD).to(tl.int32), tl.load(job + SPLITS).to(tl.int32)

@@ -30,8 +30,8 @@ from htfkernels.tree.layout import Layout
 
 __all__ = ["CASES", "CHECKS", "Checks", "Held", "Numbers", "held", "numbers_of"]
 
-# Between them every kernel of a family, at sizes that no tile divides; of the Triton kernels, each
-# of which is compiled first, as few as visit all.
+# The cases of a family run all of its kernels, at sizes that no tile divides. Triton compiles each
+# kernel first, so its families have as few cases as that takes.
 CASES: dict[str, tuple[str, ...]] = {
     "cuda tree": (
         "small_irregular", "shared_mixed", "balanced7_arity3", "chain4_linear", "random7_outputs",

@@ -19,10 +19,10 @@ __all__ = ["PROCESSORS", "chosen", "levels_seconds"]
 
 PROCESSORS = 132
 LAUNCH = 3e-6
-"""Seconds from one launch of a stream to the next, of which each waits for the one before: about
-one of them is the gap, the others are a kernel's ramp and tail."""
+"""Seconds that a launch adds to a stream in which each launch waits for the one before it: about
+1e-6 for the gap, the rest for the kernel's ramp and tail."""
 BYTES_PER_SECOND = 2.5e12
-"""What kernels of this kind reach of an H100's 3.35e12."""
+"""That kernels of this kind reach, of an H100's 3.35e12."""
 
 # Multiply-adds a second on all processors, about 60% of the peak.
 _RATES = {"half": 300e12, "single": 150e12, "split": 50e12, "plain": 18e12, "double": 18e12}

@@ -36,14 +36,15 @@ __all__ = [
 SIDE = 64
 GROUPS = 400
 FIELDS = 16
-OWN_SLOTS = 2  # of the backward pass, that hold no message
+OWN_SLOTS = 2  # slots of the backward pass that hold no message
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16})
 MATH = {"ieee": 0, "tf32": 1, "tf32x3": 2}
 CHUNK = 0.4e-6
-"""Seconds, on an H100: two barriers, the table, copies to come, and latencies of a product.
+"""Seconds that a step takes beside its arithmetic, on an H100: two barriers, the table, copies to
+wait for, and the latencies of a product.
 
-Measured on an H200 was an earlier step, of some 1200 instructions of a warp: 1.6 us whatever the
-rank, of which one of 400 has its share."""
+Estimated for steps of some 400 instructions in each warp. An earlier version had some 1,200, and
+its steps took 1.6 us on an H200 at every rank."""
 STREAM = 100e9
 """Bytes a second that one multiprocessor gets from L2."""
 LONGEST = 256  # by index: a leaf's gradient is a product with vectors of zeros and ones

@@ -66,9 +66,12 @@ def slog_backward(
     grad: Tensor, weights: Sequence[Tensor], x: Tensor, kept: Sequence[Tensor], program: Tensor,
     needs: Sequence[int | bool], *, precision: str,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of the weights and of ``x``, for the gradient ``[B, out_features, 2]`` of which
-    signs have none; an empty tensor where ``needs`` is 0. ``kept`` is what :func:`slog_keeping`
-    returned behind the result, or nothing."""
+    """Gradients of the weights and of ``x``; an empty tensor where ``needs`` is 0.
+
+    Args:
+        grad: ``[B, out_features, 2]``; the signs' part is not read, since a sign has no gradient.
+        kept: what :func:`slog_keeping` returned behind the result, or nothing.
+    """
     check_size("slog", x.shape[0], "samples")
     x, tables = x.contiguous(), _tables(program, x)
     mantissas, exponents = _scaled(weights)

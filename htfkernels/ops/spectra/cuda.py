@@ -1,7 +1,7 @@
 """Factors of matricizations and their singular values by the CUDA kernels of csrc/spectra/.
 
-All is float64 whatever the weights' dtype. Where a weight is infinite or not a number, factors and
-singular values are NaN. Nothing waits for the device to report that they did not converge.
+Everything is float64, for weights of any dtype. Where a weight is infinite or not a number, factors
+and singular values are NaN. Nothing waits for the device to say whether they converged.
 """
 
 from __future__ import annotations
